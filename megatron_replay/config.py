@@ -1,0 +1,361 @@
+"""Typed configuration: frozen dataclasses from defaults, then a YAML file, then dotted overrides; every mistake names its key.
+
+One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is the run that uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from megatron_replay.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training text and how it becomes token ids."""
+
+    path: str = ""
+    """A .jsonl (prompt/completion, alpaca, sharegpt, messages) or .txt file; several are separated by commas."""
+    format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages", "text"] = "auto"
+    template: str = "auto"
+    """auto: the model's own chat template, or plain where it has none; plain; or the path of a jinja2 file."""
+    seq_length: int = 4096
+    """Tokens in a row; no sample may be longer."""
+    over_length: Literal["error", "drop", "truncate"] = "error"
+    packing: bool = True
+    """Put several samples in one row (attention never crosses samples); false: one sample in a row."""
+    shuffle: bool = True
+    limit: int | None = None
+    """Use only the first so many samples."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_length", "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Stage 0: which positions get a candidate set, and how large it is (METHOD: paper section 2)."""
+
+    store: str = ""
+    tau: float = 0.95
+    """Keep the fewest tokens whose probabilities add up to this."""
+    k_max: int = 200
+    """Never keep more than this many, the gold token aside."""
+    min_set_size: int = 2
+    """Keep at least this many: a set of one has no gradient. 1 is the paper's literal rule."""
+    strategy: Literal["all", "random", "last", "bucket"] = "bucket"
+    fraction: float = 0.5
+    """Share of the target positions to keep (random, bucket)."""
+    buckets: int = 5
+    logits: Literal["none", "fp16", "bf16"] = "none"
+    """Also store the base model's logits of the kept tokens."""
+    codec: Literal["zd", "raw"] = "zd"
+    chunk_rows: int = 256
+    """Logits exist for this many positions at a time."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau is a probability mass in (0, 1], got {self.tau}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is a share in (0, 1], got {self.fraction}")
+        if not 1 <= self.k_max <= 65_534:
+            raise ConfigError(f"k_max must lie in 1..65534 (a set holds k_max ids and the gold one), got {self.k_max}")
+        if not 1 <= self.min_set_size <= self.k_max:
+            raise ConfigError(f"min_set_size must lie in 1..k_max ({self.k_max}), got {self.min_set_size}")
+        _positive(self, "buckets", "chunk_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Stage 1: the loop around the loss."""
+
+    loss: Literal["restricted", "full"] = "restricted"
+    store: str = ""
+    """The candidate store of `loss: restricted`; with `loss: full` a store, when given, still says which positions count."""
+    iters: int | None = None
+    """Optimizer steps; when unset, `epochs` passes over the data."""
+    epochs: float = 1.0
+    save: str = ""
+    save_interval: int | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    load: str = ""
+    """Resume from this checkpoint folder (its latest iteration), whatever layout wrote it."""
+    log_interval: int = 1
+    tensorboard: bool = True
+    max_skipped: int = 10
+    """Stop after this many steps in a row whose gradient was not finite."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "iters", "epochs", "save_interval", "log_interval", "max_skipped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Name, learning rate and weight decay; every further key goes to the optimizer, which checks it (`optimizer.max_angle=60`)."""
+
+    name: str = "moclip"
+    lr: float = 1.25e-6
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+    def __post_init__(self) -> None:
+        if not self.lr >= 0:
+            raise ConfigError(f"lr must be at least 0, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"betas are two numbers in [0, 1), got {list(self.betas)}")
+        if not self.clip_grad >= 0:
+            raise ConfigError(f"clip_grad must be at least 0, got {self.clip_grad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over the run: linear warm-up, then the style down to min_lr."""
+
+    style: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_iters: int = 0
+    min_lr: float = 1.25e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the model lies on the ranks; data parallelism is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    split: tuple[int, ...] | None = None
+    """Layers of each pipeline stage; when unset the layers are spread evenly, the first stages taking the remainder."""
+    sequence_parallel: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    zero1: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+    head_multiple: int = 1
+    """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on export."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "tensor", "pipeline", "head_multiple")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows per forward pass of one rank, and rows per optimizer step of the whole run."""
+
+    micro: int = 1
+    total: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "micro", "total")
+        if self.total % self.micro:
+            raise ConfigError(f"batch.total ({self.total}) must be a multiple of batch.micro ({self.micro})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What to measure; each part runs when its file is given."""
+
+    base: str = ""
+    """Hugging Face folder of the base model, for the relative L2 distance."""
+    text: str = ""
+    """Plain text for perplexity."""
+    text_chars: int | None = None
+    """Read only this many characters of the text."""
+    text_tokens: int | None = None
+    window: int = 512
+    """Perplexity windows of this many tokens, each predicting all but its first."""
+    targets: str = ""
+    """A data set (formats of `data`) whose target tokens' NLL is measured."""
+    choice: str = ""
+    """Multiple choice: jsonl with question, choices, answer (index)."""
+    nl2sql: str = ""
+    """jsonl with db_id, query and a prompt in any data format."""
+    databases: str = ""
+    """Folder of SQLite files named <db_id>.sqlite."""
+    limit: int | None = None
+    max_new_tokens: int = 128
+    batch: int = 16
+    output: str = ""
+    """Write the result here as JSON."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch")
+        if self.window < 2:
+            raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    prompt: str = ""
+    raw: bool = False
+    """Feed the prompt as it stands, without the chat template."""
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    model: str = ""
+    """A Hugging Face folder (config.json, safetensors, tokenizer) or a checkpoint folder written by `train` or `convert`."""
+    tokenizer: str = ""
+    """Folder of the tokenizer, when it is not the model's."""
+    output: str = "runs/replay"
+    """Logs, metrics and the resolved configuration go here."""
+    seed: int = 42
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """auto: bf16 with fp32 main weights on devices that have it, fp32 on cpu; fp64: cpu only, for checking one layout against another."""
+    kernels: Literal["auto", "reference"] = "auto"
+    data: Data = field(default_factory=Data)
+    collect: Collect = field(default_factory=Collect)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    layout: Layout = field(default_factory=Layout)
+    batch: Batch = field(default_factory=Batch)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    generate: Generate = field(default_factory=Generate)
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Build `cls` from its defaults, then the YAML file, then `section.key=value` overrides; the last one wins.
+
+    Raises ConfigError for a file that is missing or no YAML mapping, an unknown key (with the nearest name), or a value of another type.
+    """
+    tree = _read(Path(path)) if path else {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep:
+            raise ConfigError(f"override {item!r} has no '='; write it as section.key=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {item!r}: {name!r} is a value, not a section")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            node[leaf] = text
+    return build(cls, tree)
+
+
+def build(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Build `cls` from a nested mapping, as `load` does from YAML."""
+    return typing.cast(T, _build(cls, dict(tree), ""))
+
+
+def dump(config: Any) -> str:
+    """The YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot read the configuration: {err.strerror}") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        mark = getattr(err, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(err, 'problem', err)}") from err
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, got {type(tree).__name__}")
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        flat: dict[str, Any] = {}
+        for f in dataclasses.fields(value):
+            inner = _plain(getattr(value, f.name))
+            flat.update(inner) if f.metadata.get("rest") else flat.__setitem__(f.name, inner)
+        return flat
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    if not dataclasses.is_dataclass(kind):
+        return _coerce(kind, value, where)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where or 'the configuration'}: expected a section with keys, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    rest = next((f.name for f in fields if f.metadata.get("rest")), None)
+    names = [f.name for f in fields if f.name != rest]
+    known: dict[str, Any] = {}
+    further: dict[str, Any] = {}
+    for key, item in value.items():
+        if key in names:
+            known[key] = _build(hints[key], item, _join(where, key))
+        elif rest is not None:
+            further[str(key)] = item
+        else:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"{_join(where, key)}: unknown key; {hint}")
+    if rest is not None:
+        known[rest] = further
+    try:
+        return kind(**known)
+    except ConfigError as err:
+        raise ConfigError(_join(where, str(err))) from err
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if value in args:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{hint}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-6 as a string
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a folder named 2024 is a name, not a number
+    if kind is str and value is None:
+        return ""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
