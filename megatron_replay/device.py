@@ -1,0 +1,110 @@
+"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims.py` names a device's module.
+
+A `Device` says what the rest needs to know: where tensors live, which backend moves them between ranks, and what the hardware has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_replay.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    """cpu, cuda or npu: also the torch device type."""
+    backend: str
+    """Name of the torch.distributed backend."""
+    has_bf16: bool
+    """Whether matrix products in bf16 are faster than in fp32."""
+    has_fp64: bool
+    """Whether the device computes in fp64."""
+
+    @property
+    def module(self) -> Any:
+        """torch.cuda, torch.npu, or None on the cpu."""
+        return getattr(torch, self.name) if self.name != "cpu" else None
+
+    def torch(self, index: int = 0) -> torch.device:
+        return torch.device("cpu") if self.name == "cpu" else torch.device(self.name, index)
+
+    def select(self, index: int) -> torch.device:
+        """Make device `index` this process's current one."""
+        if self.module is not None:
+            if index >= self.count():
+                raise DeviceError(f"local rank {index} has no {self.name} device: {self.count()} here; start fewer ranks per node")
+            self.module.set_device(index)
+        return self.torch(index)
+
+    def count(self) -> int:
+        return int(self.module.device_count()) if self.module is not None else 1
+
+    def synchronize(self) -> None:
+        if self.module is not None:
+            self.module.synchronize()
+
+    def peak_memory(self) -> int:
+        """Largest number of bytes this process ever held: device memory, or resident memory on the cpu."""
+        if self.module is not None:
+            return int(self.module.max_memory_allocated())
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+CPU = Device("cpu", "gloo", has_bf16=False, has_fp64=True)
+CUDA = Device("cuda", "nccl", has_bf16=True, has_fp64=True)
+NPU = Device("npu", "hccl", has_bf16=True, has_fp64=False)
+
+
+def available() -> list[Device]:
+    """The devices this process could use, best first; the cpu is always last."""
+    found = [NPU] if _npu_present() else []
+    if torch.cuda.is_available():
+        found.append(CUDA)
+    return [*found, CPU]
+
+
+def choose(name: str = "auto") -> Device:
+    """The device called `name`, or with "auto" the best one that is here. Raises DeviceError when it is not here."""
+    here = {device.name: device for device in available()}
+    if name == "auto":
+        return next(iter(here.values()))
+    if name not in here:
+        hint = " (torch-npu is not installed or finds no device)" if name == "npu" else ""
+        raise DeviceError(f"device={name} is not available here{hint}; this machine has: {', '.join(here)}")
+    return here[name]
+
+
+def _npu_present() -> bool:
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError):  # the wheel is here but CANN's libraries are not
+        return False
+    return bool(torch.npu.is_available())
+
+
+def dtype(precision: str, device: Device) -> torch.dtype:
+    """The dtype of the model's weights. Raises DeviceError where the device lacks it."""
+    if precision == "auto":
+        precision = "bf16" if device.has_bf16 else "fp32"
+    if precision == "fp64" and device.name != "cpu":
+        raise DeviceError(f"precision=fp64 is for checking layouts against each other on the cpu, not for {device.name}; use fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
+
+
+def launcher_ranks() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) that torchrun set for this process, or None when it runs alone."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    rank = int(os.environ["RANK"])
+    return rank, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank))

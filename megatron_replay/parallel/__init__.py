@@ -1,0 +1,1 @@
+"""The only package that knows ranks and the only one that imports megatron."""

@@ -1,0 +1,180 @@
+"""Every change we make to megatron-core's surroundings, in one table: what, where it is needed, why, and for which versions.
+
+megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; `torch_npu.contrib.transfer_to_npu` does the same for the
+NPU, which is why the NPU column of this table is short. Importing this module changes nothing: `install` does, once per process, and only
+processes that run a model call it. `tests/ranks/test_shims.py` runs training without each shim in turn, and fails when one is not needed any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_replay.device import Device
+
+log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+_installed: list[str] = []
+
+
+@dataclass(frozen=True)
+class Shim:
+    name: str
+    where: str
+    """The megatron-core code that needs it."""
+    why: str
+    versions: str
+    apply: Callable[[], None]
+
+
+def import_megatron() -> None:
+    """Import the parts of megatron-core we use, with `torch.compile` standing still meanwhile.
+
+    megatron decorates about 35 helpers with torch.compile at import: that loads dynamo and inductor, 4-5 s in every process, and on the cpu gains nothing.
+    """
+    real = torch.compile
+    torch.compile = _no_compile  # type: ignore[assignment]
+    try:
+        for name in ("models.gpt", "optimizer", "distributed", "pipeline_parallel", "dist_checkpointing", "transformer.transformer_block"):
+            importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = real
+
+
+def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
+    """Apply the shims of `device`; returns their names. A second call changes nothing.
+
+    skip: names left out, for the test that shows each is needed.
+    """
+    if _installed:
+        return list(_installed)
+    if device.name == "npu":
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    if device.name == "cpu":
+        import_megatron()
+    for shim in table(device):
+        if shim.name not in skip:
+            shim.apply()
+            _installed.append(shim.name)
+    return list(_installed)
+
+
+def table(device: Device) -> list[Shim]:
+    """The shims `install` applies on this device."""
+    return _CPU_SHIMS if device.name == "cpu" else []
+
+
+def _no_compile(function: Any = None, *_: Any, **__: Any) -> Any:
+    return function if callable(function) else (lambda inner: inner)
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+
+
+def _factories() -> None:
+    def redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return on_cpu
+
+    for name in ("zeros", "empty", "tensor"):
+        setattr(torch, name, redirect(getattr(torch, name)))
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+
+
+def _rng() -> None:
+    """The cpu's default generator plays the device generator."""
+    tp_random = importlib.import_module("megatron.core.tensor_parallel.random")
+    generator = torch.default_generator
+    torch.cuda.get_rng_state = lambda device="cuda": generator.get_state()  # type: ignore[assignment]
+    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed)) and None
+    tp_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: generator.set_state(state)
+    tp_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: generator.get_state()
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = tp_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        outer = generator.get_state()
+        generator.set_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = generator.get_state()
+            generator.set_state(outer)
+
+    tp_random.CudaRNGStatesTracker.fork = fork
+
+
+def _tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _tensor_type() -> None:
+    plain = torch.Tensor.type
+
+    def named_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = plain(self, *args, **kwargs)
+        return "torch.cuda." + name[6:] if isinstance(name, str) and not name.startswith("torch.cuda") else name
+
+    torch.Tensor.type = named_as_cuda  # type: ignore[method-assign, assignment]
+
+
+_ALL = ">=0.12,<0.17"
+_CPU_SHIMS = [
+    Shim(
+        "current_device",
+        "tensor_parallel/layers.py, p2p_communication.py, param_and_grad_buffer.py",
+        "device=torch.cuda.current_device() raises without CUDA",
+        _ALL,
+        _current_device,
+    ),
+    Shim(
+        "factories",
+        "pipeline_parallel/schedules.py, optimizer/optimizer.py",
+        "torch.zeros(..., device='cuda') and its like are literals",
+        _ALL,
+        _factories,
+    ),
+    Shim(
+        "synchronize",
+        "pipeline_parallel/p2p_communication.py",
+        "torch.cuda.synchronize() after batched sends raises without CUDA",
+        _ALL,
+        _synchronize,
+    ),
+    Shim(
+        "rng",
+        "tensor_parallel/random.py",
+        "model_parallel_cuda_manual_seed asks CUDA; _set_cuda_rng_state queues a CUDA call that never runs, so dropout would silently not be forked",
+        _ALL,
+        _rng,
+    ),
+    Shim(
+        "tensor_cuda",
+        "models/common/language_module/language_module.py",
+        "weight.data.cuda() of tied embeddings on two pipeline stages",
+        _ALL,
+        _tensor_cuda,
+    ),
+    Shim(
+        "tensor_type",
+        "optimizer/optimizer.py, distrib_optimizer.py",
+        "parameters are sorted by comparing param.type() with 'torch.cuda.FloatTensor'",
+        _ALL,
+        _tensor_type,
+    ),
+]

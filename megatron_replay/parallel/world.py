@@ -1,0 +1,169 @@
+"""Who this process is: its rank, its place in the tensor x pipeline x data layout, and the groups it talks to.
+
+A `World` is made once per process by `start` and passed on; nothing else asks megatron's global state who we are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_replay.config import Layout
+from megatron_replay.device import Device, launcher_ranks
+from megatron_replay.errors import LayoutError
+from megatron_replay.parallel import shims
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: Device
+    torch_device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: Any
+    pipeline_group: Any
+    data_group: Any
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank holds the result of its model replica: last stage, first tensor rank."""
+        return self.last_stage and self.tensor_rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over the data-parallel replicas of what their speaking ranks pass; the same on every rank (others' values are ignored)."""
+        row = torch.tensor(values if self.speaks else [0.0] * len(values), dtype=torch.float64)
+        if self.size == 1:
+            return [float(v) for v in row]
+        return [float(v) for v in torch.stack(self.gather(row)).sum(0)]
+
+    def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """`value` of every rank, in rank order, on the cpu; deterministic where an all-reduce need not be (and HCCL's has no fp64)."""
+        if self.size == 1:
+            return [value.cpu()]
+        mine = value.contiguous().cpu().reshape(-1).view(torch.uint8).to(self.torch_device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [part.cpu().view(value.dtype).view(value.shape) for part in parts]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.gather(torch.zeros(1))
+
+
+def start(layout: Layout, device: Device, *, seed: int = 42, minutes: float = 30.0) -> World:
+    """Join the process group (a group of one when no launcher set ranks) and lay the ranks out as tensor x data x pipeline.
+
+    Raises LayoutError when the world is not a multiple of tensor x pipeline.
+    """
+    rank, size, local = launcher_ranks() or (0, 1, 0)
+    check_ranks(size, layout)
+    torch_device = device.select(local)
+    shims.install(device)
+    if not dist.is_initialized():
+        with _rendezvous_alone(size):
+            dist.init_process_group(device.backend, rank=rank, world_size=size, timeout=timedelta(minutes=minutes))
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        torch_device=torch_device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=layout.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=layout.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def running(layout: Layout, device: Device, *, seed: int = 42) -> Iterator[World]:
+    """`start` and `stop` around a block."""
+    try:
+        yield start(layout, device, seed=seed)
+    finally:
+        stop()
+
+
+def check_ranks(size: int, layout: Layout) -> None:
+    """Raise LayoutError unless `size` ranks can be cut into tensor x pipeline x data."""
+    model = layout.tensor * layout.pipeline
+    if size % model:
+        raise LayoutError(
+            f"layout.tensor={layout.tensor} x layout.pipeline={layout.pipeline} needs a multiple of {model} ranks, {size} were started; "
+            f"start with --ranks {model} or change the layout"
+        )
+
+
+def set_rank(rank: int, size: int, port: int) -> None:
+    """Give this process the identity a launcher would give it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _rendezvous_alone(size: int) -> Iterator[None]:
+    """A process that runs alone needs an address too; the environment is put back."""
+    if size > 1 or "MASTER_ADDR" in os.environ:
+        yield
+        return
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    try:
+        yield
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
