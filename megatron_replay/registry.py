@@ -1,0 +1,75 @@
+"""Name -> class: registering is one line, and a wrong name or option is answered with the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+from megatron_replay.errors import ConfigError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: `did you mean 'x'?`, or every known name when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+class Registry(Generic[T]):
+    """The classes of one kind, by name.
+
+    >>> shapes = Registry("shape")
+    >>> @shapes.register("circle")
+    ... class Circle:
+    ...     def __init__(self, *, radius: float = 1.0) -> None: ...
+    >>> shapes.build("circle", radus=2)
+    Traceback (most recent call last):
+    megatron_replay.errors.ConfigError: shape 'circle' has no option 'radus'; did you mean 'radius'?
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator; two classes of one name are a fault of the program."""
+
+        def add(cls: C) -> C:
+            assert name not in self._classes, f"{self.kind} {name!r} is registered twice"
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def get(self, name: str) -> type[T]:
+        """The class of that name; raises ConfigError with the nearest name."""
+        if name not in self._classes:
+            raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._classes)}")
+        return self._classes[name]
+
+    def build(self, name: str, *args: Any, **options: Any) -> T:
+        """Construct the class of that name; `args` come from the program, `options` from the user and are checked against the signature.
+
+        Raises ConfigError for an option the constructor does not take, takes already from `args`, or misses.
+        """
+        cls = self.get(name)
+        parameters = list(inspect.signature(cls).parameters.values())[len(args) :]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        known = {p.name: p for p in parameters if p.kind in _BY_NAME}
+        for option in options:
+            if option not in known and not takes_any:
+                raise ConfigError(f"{self.kind} {name!r} has no option {option!r}; {nearest(option, known)}")
+        missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+        if missing:
+            raise ConfigError(f"{self.kind} {name!r} needs option {missing[0]!r}")
+        return cls(*args, **options)
