@@ -15,11 +15,11 @@ C = TypeVar("C", bound=type)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: `did you mean 'x'?`, or every known name when none is near."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error message: `did you mean 'x'?`, or when none is near, `otherwise` or every known name."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    return f"did you mean {near[0]!r}?" if near else otherwise or f"known: {', '.join(names) or 'none'}"
 
 
 class Registry(Generic[T]):

@@ -1,0 +1,104 @@
+"""setup.py in a project of one small source: compiled where a compiler is there, installed as pure Python where none is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CODEC = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_codec, m) { m.def("twice", [](long x) { return 2 * x; }); }
+"""
+KERNELS = """
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+#define INIT_(name) PyInit_##name
+#define INIT(name) INIT_(name)
+extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
+"""
+BROKEN = "this is no C++\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "trial"\nversion = "0"\n[tool.setuptools]\npackages = ["megatron_replay.store"]\n'
+    )
+    for package in ("store", "ops"):
+        (tmp_path / "megatron_replay" / package).mkdir(parents=True)
+        (tmp_path / "megatron_replay" / package / "__init__.py").touch()
+    return tmp_path
+
+
+def add(project: Path, name: str, text: str) -> None:
+    path = project / "csrc" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def build(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=project, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+
+
+def compiled(project: Path) -> list[str]:
+    return sorted(path.name.split(".")[0] for path in (project / "megatron_replay").rglob("*.so"))
+
+
+def test_nothing_in_csrc_is_nothing_to_build(project: Path) -> None:
+    done = build(project)
+    assert done.returncode == 0, done.stderr
+    assert compiled(project) == []
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiler_builds_the_codec_that_python_imports(project: Path) -> None:
+    add(project, "store/codec.cpp", CODEC)
+    done = build(project)
+    assert done.returncode == 0, done.stderr
+    assert compiled(project) == ["_codec"]
+    call = "from megatron_replay.store import _codec; print(_codec.twice(21))"
+    answer = subprocess.run([sys.executable, "-c", call], cwd=project, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "42"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_kernels_are_compiled_against_torch_and_named_for_it(project: Path) -> None:
+    add(project, "register.cpp", KERNELS)
+    add(project, "cpu/rule.cpp", "#include <c10/macros/Macros.h>\nint rule() { return 1; }\n")
+    done = build(project)
+    assert done.returncode == 0, done.stderr
+    assert compiled(project) == ["_C"]
+    assert "-march=native" not in done.stdout, "a wheel must run on another machine than the one that built it"
+    call = "import torch; from megatron_replay.ops import _C; print(_C.__name__)"
+    subprocess.run([sys.executable, "-c", call], cwd=project, capture_output=True, text=True, check=True)
+
+
+def test_a_missing_compiler_leaves_a_warning_and_the_python_package(project: Path) -> None:
+    add(project, "store/codec.cpp", CODEC)
+    done = build(project, CC="no-such-compiler", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "_codec" in done.stdout + done.stderr and "no-such-compiler" in done.stdout + done.stderr
+    assert compiled(project) == []
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_does_not_stop_the_other(project: Path) -> None:
+    add(project, "store/codec.cpp", BROKEN)
+    add(project, "register.cpp", KERNELS)
+    done = build(project)
+    assert done.returncode == 0, done.stderr
+    assert compiled(project) == ["_C"]
