@@ -1,0 +1,155 @@
+"""Build megatron's GPTModel for this rank from a `ModelSpec`, and fill it from a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.config import Layout
+from megatron_replay.models.folder import HFFolder
+from megatron_replay.models.layout import validate_layout
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.weights import Weight, merge, shard, weight_of
+from megatron_replay.parallel import head
+from megatron_replay.parallel.attention import Cache, segment_attention
+from megatron_replay.parallel.layers import RMSNorm, TokenRotary
+from megatron_replay.parallel.world import World
+
+
+@dataclass
+class Model:
+    """This rank's part of the model."""
+
+    spec: ModelSpec
+    layout: Layout
+    world: World
+    config: Any
+    """megatron's TransformerConfig."""
+    module: Any
+    """megatron's GPTModel; wrapped for gradients by `parallel.training`."""
+    dtype: torch.dtype
+    head: Any = None
+    """The output layer (last stage only)."""
+
+    def global_name(self, name: str) -> str:
+        """A local parameter name with the layer's number in the whole model."""
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(self.module.decoder.layers[int(parts[2])].layer_number - 1)
+        return ".".join(parts)
+
+    def parameters(self) -> Iterator[tuple[str, Weight, Any]]:
+        """(global megatron name, its place in the Hugging Face layout, parameter) of everything this rank holds."""
+        for name, parameter in self.module.named_parameters():
+            known = self.global_name(name)
+            yield known, weight_of(self.spec, known, head_multiple=self.layout.head_multiple), parameter
+
+    def use_cache(self, cache: Cache | None) -> None:
+        for layer in self.module.decoder.layers:
+            layer.self_attention.core_attention.use(cache)
+
+
+def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, seq_length: int) -> Model:
+    """This rank's GPTModel with uninitialised weights. Raises LayoutError when the ranks do not divide the model."""
+    from megatron.core.models.gpt import GPTModel
+
+    split = validate_layout(spec, tensor=layout.tensor, pipeline=layout.pipeline, split=layout.split, head_multiple=layout.head_multiple)
+    config = transformer_config(spec, layout, dtype, split, cpu=world.device.name == "cpu")
+    module = GPTModel(
+        config,
+        _layer_specs(spec, split[world.pipeline_rank]),
+        vocab_size=spec.padded_vocab(),
+        max_sequence_length=seq_length,
+        pre_process=world.first_stage,
+        post_process=world.last_stage,
+        position_embedding_type="rope",
+        rotary_base=int(spec.rope_base),
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tied,
+    )
+    module.rotary_pos_emb = TokenRotary(spec)
+    module.to(world.torch_device)
+    task_head = head.install(module) if world.last_stage else None
+    return Model(spec, layout, world, config, module, dtype, task_head)
+
+
+def transformer_config(spec: ModelSpec, layout: Layout, dtype: torch.dtype, split: list[int], *, cpu: bool) -> Any:
+    """megatron's TransformerConfig, every field by keyword (MindSpeed replaces the class)."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    q_heads, kv_heads = spec.padded_heads(layout.head_multiple)
+    recompute: dict[str, Any] = {}
+    if layout.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif layout.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if len(set(split)) > 1:
+        stages = [["decoder"] * layers for layers in split]
+        recompute["pipeline_model_parallel_layout"] = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=q_heads,
+        num_query_groups=kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=cpu,
+        perform_initialization=False,  # every weight is loaded
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        calculate_per_token_loss=True,
+        **recompute,
+    )
+
+
+def _layer_specs(spec: ModelSpec, layers: int) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = segment_attention()
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+@torch.no_grad()
+def load_hf(model: Model, folder: HFFolder) -> None:
+    """Copy a Hugging Face folder's weights into this rank's model, one tensor in memory at a time."""
+    folder.check(model.spec)
+    for _, weight, parameter in model.parameters():
+        parameter.copy_(local_part(weight, folder, model.spec, model.world))
+
+
+def local_part(weight: Weight, folder: HFFolder, spec: ModelSpec, world: World) -> Tensor:
+    """This rank's slice of one megatron tensor, read from the folder."""
+    whole = merge(weight, {name: folder.read(name) for name in weight.hf}, spec)
+    return shard(whole, weight.axis, world.tensor_rank, world.tensor_size)
+
+
+def vocab_range(model: Model) -> tuple[int, int]:
+    """Token ids [start, stop) whose embedding and head rows this rank holds."""
+    rows = model.spec.padded_vocab() // model.world.tensor_size
+    return model.world.tensor_rank * rows, (model.world.tensor_rank + 1) * rows

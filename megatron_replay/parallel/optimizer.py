@@ -1,0 +1,140 @@
+"""Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
+
+megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies, parameter gathers. Only the inner
+torch optimizer is exchanged. One row a logical tensor of the whole model, one gather a step: see `optim.shards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.config import Optimizer as OptimizerConfig
+from megatron_replay.models.weights import OUTPUT, Weight, weights
+from megatron_replay.optim import Placement, ReplayOptimizer, build_optimizer
+from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.world import World
+
+PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
+"""What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline stages."""
+
+
+class ModelShards:
+    """`optim.Shards` of a megatron model: parameter -> row of the whole model's table, and the sum over all ranks."""
+
+    def __init__(self, world: World, table: Sequence[Weight], layers: int, places: dict[Tensor, tuple[int, bool]]) -> None:
+        self._world = world
+        self._layers = [layer_of(weight, layers) for weight in table]
+        self._places = places
+
+    def place(self, params: Sequence[Tensor]) -> Placement:
+        found = [self._places[param] for param in params]
+        return Placement(rows=[row for row, _ in found], counted=[counted for _, counted in found], layers=self._layers)
+
+    def sum(self, table: Tensor) -> Tensor:
+        """Gathered and added in rank order: the same bits on every rank and every run, also where no fp64 all-reduce exists."""
+        parts = self._world.gather(table)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+
+def layer_of(weight: Weight, layers: int) -> int:
+    if weight.layer is not None:
+        return weight.layer
+    return layers + next(i for i, start in enumerate(PARTS) if weight.name.startswith(start))
+
+
+def counted(name: str, weight: Weight, world: World, *, sharded_over_data: bool) -> bool:
+    """Whether this rank's copy adds to the tensor's row: of replicas exactly one does.
+
+    Replicated over the tensor group: its first rank. A tied head on a last stage of its own: no, the embedding does.
+    Without ZeRO-1 every data-parallel rank holds everything: the first one does.
+    """
+    if name == OUTPUT and weight.name != OUTPUT:
+        return False
+    if weight.axis is None and world.tensor_rank != 0:
+        return False
+    return sharded_over_data or world.data_rank == 0
+
+
+def wrap(model: Model, wrapped: Any, settings: OptimizerConfig) -> tuple[Any, ReplayOptimizer]:
+    """(megatron's optimizer, our inner one) for a model wrapped in megatron's DistributedDataParallel."""
+    from megatron.core.optimizer import OptimizerConfig as MegatronConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    outer = get_megatron_optimizer(
+        MegatronConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            bf16=model.dtype == torch.bfloat16,
+            params_dtype=model.dtype,
+            clip_grad=0.0,  # the inner optimizer clips: its one collective yields the norm too
+            use_distributed_optimizer=wrapped.ddp_config.use_distributed_optimizer,
+        ),
+        [wrapped],
+    )
+    parts = getattr(outer, "chained_optimizers", [outer])
+    assert len(parts) == 1, "a dense model has one optimizer"
+    return outer, _exchange(parts[0], model, settings)
+
+
+def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOptimizer:
+    old = outer.optimizer
+    placeholder = [torch.nn.Parameter(torch.zeros(1))]
+    betas = (settings.betas[0], settings.betas[1])
+    inner = build_optimizer(
+        settings.name,
+        placeholder,
+        settings.lr,
+        betas=betas,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        **settings.options,
+    )
+    for group in old.param_groups:
+        for key in old.defaults.keys() - inner.defaults.keys():
+            group.pop(key, None)  # torch AdamW's own switches
+        group["step"] = 0
+        group["base_weight_decay"] = group["weight_decay"]
+    inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views
+    inner.attach(_shards(outer, inner, model))
+    outer.optimizer = inner
+    outer.init_state_fn = lambda optimizer, config=None: optimizer.init_state()
+    return inner
+
+
+def _shards(outer: Any, inner: ReplayOptimizer, model: Model) -> ModelShards:
+    table = weights(model.spec, head_multiple=model.layout.head_multiple)
+    rows = {weight.name: row for row, weight in enumerate(table)}
+    held = dict(_held(outer, inner))
+    places: dict[Tensor, tuple[int, bool]] = {}
+    for name, weight, parameter in model.parameters():
+        if parameter in held:
+            is_counted = counted(name, weight, model.world, sharded_over_data=hasattr(outer, "model_param_group_index_map"))
+            places[held[parameter]] = (rows[weight.name], is_counted)
+    return ModelShards(model.world, table, model.spec.num_layers, places)
+
+
+def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
+    """(model parameter, what the inner optimizer updates in its stead: itself, its fp32 main copy, or this rank's shard of that)."""
+    if hasattr(outer, "model_param_group_index_map"):
+        return [(p, inner.param_groups[group]["params"][order]) for p, (group, order) in outer.model_param_group_index_map.items()]
+    if hasattr(outer, "fp32_from_float16_groups"):
+        low = [pair for lows, mains in zip(outer.float16_groups, outer.fp32_from_float16_groups, strict=True) for pair in zip(lows, mains, strict=True)]
+        return low + [(p, p) for group in outer.fp32_from_fp32_groups for p in group]
+    return [(p, p) for group in inner.param_groups for p in group["params"]]
+
+
+def set_rates(inner: ReplayOptimizer, lr: float) -> None:
+    """Give every parameter group its learning rate for the next step."""
+    for group in inner.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)

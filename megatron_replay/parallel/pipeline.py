@@ -1,0 +1,66 @@
+"""Run micro-batches through all pipeline stages, forward only or forward and backward, by megatron's own schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.head import Task
+from megatron_replay.parallel.model import Model
+
+TaskOf = Callable[[MicroBatch], Task]
+
+
+def forward(model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, consume: Callable[[MicroBatch, Tensor], None]) -> None:
+    """Forward only. On the last stage `consume(batch, task result [N, ...])` is called once a micro-batch, in order."""
+    model.module.eval()
+
+    def finish(batch: MicroBatch, out: Tensor) -> Any:
+        consume(batch, out)
+        return out.new_zeros(()), {}
+
+    with torch.no_grad():
+        _schedule(model, model.module, batches, task_of, finish, forward_only=True)
+
+
+def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf) -> tuple[float, int]:
+    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the wrapped model's buffers,
+    divided by the number of positions in the whole global batch. Returns (sum of losses, positions) of this replica; zeros before the last stage.
+    """
+    wrapped.train()
+    sums: list[tuple[Tensor, int]] = []
+
+    def finish(batch: MicroBatch, out: Tensor) -> Any:
+        total = out.sum()
+        sums.append((total.detach().clone(), out.numel()))  # megatron divides the tensor it gets in place
+        count = torch.tensor(out.numel(), dtype=torch.int, device=out.device)
+        return total, count, {}
+
+    _schedule(model, wrapped, batches, task_of, finish, forward_only=False)
+    return float(sum(float(total) for total, _ in sums)), sum(count for _, count in sums)
+
+
+def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of: TaskOf, finish: Any, *, forward_only: bool) -> None:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        model.module.rotary_pos_emb.positions = batch.places
+        if model.head is not None:
+            model.head.task, model.head.rows = task_of(batch), batch.rows
+        out = chunk(batch.tokens, batch.places, batch.segments)
+        return out, lambda result: finish(batch, result[0])
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[module],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )

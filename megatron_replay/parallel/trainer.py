@@ -1,0 +1,69 @@
+"""One optimizer step of a sharded model: zero, forward and backward through the pipeline, reduce, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_replay.config import Optimizer as OptimizerConfig
+from megatron_replay.optim import ReplayOptimizer
+from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.optimizer import set_rates, wrap
+from megatron_replay.parallel.pipeline import TaskOf, forward_backward
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The same on every rank."""
+
+    loss: float
+    """Mean over the positions of the global batch."""
+    positions: int
+    grad_norm: float
+    """Before clipping."""
+    applied: bool
+    """False: the gradient was not finite and nothing was changed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    model: Model
+    wrapped: Any
+    """megatron's DistributedDataParallel around the model."""
+    outer: Any
+    """megatron's optimizer wrapper."""
+    inner: ReplayOptimizer
+
+    def step(self, batches: Sequence[MicroBatch], task_of: TaskOf, lr: float) -> StepResult:
+        """One update from this replica's micro-batches."""
+        self.wrapped.zero_grad_buffer()
+        self.outer.zero_grad()
+        loss, positions = forward_backward(self.model, self.wrapped, batches, task_of)
+        set_rates(self.inner, lr)
+        self.outer.step()
+        total, count = self.model.world.total(loss, positions)
+        return StepResult(
+            loss=total / count if count else 0.0,
+            positions=int(count),
+            grad_norm=self.inner.grad_norm,
+            applied=self.inner.last_step_ok,
+            metrics=self.inner.metrics,
+        )
+
+
+def make_trainer(model: Model, settings: OptimizerConfig) -> Trainer:
+    """Wrap a filled model for training with the optimizer of the configuration."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    # megatron's ZeRO-1 knows 32- and 16-bit weights only
+    zero1 = model.layout.zero1 and model.dtype != torch.float64
+    settings_ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.dtype == torch.bfloat16, use_distributed_optimizer=zero1)
+    wrapped = DistributedDataParallel(model.config, settings_ddp, model.module)
+    outer, inner = wrap(model, wrapped, settings)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return Trainer(model, wrapped, outer, inner)
