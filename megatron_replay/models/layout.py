@@ -1,0 +1,59 @@
+"""Which tensor and pipeline sizes a model can be cut into, and the layers of each pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_replay.errors import LayoutError
+from megatron_replay.models.spec import VOCAB_MULTIPLE, ModelSpec
+
+
+def validate_layout(
+    spec: ModelSpec, tensor: int = 1, pipeline: int = 1, split: Sequence[int] | None = None, head_multiple: int = 1
+) -> list[int]:
+    """Layers of each pipeline stage; LayoutError names the numbers that do not divide and the ways out."""
+    _check_heads(spec, tensor, head_multiple)
+    _check_divides(spec.ffn_size, f"ffn_size={spec.ffn_size} is", tensor)
+    rows = spec.padded_vocab()
+    _check_divides(rows, f"{rows} vocabulary rows ({spec.vocab_size} rounded up to a multiple of {VOCAB_MULTIPLE}) are", tensor)
+    return stage_layers(spec.num_layers, pipeline, split)
+
+
+def stage_layers(num_layers: int, pipeline: int, split: Sequence[int] | None = None) -> list[int]:
+    """The split as given, or an even one whose first stages take the remainder; LayoutError where a stage would stay empty."""
+    if split is None:
+        if not 1 <= pipeline <= num_layers:
+            raise LayoutError(f"{num_layers} layers cannot fill layout.pipeline={pipeline} stages; use layout.pipeline=1 to {num_layers}")
+        each, rest = divmod(num_layers, pipeline)
+        return [each + (stage < rest) for stage in range(pipeline)]
+    if len(split) != pipeline:
+        raise LayoutError(f"layout.split={list(split)} has {len(split)} stages, but layout.pipeline={pipeline}; make them equal")
+    if min(split) < 1 or sum(split) != num_layers:
+        raise LayoutError(
+            f"layout.split={list(split)} must give every stage a layer and add up to {num_layers} layers, it adds up to {sum(split)}"
+        )
+    return list(split)
+
+
+def _check_heads(spec: ModelSpec, tensor: int, head_multiple: int) -> None:
+    _, groups = spec.padded_heads(head_multiple)
+    if groups % tensor == 0:
+        return
+    padded = f" ({spec.num_kv_heads} padded by layout.head_multiple={head_multiple})" if groups != spec.num_kv_heads else ""
+    larger = tensor * 2
+    raise LayoutError(
+        f"{groups} key/value heads{padded} are not divisible by layout.tensor={tensor}; "
+        f"set layout.head_multiple={tensor} (or {larger} for up to {larger} ranks) to pad with zero heads, "
+        f"or use layout.tensor={_sizes(groups)}"
+    )
+
+
+def _check_divides(number: int, what: str, tensor: int) -> None:
+    if number % tensor:
+        raise LayoutError(f"{what} not divisible by layout.tensor={tensor}; use layout.tensor={_sizes(number)}")
+
+
+def _sizes(number: int) -> str:
+    """The divisors of a number that a tensor group can have, as prose; groups beyond 64 ranks are of no use to name."""
+    divisors = [str(n) for n in range(1, min(number, 64) + 1) if number % n == 0]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
