@@ -50,5 +50,5 @@ def test_resolve_follows_what_packages_need(lock: types.ModuleType) -> None:
 def test_resolve_names_what_is_missing_or_too_old(lock: types.ModuleType) -> None:
     with pytest.raises(LookupError, match="no-such-package is not installed"):
         lock.resolve([Requirement("no-such-package")])
-    with pytest.raises(LookupError, match="jinja2 .* is installed, but jinja2>=99 is needed"):
+    with pytest.raises(LookupError, match=r"jinja2 .* is installed, but jinja2>=99 is needed"):
         lock.resolve([Requirement("jinja2>=99")])
