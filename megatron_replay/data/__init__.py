@@ -1,0 +1,1 @@
+"""Data, numpy only: jsonl and text files, tokenizers, chat templates, samples with their uids, packing into rows and batches."""

@@ -1,0 +1,138 @@
+"""Samples to rows to batches: which samples stand in which row, and which rows in which step, on any layout.
+
+A row is a list of sample indices whose lengths add up to at most the capacity. All here is a pure function of lengths, seed and step:
+the layout of the ranks comes in last, in `share`, and resuming needs the step number alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_replay.errors import DataError, LayoutError
+
+Row = list[int]
+
+OPEN_ROWS = 32
+"""Rows that still take samples at a time: more of them fill better, but cost time and put samples together from farther apart."""
+
+
+def order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
+    """[n] the order of an epoch's samples, the same on every layout and numpy version (PCG64's raw stream is fixed, shuffle is not)."""
+    if not shuffle:
+        return np.arange(n, dtype=np.int64)
+    keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(n)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def pack(
+    lengths: Sequence[int] | NDArray[np.integer],
+    capacity: int,
+    *,
+    packing: bool = True,
+    order: Sequence[int] | NDArray[np.integer] | None = None,
+) -> list[Row]:
+    """Rows of sample indices, in `order` (default: as they stand). Raises DataError for a sample longer than `capacity`.
+
+    packing: each sample goes to the first of the open rows that has room for it, else to a new row; the oldest row closes when there are
+    more than `OPEN_ROWS`. Every sample stands in exactly one row. False: one sample a row.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and sizes.max() > capacity:
+        longest = int(sizes.argmax())
+        raise DataError(
+            f"sample {longest} has {sizes[longest]} tokens, but a row holds {capacity}; raise data.seq_length, or set data.over_length"
+        )
+    indices = np.arange(len(sizes)) if order is None else np.asarray(order)
+    if not packing:
+        return [[int(i)] for i in indices]
+    rows: list[Row] = []
+    rooms: list[list[int]] = []  # [room, row] of each open row, oldest first
+    for index, size in zip(indices.tolist(), sizes[indices].tolist(), strict=True):
+        for slot in rooms:
+            if slot[0] >= size:
+                slot[0] -= size
+                rows[slot[1]].append(index)
+                break
+        else:
+            rooms.append([capacity - size, len(rows)])
+            rows.append([index])
+            if len(rooms) > OPEN_ROWS:
+                rooms.pop(0)
+    return rows
+
+
+def batches(rows: Sequence[Row], total: int) -> list[list[Row]]:
+    """Cut rows into batches of `total`; the last one may be smaller. For one pass over the data (collect, evaluate)."""
+    return [list(rows[i : i + total]) for i in range(0, len(rows), total)]
+
+
+def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[list[Row]]:
+    """The micro-batches of one data-parallel rank: contiguous, so joining all ranks' shares gives the batch back.
+
+    Raises LayoutError unless the number of rows is a multiple of dp_size * micro.
+    """
+    if len(rows) % (dp_size * micro):
+        raise LayoutError(
+            f"a batch of {len(rows)} rows cannot be dealt to {dp_size} data-parallel ranks in micro-batches of {micro}; "
+            f"make batch.total a multiple of {dp_size * micro}"
+        )
+    size = len(rows) // dp_size
+    return batches(rows[dp_rank * size : (dp_rank + 1) * size], micro)
+
+
+class Stream:
+    """The rows of all epochs one after another, cut into global batches of `total` rows.
+
+    A batch at the end of an epoch is filled with the first rows of the next one, so every batch is full and no sample is left out.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[np.integer], seed: int, capacity: int, packing: bool, shuffle: bool, total: int
+    ) -> None:
+        if len(lengths) == 0:
+            raise DataError("there are no samples to make batches of; check data.path")
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._seed, self._capacity, self._packing, self._shuffle, self._total = seed, capacity, packing, shuffle, total
+        self._starts = [0]  # row number at which each epoch begins, as far as known
+        self.rows = lru_cache(maxsize=2)(self._rows)  # a batch spans two epochs at most, short ones aside
+
+    def _rows(self, epoch: int) -> list[Row]:
+        """The rows of one epoch (cached as `rows`)."""
+        ordered = order(len(self._lengths), self._seed, epoch, self._shuffle)
+        return pack(self._lengths, self._capacity, packing=self._packing, order=ordered)
+
+    def _start(self, epoch: int) -> int:
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self.rows(len(self._starts) - 1)))
+        return self._starts[epoch]
+
+    def batch(self, step: int) -> list[Row]:
+        """The `total` rows of step 0, 1, ...; a pure function of the step."""
+        first = step * self._total
+        epoch = 0
+        while self._start(epoch + 1) <= first:
+            epoch += 1
+        found: list[Row] = []
+        skip = first - self._start(epoch)
+        while len(found) < self._total:
+            found += self.rows(epoch)[skip : skip + self._total - len(found)]
+            skip, epoch = 0, epoch + 1
+        return found
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the data before this step."""
+        row, epoch = step * self._total, 0
+        while self._start(epoch + 1) <= row:
+            epoch += 1
+        return epoch + (row - self._start(epoch)) / len(self.rows(epoch))
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that see the rows of so many passes over the data, at least 1; the last one may begin the next pass."""
+        whole = int(epochs)
+        rows = self._start(whole) + (epochs - whole) * (len(self.rows(whole)) if epochs > whole else 0)
+        return max(1, math.ceil(rows / self._total))
