@@ -1,0 +1,136 @@
+"""MoClip (arXiv 2510.09152, section 3): the gradient may turn away from the momentum by max_angle at most.
+
+Then follow Adam's moments and an arctangent step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .adam import Mix
+from .adam_atan2 import Atan2Family
+from .base import OPTIMIZERS
+from .options import check_betas, check_choice, check_number
+from .shards import LOCAL, Shards
+from .stats import grouped
+
+Scope = Literal["global", "layer", "tensor"]
+Obtuse = Literal["signed", "restart", "project"]
+VSource = Literal["raw", "clipped"]
+
+
+class Cap(NamedTuple):
+    """The capped gradient g' = a g + b m of each group, [groups] each."""
+
+    a: Tensor
+    b: Tensor
+    restart: Tensor
+    """True: the group forgets its momentum in this step."""
+    cosine: Tensor
+    """Of the angle between momentum and gradient; nan where one of them is zero."""
+
+
+def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse: Obtuse = "signed") -> Cap:
+    """How far each group's gradient must turn towards its momentum: c = sum m g, mm = sum m^2, gg = sum g^2, [groups] float64; degrees.
+
+    With x the cosine of the angle between m and g, nothing happens where x >= cos(max_angle), m or g is zero, or max_angle >= 90.
+    Otherwise the part of g across m shrinks to tan(max_angle) times the part along it (the paper's eq. 5 divides by |m| where
+    |g_across| is meant). That leaves an obtuse gradient 180 - max_angle or more away: `signed`, the paper's rule as it stands.
+    `restart` drops the momentum there instead; `project` takes the point nearest to g within max_angle of m, which may be zero.
+    """
+    one, zero = torch.ones_like(c), torch.zeros_like(c)
+    known = (mm > 0) & (gg > 0)
+    m_norm, g_norm = mm.where(known, one).sqrt(), gg.where(known, one).sqrt()
+    x = (c / (m_norm * g_norm)).clamp(-1, 1)
+    capped = known & (x < math.cos(math.radians(max_angle))) if max_angle < 90 else torch.zeros_like(known)
+    restart = capped & (x <= 0) & (obtuse == "restart")
+    cosine = x.where(known, torch.full_like(x, math.nan))
+    if max_angle >= 90:
+        return Cap(one, zero, restart, cosine)
+    across = ((1 - x) * (1 + x)).sqrt()
+    limit = math.radians(max_angle)
+    if obtuse == "project":
+        phi = x.acos()
+        reach = (phi - limit).cos().clamp(min=0).where(phi < math.pi / 2 + limit, zero)
+        a = (reach * math.sin(limit) / across).where(reach > 0, zero)
+        b = g_norm / m_norm * reach * math.cos(limit) - a * (c / m_norm) / m_norm
+    else:
+        a = (math.tan(limit) * x.abs() / across).clamp(max=1)
+        b = (1 - a) * (c / m_norm) / m_norm
+    turned = capped & ~restart
+    return Cap(a.where(turned, one), b.where(turned, zero), restart, cosine)
+
+
+@OPTIMIZERS.register("moclip")
+class MoClip(Atan2Family):
+    """MoClip; `max_angle` in degrees, 90 or more is Adam-atan2 bit for bit.
+
+    scope: what a gradient is compared with its momentum over: the whole model, a layer (as `shards` numbers them), or each tensor.
+    obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one.
+    """
+
+    reads_momentum = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        max_angle: float = 45.0,
+        scope: Scope = "global",
+        obtuse: Obtuse = "signed",
+        v_source: VSource = "raw",
+        clip_grad: float = 0.0,
+        shards: Shards = LOCAL,
+    ) -> None:
+        check_number("max_angle", max_angle, above=0)
+        check_choice("scope", scope, get_args(Scope))
+        check_choice("obtuse", obtuse, get_args(Obtuse))
+        check_choice("v_source", v_source, get_args(VSource))
+        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay}
+        super().__init__(params, defaults, clip_grad=clip_grad, shards=shards)
+        self.max_angle, self.scope, self.obtuse, self.v_source = max_angle, scope, obtuse, v_source
+        self._rows: list[tuple[float, float, bool]] = []
+
+    def plan(self, sums: Tensor, layers: Sequence[int], scale: float) -> None:
+        super().plan(sums, layers, scale)
+        groups, label = grouped(sums, layers, scope=self.scope)
+        cap = coefficients(*groups.unbind(1), max_angle=self.max_angle, obtuse=self.obtuse)
+        a, b, restart = (column[label].tolist() for column in cap[:3])
+        self._rows = list(zip(a, b, restart, strict=True))
+        self.metrics = cap_metrics(groups, cap)
+
+    def mix(self, row: int, betas: tuple[float, float]) -> Mix:
+        beta1, beta2 = betas
+        a, b, restart = self._rows[row]
+        a, b = a * self._scale, b * self._scale
+        keep = 0.0 if restart else beta1 + (1 - beta1) * b
+        root, clipped = math.sqrt(1 - beta2), self.v_source == "clipped"
+        return Mix(keep, (1 - beta1) * a, root * (a if clipped else self._scale), root * b if clipped else 0.0)
+
+
+def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:
+    """What the cap did in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for the length only."""
+    c, mm, gg = groups.unbind(1)
+    known = ~cap.cosine.isnan()
+    before = float(gg.sum())
+    after = float((cap.a**2 * gg + 2 * cap.a * cap.b * c + cap.b**2 * mm).clamp(min=0).sum())
+    metrics = {"moclip/grad_ratio": math.sqrt(after / before) if before else 1.0}
+    if known.any():
+        angle = cap.cosine[known].acos().rad2deg()
+        capped = (cap.a != 1) | (cap.b != 0) | cap.restart
+        metrics |= {
+            "moclip/angle_mean": float(angle.mean()),
+            "moclip/angle_p95": float(angle.quantile(0.95)),
+            "moclip/clipped": float(capped[known].double().mean()),
+            "moclip/obtuse": float((cap.cosine[known] < 0).double().mean()),
+        }
+    return metrics

@@ -1,0 +1,66 @@
+"""The seam between an optimizer and the ranks: who holds which part of which tensor, and one sum over all of them.
+
+An optimizer sees the parameters (or pieces of parameters) of its own rank. Three numbers a tensor (sum m g, sum m^2, sum g^2) are all
+it needs of the others, so it fills a table with one row for every logical tensor of the *whole model*, over all pipeline stages, and
+asks `Shards.sum` to add the tables of all ranks. The gradient norm and the groups of every scope (tensor, layer, global) are then
+derived from the same summed table on each rank alone: one collective a step, of rows x 3 numbers, whatever the layout.
+
+Example: tensor-parallel rank 1 of 2, ZeRO-1 over 2 data ranks, a model of one embedding (split), one norm weight (replicated) and one
+matrix (split). This rank's shard of the flat buffer covers the end of the embedding and the whole norm weight:
+
+    place([embedding_piece, norm]) == Placement(rows=[0, 1], counted=[True, False], layers=[-1, 0, 0])
+
+Row 0 is the embedding: every rank that holds another piece of it adds to the same row. Row 1 is the norm weight, held by both tensor
+ranks: rank 0 has `counted=True` and adds its sums, rank 1 adds nothing, both read the row. Row 2 is the matrix, none of which lies here:
+its row arrives by the sum. A tied embedding on the last pipeline stage has the row of the one on the first, and `counted=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parameters of one rank lie in the table of the whole model."""
+
+    rows: Sequence[int]
+    """Row of each parameter asked about, in that order; pieces of one logical tensor share a row."""
+    counted: Sequence[bool]
+    """Whether each parameter adds to its row: false on all but one holder of a replicated or tied tensor."""
+    layers: Sequence[int]
+    """Layer of each row of the table, so its length is the number of logical tensors of the whole model; the same on every rank."""
+
+
+class Shards(Protocol):
+    """What an optimizer knows of sharding; `LOCAL` is the whole model in one process."""
+
+    def place(self, params: Sequence[Tensor]) -> Placement:
+        """Find these parameters (the optimizer's own, in its order) in the table; asked before every step, so it must be cheap."""
+        ...
+
+    def sum(self, table: Tensor) -> Tensor:
+        """Add [rows, C] float64 tables over every rank that holds a part of the model; the result must be the same bits on every rank.
+
+        Every rank calls it once a step, in step, also when it holds no parameter. Where no all-reduce of float64 exists,
+        gather the tables and add them in rank order. The table lies on the parameters' device; the result may lie anywhere.
+        """
+        ...
+
+
+class _Local:
+    """Every parameter is a whole tensor with a row of its own, all of one layer."""
+
+    def place(self, params: Sequence[Tensor]) -> Placement:
+        return Placement(rows=range(len(params)), counted=[True] * len(params), layers=[0] * len(params))
+
+    def sum(self, table: Tensor) -> Tensor:
+        return table
+
+
+LOCAL: Shards = _Local()
+"""The default of every optimizer: nobody else holds anything."""

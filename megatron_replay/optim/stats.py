@@ -1,0 +1,52 @@
+"""The sums an optimizer needs of its gradients: per tensor and in float64, so that they hardly depend on how a tensor is cut.
+
+Products of two float32 numbers are exact in float64; only the order of the additions is left to rounding (1e-16), far below the float32
+resolution of the scalars made from the sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .blocks import cuts
+
+
+def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
+    """The row (sum m g, sum m^2, sum g^2) of one tensor or piece: [3] float64 on its device; zero momentum when none is given.
+
+    Both are read once; temporaries are two blocks of float64.
+    """
+    g = grad.reshape(-1)
+    m = None if momentum is None else momentum.reshape(-1)
+    zero = torch.zeros((), dtype=torch.float64, device=g.device)
+    rows = []
+    for cut in cuts(g.numel(), g.device):
+        g64 = g[cut].double()
+        if m is None:
+            rows += [zero, zero, g64.dot(g64)]
+        else:
+            m64 = m[cut].double()
+            rows += [m64.dot(g64), m64.dot(m64), g64.dot(g64)]
+    return torch.stack(rows).view(-1, 3).sum(0) if rows else zero.expand(3)
+
+
+def grouped(sums: Tensor, layers: Sequence[int], *, scope: str) -> tuple[Tensor, Tensor]:
+    """Sums [groups, 3] of a scope, and the group of each row [rows]: the whole model, a layer, or each tensor."""
+    rows = sums.shape[0]
+    if scope == "tensor":
+        return sums, torch.arange(rows)
+    labels = torch.zeros(rows, dtype=torch.long)
+    if scope == "layer":
+        labels = torch.unique(torch.tensor(layers, dtype=torch.long), return_inverse=True)[1]
+    num_groups = int(labels.max()) + 1 if rows else 0
+    return torch.zeros(num_groups, 3, dtype=sums.dtype).index_add_(0, labels, sums), labels
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What to scale a gradient of this norm by so that it is at most about `limit` long (Megatron's rule); 1 when the limit is 0."""
+    assert math.isfinite(norm), "a gradient that is not finite is skipped, not clipped"
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
