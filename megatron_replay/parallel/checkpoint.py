@@ -1,0 +1,141 @@
+"""Training checkpoints in megatron's torch_dist format: written on one layout, read on any.
+
+ROOT/latest_checkpointed_iteration.txt, ROOT/iter_0000100/ (tensors), ROOT/hf/ (config.json, tokenizer and source.json: the checkpoint is complete
+without the folder it came from). A save is finished when its iteration stands in the text file, which is replaced atomically, last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_replay.errors import CheckpointError
+from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.torch_dist import LATEST, refuse_code, resolve
+from megatron_replay.parallel.trainer import Trainer
+
+
+SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+"""Endings of what describes a model besides its weights; the weights' own index is left out."""
+
+
+def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any]) -> Path:
+    """Write the model, optimizer, RNG and `progress` (plain values: what else a resumed run needs); returns the iteration's folder."""
+    from megatron.core import dist_checkpointing
+
+    world = trainer.model.world
+    target = root / f"iter_{iteration:07d}"
+    if world.is_main:
+        shutil.rmtree(target, ignore_errors=True)  # what a killed save left
+        target.mkdir(parents=True)
+    world.barrier()
+    dist_checkpointing.save(_state(trainer, progress, loading=False), str(target))
+    world.barrier()
+    if world.is_main:
+        _replace(root / LATEST, str(iteration))
+    return target
+
+
+def load(root: Path, trainer: Trainer) -> dict[str, Any]:
+    """Fill model and optimizer from the latest checkpoint, whatever layout wrote it; returns its `progress`."""
+    from megatron.core import dist_checkpointing
+
+    folder = resolve(root)
+    refuse_code(folder)
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "optimizer" not in common:
+        raise CheckpointError(f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load=")
+    saved = common["progress"]
+    _same("optimizer", saved["optimizer"], type(trainer.inner).__name__, folder)
+    _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
+    with _named(folder):
+        state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
+    trainer.model.module.load_state_dict(state["model"])
+    with torch.no_grad():
+        trainer.outer.load_state_dict(state["optimizer"])
+    # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on the rank
+    torch.set_rng_state(saved["rng"].cpu())
+    return dict(saved)
+
+
+def load_model(root: Path, model: Model) -> None:
+    """Fill just the model from a checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    folder = resolve(root)
+    refuse_code(folder)
+    with _named(folder):
+        state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(folder))
+    model.module.load_state_dict(state["model"])
+
+
+def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
+    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and what must be known to export the checkpoint again."""
+    side = root / "hf"
+    if side.resolve() == hf.resolve():
+        return
+    side.mkdir(parents=True, exist_ok=True)
+    for file in hf.iterdir():
+        if file.is_file() and file.suffix in SIDE_FILES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, side / file.name)
+    _replace(side / "source.json", json.dumps(facts))
+
+
+def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "distrib_optim_sharding_type": "fully_reshardable",  # the default of 0.16.1 cannot be loaded again
+        "dp_cp_group": trainer.model.world.data_group,
+    }
+    trainer.inner.init_state()
+    model = {"model": trainer.model.module.sharded_state_dict(metadata=metadata)}
+    options: dict[str, Any] = {"metadata": metadata} if _zero1(trainer) else {}
+    optimizer = trainer.outer.sharded_state_dict(model, is_loading=loading, **options)
+    return {**model, "optimizer": optimizer, "progress": {**progress, **_facts(trainer), "rng": torch.get_rng_state()}}
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    world = trainer.model.world
+    return {
+        "optimizer": type(trainer.inner).__name__,
+        "zero1": _zero1(trainer),
+        "layout": [world.tensor_size, world.pipeline_size, world.data_size],
+        "skipped": trainer.inner.skipped,
+    }
+
+
+def _zero1(trainer: Trainer) -> bool:
+    return bool(trainer.wrapped.ddp_config.use_distributed_optimizer)
+
+
+def _same(what: str, saved: Any, ours: Any, folder: Path) -> None:
+    if saved != ours:
+        raise CheckpointError(f"{folder}: was written with {what}={saved}, this run has {what}={ours}; resume with the same setting")
+
+
+class _named:
+    """Turn whatever megatron says of a damaged checkpoint into one line that names it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is not None and isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{self.folder}: cannot be loaded into this model: {first}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,171 @@
+"""What evaluation asks of a sharded model: log-probabilities of given tokens, and greedy continuations.
+
+Sequences are dealt out over the data-parallel replicas; every rank gets every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_replay.ops import VocabShard, linear_cross_entropy
+from megatron_replay.parallel.attention import Cache
+from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.head import Task
+from megatron_replay.parallel.model import Model, vocab_range
+from megatron_replay.parallel.pipeline import forward
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+
+
+def vocab_shard(model: Model) -> VocabShard:
+    """The vocabulary rows of this rank, and the group that holds the others."""
+    start, stop = vocab_range(model)
+    return VocabShard(start, stop, model.world.tensor_group if model.world.tensor_size > 1 else None)
+
+
+def token_nll(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    *,
+    vocab_size: int,
+    row_tokens: int,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """Negative log-likelihood (nats, fp32) of the token after each of the given positions of each sequence.
+
+    vocab_size: real vocabulary; row_tokens: sequences are laid together up to this many tokens a forward pass.
+    """
+    world = model.world
+    mine = range(world.data_rank, len(sequences), world.data_size)
+    shard = vocab_shard(model)
+    found: dict[int, np.ndarray] = {}
+
+    def task_of(batch: MicroBatch) -> Task:
+        return lambda hidden, weight: linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
+
+    def consume(batch: MicroBatch, out: Tensor) -> None:
+        values = out.float().cpu().numpy()
+        for index, part in zip(batch.notes["index"], np.split(values, batch.notes["cuts"]), strict=True):
+            found[index] = part
+
+    for rows in in_groups(fill(mine, [len(s) for s in sequences], row_tokens), 2 * world.pipeline_size):
+        length = row_length([sum(len(sequences[i]) for i in row) for row in rows], world.tensor_size)
+        batches = []
+        for row in rows:
+            cuts = np.cumsum([len(positions[i]) for i in row])[:-1]
+            notes = {"index": row, "cuts": cuts}
+            batches.append(flatten([sequences[i] for i in row], [positions[i] for i in row], length, world.torch_device, notes))
+        forward(model, batches, task_of, consume=consume)
+        if progress is not None:
+            progress(sum(len(row) for row in rows) * world.data_size)
+    everyone: dict[int, np.ndarray] = {}
+    for part in world.gather_objects(found if world.speaks else {}):
+        everyone.update(part)
+    return [everyone[i] for i in range(len(sequences))]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    batch: int,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Greedy continuations (without the prompt; a stop id ends one and is left out), with a key/value cache, `batch` prompts at a time."""
+    world = model.world
+    mine = range(world.data_rank, len(prompts), world.data_size)
+    found: dict[int, list[int]] = {}
+    for chunk in in_groups(list(mine), batch):
+        for index, tokens in zip(chunk, _continue(model, [prompts[i] for i in chunk], max_new_tokens, set(stop_ids), vocab_size), strict=True):
+            found[index] = tokens
+        if progress is not None:
+            progress(len(chunk) * world.data_size)
+    everyone: dict[int, list[int]] = {}
+    for part in world.gather_objects(found):
+        everyone.update(part)
+    return [everyone[i] for i in range(len(prompts))]
+
+
+def _continue(model: Model, prompts: list[Sequence[int]], max_new: int, stops: set[int], vocab_size: int) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in prompts]
+    cache = Cache(len(prompts), max(map(len, prompts)) + max_new)
+    model.use_cache(cache)
+    try:
+        alive = list(range(len(prompts)))
+        feed = [list(prompt) for prompt in prompts]
+        while alive and len(out[alive[0]]) < max_new:
+            cache.rows = alive
+            following = _next_tokens(model, feed, cache, vocab_size)
+            cache.advance([len(tokens) for tokens in feed])
+            kept = [(row, token) for row, token in zip(alive, following, strict=True) if token not in stops]
+            for row, token in kept:
+                out[row].append(token)
+            alive, feed = [row for row, _ in kept], [[token] for _, token in kept]
+    finally:
+        model.use_cache(None)
+    return out
+
+
+def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: int) -> list[int]:
+    """The likeliest next token of each sequence, known on every rank of the replica."""
+    world = model.world
+    shard = vocab_shard(model)
+    length = row_length([sum(map(len, feed))], world.tensor_size)
+    # flatten asks for the token after each position: the last one has none yet
+    ids = [np.array([*tokens, 0]) for tokens in feed]
+    batch = flatten([i[:-1] for i in ids], [np.zeros(0, dtype=np.int64)] * len(ids), length, world.torch_device)
+    ends = batch.segments.sum(1) - 1
+    starts = torch.repeat_interleave(cache.past[cache.rows], batch.segments[:, 1])
+    places = batch.places.clone()
+    places[0, : len(starts)] += starts.to(places.device)
+    batch = MicroBatch(batch.tokens, places, batch.segments, ends.to(world.torch_device), batch.gold)
+    result = torch.zeros(len(feed), dtype=torch.int64, device=world.torch_device)
+    forward(model, [batch], lambda _: lambda h, w: _argmax(h, w, shard, vocab_size), consume=lambda _, tokens: result.copy_(tokens) and None)
+    if world.pipeline_size > 1:
+        dist.broadcast(result, src=dist.get_process_group_ranks(world.pipeline_group)[-1], group=world.pipeline_group)
+    return [int(token) for token in result.tolist()]
+
+
+def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
+    """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank."""
+    logits = (hidden @ weight.t()).float()
+    logits[:, max(0, vocab_size - shard.start) :] = -torch.inf
+    value, column = logits.max(1)
+    if shard.group is None:
+        return column + shard.start
+    pairs = torch.stack([value.double(), (column + shard.start).double()], 1)
+    parts = [torch.empty_like(pairs) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, pairs, group=shard.group)
+    best = parts[0]
+    for part in parts[1:]:  # shards in rank order hold rising ids: only a larger value wins
+        best = torch.where((part[:, 0] > best[:, 0])[:, None], part, best)
+    return best[:, 1].long()
+
+
+def fill(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Lay neighbouring sequences together into rows of at most `row_tokens` tokens (a longer one alone)."""
+    rows: list[list[int]] = []
+    held = 0
+    for index in indices:
+        if rows and held + lengths[index] <= row_tokens:
+            rows[-1].append(index)
+            held += lengths[index]
+        else:
+            rows.append([index])
+            held = lengths[index]
+    return rows
+
+
+def in_groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,56 @@
+"""The head's tasks for training: from hidden states to one loss a position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.head import Task
+from megatron_replay.parallel.inference import vocab_shard
+from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.pipeline import TaskOf
+
+
+class StoredSets(Protocol):
+    """What a store gives for a sample (numpy): see `store.SampleSets`."""
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    gold_slot: np.ndarray
+    lse: np.ndarray
+    outside_mass: np.ndarray
+
+
+def sets_of(stored: Sequence[StoredSets], device: torch.device) -> CandidateSets:
+    """The candidate sets of several samples, one after the other, as tensors."""
+    each = [
+        CandidateSets.from_arrays(s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass)
+        for s in stored
+    ]
+    return CandidateSets.cat(each).to(device)
+
+
+def restricted_task(model: Model, kernels: str = "auto") -> TaskOf:
+    """Cross-entropy over each position's stored set (paper section 2); the batch carries the sets in notes["sets"]."""
+    shard = vocab_shard(model)
+
+    def task_of(batch: MicroBatch) -> Task:
+        return lambda hidden, weight: restricted_linear_cross_entropy(hidden, weight, batch.notes["sets"], shard, kernels=kernels)
+
+    return task_of
+
+
+def full_task(model: Model, vocab_size: int) -> TaskOf:
+    """Ordinary cross-entropy over the real vocabulary: the baseline."""
+    shard = vocab_shard(model)
+
+    def task_of(batch: MicroBatch) -> Task:
+        return lambda hidden, weight: linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
+
+    return task_of

@@ -1,0 +1,87 @@
+"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its tokenizer lies, and fill a built model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_replay.config import Layout
+from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.models.folder import HFFolder, sha256_file
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.model import Model, load_hf
+from megatron_replay.parallel.torch_dist import is_checkpoint, resolve
+
+
+@dataclass(frozen=True)
+class Source:
+    path: Path
+
+    @classmethod
+    def open(cls, path: str) -> Source:
+        """Raises ConfigError for an empty path, CheckpointError when there is no model."""
+        if not path:
+            raise ConfigError("model is not set; give a Hugging Face folder or a checkpoint folder: model=PATH")
+        source = cls(Path(path))
+        source.spec  # noqa: B018 - a missing or unknown model is told before anything starts
+        return source
+
+    @cached_property
+    def is_checkpoint(self) -> bool:
+        return is_checkpoint(self.path)
+
+    @cached_property
+    def hf(self) -> Path:
+        """The folder with config.json and the tokenizer."""
+        if not self.is_checkpoint:
+            return self.path
+        root = self.path if (self.path / "hf").is_dir() else self.path.parent
+        return root / "hf"
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return ModelSpec.from_hf(self.hf)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `convert` or `train` noted about the checkpoint's weights (source.json); empty for a Hugging Face folder."""
+        path = self.hf / "source.json"
+        if not self.is_checkpoint:
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as err:
+            raise CheckpointError(f"{path}: cannot be read ({err}); convert the model again") from err
+
+    def fingerprint(self) -> str:
+        """sha256 that names the weights; a checkpoint converted from a Hugging Face folder has that folder's."""
+        if not self.is_checkpoint:
+            return HFFolder(self.path).fingerprint()
+        folder = resolve(self.path)
+        if folder.name == "iter_0000000":  # untouched since convert
+            return str(self.facts["fingerprint"])
+        files = sorted(folder.glob("*.distcp"))
+        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+    def layout(self, wanted: Layout) -> Layout:
+        """The layout with the head padding this checkpoint was written with."""
+        if not self.is_checkpoint or self.facts["head_multiple"] == wanted.head_multiple:
+            return wanted
+        if wanted.head_multiple != 1:
+            raise CheckpointError(
+                f"{self.path}: was written with layout.head_multiple={self.facts['head_multiple']}, this run asks for {wanted.head_multiple}; leave it out"
+            )
+        return dataclasses.replace(wanted, head_multiple=int(self.facts["head_multiple"]))
+
+    def fill(self, model: Model) -> None:
+        """Load the weights into this rank's built model."""
+        if self.is_checkpoint:
+            checkpoint.load_model(self.path, model)
+        else:
+            load_hf(model, HFFolder(self.path))

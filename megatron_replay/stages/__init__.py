@@ -1,0 +1,1 @@
+"""One file per verb: `run(config) -> ...`. No argument parsing here, no maths."""

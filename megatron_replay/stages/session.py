@@ -1,0 +1,78 @@
+"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the order a user can be wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_replay import ops
+from megatron_replay.config import RunConfig
+from megatron_replay.data.template import Template, load_template
+from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_replay.device import choose, dtype
+from megatron_replay.errors import DataError
+from megatron_replay.models.layout import validate_layout
+from megatron_replay.parallel import world as worlds
+from megatron_replay.parallel.model import Model, build
+from megatron_replay.parallel.source import Source
+from megatron_replay.parallel.world import World
+
+
+@dataclass
+class Session:
+    config: RunConfig
+    source: Source
+    tokenizer: Tokenizer
+    template: Template
+    world: World
+    model: Model
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows: the real vocabulary. Rows beyond it are padding and never take part."""
+        return self.tokenizer.size
+
+    def say(self, text: str) -> None:
+        """Print once, not on every rank."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    @contextmanager
+    def progress(self, total: float, what: str, unit: str) -> Iterator[Progress]:
+        """A progress bar on the main rank's terminal; silent elsewhere. Advance task 0."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[rate]}"))
+        console = Console(stderr=True)
+        bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not (self.world.is_main and console.is_terminal))
+        bar.add_task(what, total=total, rate="")
+        with bar:
+            yield bar
+
+
+@contextmanager
+def session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
+    """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they start."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    source = Source.open(config.model)
+    layout = source.layout(config.layout)
+    validate_layout(source.spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    tokenizer = load_tokenizer(config.tokenizer or source.hf)
+    if tokenizer.size > source.spec.vocab_size:
+        raise DataError(
+            f"{config.tokenizer or source.hf}: the tokenizer knows {tokenizer.size} ids, the model has {source.spec.vocab_size} rows; "
+            "use the model's own tokenizer"
+        )
+    template = load_template(config.data.template, tokenizer)
+    device = choose(config.device)
+    weights_dtype = dtype(config.precision, device)
+    ops.kernels(config.kernels)  # an unknown mode is told before the ranks start
+    torch.manual_seed(config.seed)
+    with worlds.running(layout, device, seed=config.seed) as world:
+        model = build(source.spec, layout, world, weights_dtype, seq_length=seq_length)
+        source.fill(model)
+        yield Session(config, source, tokenizer, template, world, model)

@@ -1,0 +1,159 @@
+"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary cross-entropy at the same positions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_replay.config import RunConfig
+from megatron_replay.data.packing import Stream, share
+from megatron_replay.data.samples import Sample, load_samples
+from megatron_replay.device import launcher_ranks
+from megatron_replay.errors import ConfigError, LayoutError, ReplayError
+from megatron_replay.optim import learning_rate
+from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.losses import full_task, restricted_task, sets_of
+from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
+from megatron_replay.stages.identity import check_store
+from megatron_replay.stages.logs import Logs
+from megatron_replay.stages.session import Session, session
+from megatron_replay.stages.signals import StopRequest
+from megatron_replay.store import CandidateStore
+
+
+def run(config: RunConfig, *, dry_run: bool = False) -> int:
+    """Train and save; returns the exit code (0, or 128 + n when signal n stopped it after saving)."""
+    _check(config)
+    with session(config, seq_length=config.data.seq_length) as active:
+        samples = load_samples(config.data, active.tokenizer, template=active.template)
+        store = check_store(active, config.train.store, samples) if config.train.store else None
+        feed = Feed(active, samples, store)
+        if dry_run:
+            active.say(feed.describe())
+            return 0
+        return _loop(active, feed)
+
+
+def _check(config: RunConfig) -> None:
+    train = config.train
+    if train.loss == "restricted" and not train.store:
+        raise ConfigError("train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)")
+    ranks = (launcher_ranks() or (0, 1, 0))[1]
+    replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
+    if config.batch.total % (config.batch.micro * replicas):
+        raise LayoutError(
+            f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in micro-batches of {config.batch.micro}; "
+            f"make it a multiple of {config.batch.micro * replicas}"
+        )
+
+
+@dataclass
+class Feed:
+    """Step -> this replica's micro-batches; a pure function of the step, so a resumed run needs only the step's number."""
+
+    active: Session
+    samples: list[Sample]
+    store: CandidateStore | None
+
+    def __post_init__(self) -> None:
+        data, batch = self.active.config.data, self.active.config.batch
+        lengths = [len(sample) for sample in self.samples]
+        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total)
+
+    @property
+    def steps(self) -> int:
+        train = self.active.config.train
+        return train.iters or self.stream.num_steps(train.epochs)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        world = self.active.world
+        rows = self.stream.batch(step)
+        mine = [[i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)]
+        # one length for all micro-batches of the step, so that pipeline stages know what they receive
+        length = row_length([sum(len(self.samples[i]) for i in micro) for micro in mine], world.tensor_size)
+        return [self._flatten(micro, length) for micro in mine]
+
+    def _flatten(self, indices: list[int], length: int) -> MicroBatch:
+        chosen = [self.samples[i] for i in indices]
+        stored = [self.store[sample.uid] for sample in chosen] if self.store is not None else None
+        positions = [s.positions for s in (stored or chosen)]
+        notes: dict[str, Any] = {"tokens": sum(map(len, chosen))}
+        if stored is not None and self.active.model.head is not None:
+            notes["sets"] = sets_of(stored, self.active.world.torch_device)
+        return flatten([s.ids for s in chosen], positions, length, self.active.world.torch_device, notes)
+
+    def describe(self) -> str:
+        positions = sum(_count(self.store, sample) for sample in self.samples)
+        rows = len(self.stream.rows(0))
+        return (
+            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an epoch; "
+            f"{self.steps} steps of {self.active.config.batch.total} rows"
+        )
+
+
+def _count(store: CandidateStore | None, sample: Sample) -> int:
+    return len(sample.positions) if store is None else store.num_positions(sample.uid)
+
+
+def _loop(active: Session, feed: Feed) -> int:
+    config = active.config
+    trainer = make_trainer(active.model, config.optimizer)
+    first = 0
+    if config.train.load:
+        first = int(checkpoint.load(Path(config.train.load), trainer)["iteration"])
+        active.say(f"resumed from {config.train.load} at iteration {first}")
+    active.say(feed.describe())
+    task_of = _task(active)
+    logs = Logs(active, feed.steps, tokens_of=lambda batches: sum(b.notes["tokens"] for b in batches))
+    failures = 0
+    with StopRequest(active.world) as stop, logs:
+        for step in range(first, feed.steps):
+            began = time.perf_counter()
+            batches = feed.micro_batches(step)
+            lr = learning_rate(
+                step,
+                peak=config.optimizer.lr,
+                minimum=min(config.schedule.min_lr, config.optimizer.lr),
+                warmup=config.schedule.warmup_iters,
+                total=feed.steps,
+                style=config.schedule.style,
+            )
+            result = trainer.step(batches, task_of, lr)
+            failures = 0 if result.applied else failures + 1
+            logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
+            _stop_if_broken(result, failures, config.train.max_skipped, step + 1)
+            signal = stop.asked()
+            due = config.train.save_interval and (step + 1) % config.train.save_interval == 0
+            if config.train.save and (due or signal or step + 1 == feed.steps):
+                _save(active, trainer, step + 1)
+            if signal:
+                active.say(f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else ""))
+                return 128 + signal
+    return 0
+
+
+def _task(active: Session) -> TaskOf:
+    if active.config.train.loss == "restricted":
+        return restricted_task(active.model, active.config.kernels)
+    return full_task(active.model, active.vocab_size)
+
+
+def _save(active: Session, trainer: Trainer, iteration: int) -> None:
+    root = Path(active.config.train.save)
+    if active.world.is_main:
+        facts = {"head_multiple": active.model.layout.head_multiple, "dtype": str(active.model.dtype).removeprefix("torch.")}
+        checkpoint.write_side_files(root, active.source.hf, facts)
+    checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": active.config.seed})
+    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root}")
+
+
+def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:
+    if failures >= limit:
+        raise ReplayError(
+            f"iteration {iteration}: the gradient was not finite for {failures} steps in a row (norm {result.grad_norm}); "
+            "lower optimizer.lr, or look at the data of these steps; the last checkpoint is intact"
+        )
