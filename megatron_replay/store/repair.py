@@ -1,0 +1,112 @@
+"""Keep what is whole, so that collecting again only adds what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_replay.store import block as blocks
+from megatron_replay.store.files import Damage, Disk, told
+from megatron_replay.store.finish import segment_files
+from megatron_replay.store.format import ALIGN, BLOCK_MAGIC, pack_header, parse_name
+from megatron_replay.store.manifest import MANIFEST, PLAN, Manifest, load, pack
+from megatron_replay.store.segment import Growing, Segment, pack_footer, pack_seal
+
+
+@dataclass
+class Repaired:
+    """What `repair` did: the segments it wrote anew, and how many samples they still hold."""
+
+    rewritten: dict[str, int] = field(default_factory=dict)
+
+
+def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
+    """Rewrite each damaged segment from its whole blocks and make the store unfinished; `collect` then adds the samples that were lost.
+
+    A store without damage is left as it is. Raises StoreError where neither plan nor manifest can be read.
+    """
+    root, disk, done = Path(path), disk or Disk(), Repaired()
+    plan = _plan(root, disk)
+    for file in segment_files(root):
+        if _whole(file, plan):
+            continue
+        growing = _rewrite(Segment(file, plan.rule), disk)
+        done.rewritten[file.name] = growing.stats.samples
+    if done.rewritten or not _agrees(root):
+        with told(root / MANIFEST, "remove"):
+            disk.remove(root / MANIFEST)
+            disk.sync_folder(root)
+    return done
+
+
+def _plan(root: Path, disk: Disk) -> Manifest:
+    try:
+        return load(root / PLAN)
+    except Damage:
+        manifest = load(root / MANIFEST)
+    plan = dataclasses.replace(manifest, state="plan", counts={}, histograms={}, segments=())
+    disk.replace(root / PLAN, pack(plan))
+    return plan
+
+
+def _agrees(root: Path) -> bool:
+    """Is the manifest readable, and is every segment it lists there?"""
+    if not (root / MANIFEST).exists():
+        return True
+    try:
+        manifest = load(root / MANIFEST)
+    except Damage:
+        return False
+    return [entry["name"] for entry in manifest.segments] == [file.name for file in segment_files(root)]
+
+
+def _whole(file: Path, plan: Manifest) -> bool:
+    segment = Segment(file, plan.rule)
+    try:
+        index = segment.seal()[1]
+        for row in index.blocks:
+            segment.block(int(row["offset"]))
+    except Damage:
+        return False
+    return True
+
+
+def salvage(segment: Segment) -> Iterator[blocks.Block]:
+    """Every whole block of a file, whatever is wrong around it; blocks begin at multiples of 64 and prove themselves."""
+    offset = ALIGN
+    while offset + ALIGN <= segment.bytes:
+        size = ALIGN
+        if bytes(segment.view[offset : offset + len(BLOCK_MAGIC)]) == BLOCK_MAGIC:
+            try:
+                part, block = segment.block(offset)
+            except Damage:
+                block = None
+            if block is not None:
+                yield block
+                size = len(part)
+        offset += size
+
+
+def _rewrite(segment: Segment, disk: Disk) -> Growing:
+    schema, growing = segment.rule.schema, Growing(segment.rule)
+    header = pack_header(schema, *parse_name(segment.path))
+    fresh = segment.path.with_name(f".{segment.path.name}.new")
+    with told(fresh, "write"):
+        fd = disk.create(fresh)
+        try:
+            disk.write(fd, header)
+            for block in salvage(segment):
+                part = blocks.encode(block, schema, growing.end)
+                disk.write(fd, part)
+                growing.add(part, block)
+            footer = pack_footer(growing.index())
+            disk.write(fd, footer + pack_seal(header, footer, growing.end))
+            disk.sync(fd)
+        finally:
+            os.close(fd)
+        disk.rename(fresh, segment.path)
+        disk.sync_folder(segment.path.parent)
+    return growing

@@ -1,0 +1,96 @@
+"""What a store holds, counted: kept beside each segment's blocks, so that a store of any size is summed up from its footers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_replay.store.block import GOLD_APPENDED, Block
+from megatron_replay.store.sets import MAX_SET, Array, SampleSets
+
+RHO_EDGES = (0.0, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+"""Bins of the outside mass rho, the last one closed."""
+SIZE_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 97, 129, 161, 193, 257, 513, 1025, 4097, 16385, 65536)
+"""Bins of the set size in the manifest; a segment's footer keeps every size by itself."""
+
+
+@dataclass
+class Stats:
+    """Counts over samples, positions and ids."""
+
+    samples: int = 0
+    positions: int = 0
+    ids: int = 0
+    capped: int = 0
+    """Positions whose set stopped at k_max before reaching tau: at least k_max ids, and rho above 1 - tau (where Corollary 1 fails)."""
+    gold_appended: int = 0
+    sizes: Array = field(default_factory=lambda: np.zeros(2, np.int64))
+    """[largest size + 1]: positions with a set of that size."""
+    rho: Array = field(default_factory=lambda: np.zeros(len(RHO_EDGES) - 1, np.int64))
+
+    def add(self, block: Block, tau: float, k_max: int) -> None:
+        self.samples += len(block.uids)
+        self.positions += len(block.positions)
+        self.ids += len(block.ids)
+        self.capped += int(((block.sizes >= k_max) & (block.outside_mass > np.float32(np.float16(1 - tau)))).sum())
+        self.gold_appended += int((block.flags & GOLD_APPENDED).sum())
+        self.sizes = _sum(self.sizes, np.bincount(block.sizes))
+        self.rho += np.histogram(block.outside_mass, np.array(RHO_EDGES, np.float32))[0]
+
+    def merge(self, other: Stats) -> None:
+        for name in ("samples", "positions", "ids", "capped", "gold_appended"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.sizes = _sum(self.sizes, other.sizes)
+        self.rho += other.rho
+
+    def counts(self) -> dict[str, int]:
+        return {"samples": self.samples, "positions": self.positions, "ids": self.ids}
+
+    def summary(self) -> dict[str, Any]:
+        """Histograms and shares as the manifest has them; shares are of positions."""
+        share = (lambda n: n / self.positions) if self.positions else (lambda n: 0.0)
+        return {
+            "set_size": {"edges": list(SIZE_EDGES), "counts": self._binned()},
+            "set_size_mean": share(self.ids),
+            "set_size_median": self._median(),
+            "set_size_max": int(np.flatnonzero(self.sizes).max(initial=0)),
+            "rho": {"edges": list(RHO_EDGES), "counts": self.rho.tolist()},
+            "capped_share": share(self.capped),
+            "gold_appended_share": share(self.gold_appended),
+            "size_one_share": share(int(self.sizes[1])),
+        }
+
+    def _binned(self) -> list[int]:
+        whole = _sum(np.zeros(MAX_SET + 1, np.int64), self.sizes)
+        return [int(n) for n in np.add.reduceat(whole, SIZE_EDGES[:-1])]
+
+    def _median(self) -> int:
+        """The lower median."""
+        return int(np.searchsorted(self.sizes.cumsum(), (self.positions + 1) // 2)) if self.positions else 0
+
+
+def _sum(a: Array, b: Array) -> Array:
+    """Two arrays of counts, the shorter one as if it went on with zeros."""
+    total, less = (a.copy(), b) if len(a) >= len(b) else (b.copy(), a)
+    total[: len(less)] += less
+    return total
+
+
+def gold_appended(sets: SampleSets, tau: float, k_max: int) -> Array:
+    """[P] bool: was the gold token added to a set that did not have it?
+
+    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the others reach tau
+    without it (arXiv 2510.09152 section 2). Without logits a smaller set cannot say, and counts as no.
+    """
+    sizes = sets.sizes()
+    full = sizes > k_max
+    if sets.logits is None or not len(sets.ids):
+        return full
+    mass = np.exp(sets.logits.astype(np.float64) - np.repeat(sets.lse.astype(np.float64), sizes))
+    starts = sets.offsets[:-1]
+    gold = mass[starts + sets.gold_slot]
+    last = gold <= np.minimum.reduceat(mass, starts)
+    appended: Array = full | (last & (sizes > 1) & (np.add.reduceat(mass, starts) - gold >= tau))
+    return appended
