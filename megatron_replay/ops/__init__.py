@@ -1,0 +1,27 @@
+"""The maths of the method on plain tensors: candidate sets, the restricted loss, the full loss it is compared with, positions."""
+
+from megatron_replay.ops.full import linear_cross_entropy, target_logprobs
+from megatron_replay.ops.library import kernels, live
+from megatron_replay.ops.positions import BucketRule, bucket_counts, bucket_edges, position_uniform, select_positions
+from megatron_replay.ops.restricted import restricted_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops.sets import CandidateSets, LocalSets
+from megatron_replay.ops.shard import VocabShard
+from megatron_replay.ops.topk import dynamic_topk
+
+__all__ = [
+    "BucketRule",
+    "CandidateSets",
+    "LocalSets",
+    "VocabShard",
+    "bucket_counts",
+    "bucket_edges",
+    "dynamic_topk",
+    "kernels",
+    "linear_cross_entropy",
+    "live",
+    "position_uniform",
+    "restricted_cross_entropy",
+    "restricted_linear_cross_entropy",
+    "select_positions",
+    "target_logprobs",
+]

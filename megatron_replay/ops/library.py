@@ -1,0 +1,120 @@
+"""Operator schemas: the one place where a compiled kernel and its plain-torch twin meet.
+
+Importing this module registers the schemas under `torch.ops.megatron_replay`, once: the only import of the package with an effect.
+Plain torch serves every device (CompositeExplicitAutograd); a compiled kernel registered for a device key (CPU, CUDA, PrivateUse1)
+under the same schema takes precedence there. Collectives stay in Python between the operators, so kernels never communicate.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.ops.shard import accumulator
+
+NAMESPACE = "megatron_replay"
+
+SCHEMAS = {
+    "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold) -> (Tensor, Tensor)",
+    "restricted_bwd_dh": "(Tensor weight, Tensor offsets, Tensor columns, Tensor coefficient) -> Tensor",
+    "restricted_bwd_dw": "(Tensor hidden, Tensor offsets, Tensor columns, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
+    "topk_rows": "(Tensor logits, int k) -> (Tensor, Tensor, Tensor)",
+}
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operators to call: compiled where a kernel is registered for the tensors' device, or always plain torch."""
+
+    restricted_fwd: Callable[..., tuple[Tensor, Tensor]]
+    restricted_bwd_dh: Callable[..., Tensor]
+    restricted_bwd_dw: Callable[..., None]
+    topk_rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def kernels(mode: str = "auto") -> Kernels:
+    """`auto`: through the dispatcher, which prefers a compiled kernel; `reference`: plain torch. Raises ConfigError for another mode."""
+    if mode == "auto":
+        return Kernels(**{name: getattr(torch.ops.megatron_replay, name) for name in SCHEMAS})
+    if mode == "reference":
+        return Kernels(**{name: getattr(plain, name) for name in SCHEMAS})
+    near = difflib.get_close_matches(mode, ["auto", "reference"], n=1)
+    raise ConfigError(f"unknown kernels {mode!r}; {f'did you mean {near[0]!r}?' if near else 'choose auto or reference'}")
+
+
+def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
+    """Which kernel answers on tensors of a device type, for each operator: "compiled" or "reference"."""
+    kernels(mode)
+    key = _DISPATCH_KEYS.get(device_type)
+
+    def answer(name: str) -> str:
+        compiled = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+        return "compiled" if compiled and mode == "auto" else "reference"
+
+    return {name: answer(name) for name in SCHEMAS}
+
+
+def _fake_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    z = hidden.new_empty(columns.shape[0], dtype=accumulator(hidden.dtype))
+    return z, z.new_empty(3, gold.shape[0])
+
+
+def _fake_dh(weight: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> Tensor:
+    return coefficient.new_empty(offsets.shape[0] - 1, weight.shape[1])
+
+
+def _fake_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+    return None
+
+
+def _fake_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, kept = logits.shape[0], min(k, logits.shape[1])
+    values = logits.new_empty(n, kept, dtype=accumulator(logits.dtype))
+    return values, logits.new_empty(n, kept, dtype=torch.int64), logits.new_empty(n, dtype=torch.float64)
+
+
+def _register() -> Any:
+    """Define what is not defined yet: a compiled extension or a reload of this module may have been here before."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    fakes: dict[str, Callable[..., Any]] = {
+        "restricted_fwd": _fake_fwd,
+        "restricted_bwd_dh": _fake_dh,
+        "restricted_bwd_dw": _fake_dw,
+        "topk_rows": _fake_topk,
+    }
+    for name, schema in SCHEMAS.items():
+        qualified = f"{NAMESPACE}::{name}"
+        if not hasattr(torch.ops.megatron_replay, name):
+            library.define(name + schema)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd"):
+            library.impl(name, getattr(plain, name), "CompositeExplicitAutograd")
+            torch.library.register_fake(qualified, fakes[name], lib=library)
+    return library
+
+
+def _load() -> str:
+    """Load the compiled kernels, which register themselves; says why not where they cannot be had."""
+    try:
+        importlib.import_module("megatron_replay.ops._C")
+    except ModuleNotFoundError:
+        return "not built"
+    except ImportError as err:  # built for another torch
+        return f"cannot be loaded: {err}"
+    return "loaded"
+
+
+LIBRARY = globals().get("LIBRARY") or _register()
+"""Kept alive: the registrations last as long as this object."""
+
+EXTENSION = _load()
+"""What became of the compiled kernels: "loaded", "not built", or "cannot be loaded: ..."."""

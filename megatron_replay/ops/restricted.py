@@ -1,0 +1,129 @@
+"""Stage 1: cross-entropy renormalised over each position's candidate set (arXiv 2510.09152, section 2).
+
+L_t = logsumexp_{j in S_t} z_tj - z_t,gold with z_tj = h_t . W_j for j in S_t only; the gradient in z is p~ - y on S_t and 0 elsewhere.
+N positions, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_replay.errors import DataError
+from megatron_replay.ops.library import Kernels
+from megatron_replay.ops.library import kernels as choose
+from megatron_replay.ops.sets import CandidateSets, LocalSets
+from megatron_replay.ops.shard import VocabShard, accumulator, shard_of
+from megatron_replay.ops.torch_kernels import row_of, set_stats
+
+
+def restricted_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    sets: CandidateSets,
+    shard: VocabShard | None = None,
+    *,
+    main_grad: Tensor | None = None,
+    kernels: str = "auto",
+) -> Tensor:
+    """The restricted loss of each position, [N], without ever building [N, V] logits; differentiable in `hidden` and `weight`.
+
+    Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two collectives run in the forward pass and none in the backward:
+    the gradient of `hidden` is this rank's part, and the sum over the group is the whole. Wrap `hidden` in the copy-to-tensor-parallel
+    region of the framework, whose backward does that sum.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H], the vocabulary rows shard.start..shard.stop.
+        sets: N candidate sets, the same on every rank.
+        main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for `weight`.
+        kernels: "auto" or "reference".
+
+    Raises:
+        DataError: N differs between `hidden` and `sets`, or an id is outside a vocabulary that is whole here.
+        LayoutError: the shard is not as wide as `weight`.
+    """
+    shard = shard_of(weight.shape[0], shard)
+    sets = _matched(sets, hidden)
+    loss: Tensor = _RestrictedLinear.apply(hidden, weight, sets.local(shard), shard, main_grad, choose(kernels))
+    return loss
+
+
+def restricted_cross_entropy(logits: Tensor, sets: CandidateSets, shard: VocabShard | None = None) -> Tensor:
+    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head."""
+    shard = shard_of(logits.shape[1], shard)
+    sets = _matched(sets, logits)
+    loss: Tensor = _RestrictedLogits.apply(logits, sets.local(shard), shard)
+    return loss
+
+
+class _RestrictedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, here: LocalSets, shard: VocabShard, main_grad: Tensor | None, ops: Kernels
+    ) -> Tensor:
+        z, stats = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold)
+        loss, peak, total = _combine(stats, shard)
+        ctx.save_for_backward(hidden, weight, here.offsets, here.columns, here.gold, z, peak, total)
+        ctx.ops, ctx.main_grad = ops, main_grad
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, offsets, columns, gold, z, peak, total = ctx.saved_tensors
+        coefficient = _coefficient(z, offsets, gold, peak, total, grad)
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = ctx.ops.restricted_bwd_dh(weight, offsets, columns, coefficient).to(hidden.dtype)
+        if ctx.main_grad is not None:
+            ctx.ops.restricted_bwd_dw(hidden, offsets, columns, coefficient, ctx.main_grad)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            ctx.ops.restricted_bwd_dw(hidden, offsets, columns, coefficient, grad_weight)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _RestrictedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard) -> Tensor:
+        rows, columns = row_of(here.offsets, here.columns.shape[0]), here.columns.long()
+        z = logits[rows, columns].to(accumulator(logits.dtype))
+        loss, peak, total = _combine(set_stats(z, here.offsets, here.gold), shard)
+        ctx.save_for_backward(rows, columns, here.offsets, here.gold, z, peak, total)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, offsets, gold, z, peak, total = ctx.saved_tensors
+        coefficient = _coefficient(z, offsets, gold, peak, total, grad)
+        grad_logits = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        grad_logits[rows, columns] = coefficient.to(ctx.dtype)
+        return grad_logits, None, None
+
+
+def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Local (max, sum exp, gold logit) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives: MAX, then one SUM."""
+    top, total, gold = stats
+    peak = shard.max_(top.clone())
+    total, gold = shard.sum_(torch.stack([total * (top - peak).exp(), gold]))
+    return total.log() + (peak - gold), peak, total
+
+
+def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+    """dL/dz of the candidates here, [m]: (p~ - y) times the gradient of each position's loss."""
+    rows = row_of(offsets, z.shape[0])
+    out = (z - peak[rows]).exp_().div_(total[rows])
+    out[gold[gold >= 0]] -= 1
+    return out.mul_(grad[rows])
+
+
+def _matched(sets: CandidateSets, rows: Tensor) -> CandidateSets:
+    if sets.num_positions != rows.shape[0]:
+        raise DataError(f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only")
+    return sets if sets.ids.device == rows.device else sets.to(rows.device)

@@ -1,0 +1,148 @@
+"""Candidate sets: for each position the few ids that the restricted loss looks at, as one ragged table (N positions, nnz ids in all)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import DataError
+from megatron_replay.ops.shard import VocabShard
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSets:
+    """The part of candidate sets that one vocabulary shard holds: what the kernels see (m ids of this shard)."""
+
+    offsets: Tensor
+    """[N+1] int64: position t owns columns[offsets[t]:offsets[t+1]]."""
+    columns: Tensor
+    """[m] int32: row of this rank's weight."""
+    gold: Tensor
+    """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
+    index: Tensor
+    """[m] int64: where in the whole table each column comes from."""
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateSets:
+    """Ids kept per position, the gold one among them, and what was left out. The same on every rank."""
+
+    offsets: Tensor
+    """[N+1] int64: position t owns ids[offsets[t]:offsets[t+1]]."""
+    ids: Tensor
+    """[nnz] int32, ascending within a position."""
+    gold_slot: Tensor
+    """[N] int32: index of the gold id within the position's set."""
+    logits: Tensor | None
+    """[nnz] float32: the base model's logits of the ids, where they were kept."""
+    lse: Tensor
+    """[N] float32: log-sum-exp of the base model over the real vocabulary."""
+    outside_mass: Tensor
+    """[N] float32: rho, the base model's probability outside the set."""
+
+    @classmethod
+    def from_arrays(
+        cls, offsets: Any, ids: Any, gold_slot: Any, logits: Any = None, lse: Any = None, outside_mass: Any = None
+    ) -> CandidateSets:
+        """From numpy arrays, tensors or lists of any integer or float type; `lse` and `outside_mass` default to 0."""
+        slots = torch.as_tensor(gold_slot).to(torch.int32)
+        zeros = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
+
+        def floats(values: Any) -> Tensor:
+            return zeros if values is None else torch.as_tensor(values).to(torch.float32)
+
+        kept = None if logits is None else floats(logits)
+        return cls(
+            torch.as_tensor(offsets).to(torch.int64), torch.as_tensor(ids).to(torch.int32), slots, kept, floats(lse), floats(outside_mass)
+        )
+
+    @classmethod
+    def from_lists(cls, ids: Sequence[Sequence[int]], gold: Sequence[int]) -> CandidateSets:
+        """From one list of ids per position, in any order, and the gold id of each. Raises DataError when a gold id is not in its set."""
+        if len(ids) != len(gold):
+            raise DataError(f"{len(ids)} candidate sets but {len(gold)} gold ids")
+        rows = [sorted(set(row)) for row in ids]
+        for at, (row, target) in enumerate(zip(rows, gold, strict=True)):
+            if target not in row:
+                raise DataError(f"position {at}: the gold id {target} is not among its candidates; add it")
+        lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
+        flat = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+        return cls.from_arrays(
+            lengths.cumsum(0), flat, torch.tensor([r.index(g) for r, g in zip(rows, gold, strict=True)], dtype=torch.int32)
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[CandidateSets]) -> CandidateSets:
+        """The positions of all parts in order; logits are kept when every part has them."""
+        if not parts:
+            return cls.from_arrays([0], torch.empty(0), torch.empty(0))
+        sizes = torch.cat([p.sizes() for p in parts])
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        logits = [p.logits for p in parts if p.logits is not None]
+        return cls(
+            offsets,
+            torch.cat([p.ids for p in parts]),
+            torch.cat([p.gold_slot for p in parts]),
+            torch.cat(logits) if len(logits) == len(parts) else None,
+            torch.cat([p.lse for p in parts]),
+            torch.cat([p.outside_mass for p in parts]),
+        )
+
+    @property
+    def num_positions(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def sizes(self) -> Tensor:
+        """[N] int64: ids in each set."""
+        return self.offsets.diff()
+
+    def gold(self) -> Tensor:
+        """[N] int64: the gold ids."""
+        return self.ids[self.offsets[:-1] + self.gold_slot].long()
+
+    def to(self, device: torch.device | str) -> CandidateSets:
+        logits = None if self.logits is None else self.logits.to(device)
+        offsets, ids, gold_slot = (t.to(device) for t in (self.offsets, self.ids, self.gold_slot))
+        return CandidateSets(offsets, ids, gold_slot, logits, self.lse.to(device), self.outside_mass.to(device))
+
+    def check(self, vocab: int) -> CandidateSets:
+        """Raise DataError at the first broken rule (shapes, offsets, order, range below `vocab`, gold slot); returns itself."""
+        n, nnz = self.num_positions, self.ids.shape[0]
+        for name, size in (("gold_slot", n), ("lse", n), ("outside_mass", n), ("logits", nnz)):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != (size,):
+                raise DataError(f"candidate sets: {name} has shape {tuple(tensor.shape)}, but there are {n} positions and {nnz} ids")
+        sizes = self.sizes()
+        if n < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != nnz or bool((sizes < 0).any()):
+            raise DataError(f"candidate sets: offsets must rise from 0 to the {nnz} ids")
+        _refuse((sizes < 1), "position {at} has no ids; a set holds at least its gold id")
+        _refuse((self.gold_slot < 0) | (self.gold_slot >= sizes), "gold_slot of position {at} lies outside its set")
+        row = torch.repeat_interleave(sizes)
+        wrong = (self.ids < 0) | (self.ids >= vocab)
+        _refuse(wrong, f"entry {{at}} is not an id of a vocabulary of {vocab}; is this another tokenizer's store?")
+        _refuse((self.ids.diff() <= 0) & (row.diff() == 0), "ids after entry {at} do not ascend within their position")
+        return self
+
+    def local(self, shard: VocabShard) -> LocalSets:
+        """The ids in `shard`, as columns of its weight.
+
+        Raises DataError for an id outside a shard that is the whole vocabulary.
+        """
+        mine = (self.ids >= shard.start) & (self.ids < shard.stop)
+        index = mine.nonzero()[:, 0]
+        if shard.is_whole and index.shape[0] != self.ids.shape[0]:
+            bad = int(self.ids[~mine][0])
+            raise DataError(f"candidate id {bad} lies outside the vocabulary rows {shard.start}..{shard.stop} of the model")
+        before = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.cumsum(0)])
+        at = self.offsets[:-1] + self.gold_slot
+        gold = torch.where(mine[at], before[at], -1)
+        return LocalSets(before[self.offsets], self.ids[index] - shard.start, gold, index)
+
+
+def _refuse(bad: Tensor, message: str) -> None:
+    if bool(bad.any()):
+        raise DataError("candidate sets: " + message.format(at=int(bad.nonzero()[0, 0])))

@@ -1,0 +1,167 @@
+"""Stage 0: the candidate set of each position, exact and the same for every layout (arXiv 2510.09152, section 2).
+
+N positions, V vocabulary rows here, R ranks that share the vocabulary, K candidates looked at per position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.ops.library import kernels as choose
+from megatron_replay.ops.sets import CandidateSets
+from megatron_replay.ops.shard import VocabShard, num_real, shard_of
+
+SLACK = 1e-12
+"""A cumulative probability this close below tau (relative) counts as tau.
+
+Sums in float64 differ by 1e-15 between layouts. Without slack, logits that put a cumulative probability exactly at tau (equal ones do)
+would be cut differently by one rank and by four. For the same reason an outside mass below this is 0.
+"""
+
+NOBODY = torch.iinfo(torch.int32).max
+"""Id of an empty slot; sorts behind every id."""
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """The most probable ids of each position and what normalises them, the same on every rank."""
+
+    values: Tensor
+    """[N, K] logits, descending; ties by id ascending."""
+    ids: Tensor
+    """[N, K] int32."""
+    lse: Tensor
+    """[N] float64, over the whole real vocabulary."""
+    gold: Tensor
+    """[N] the gold id's logit."""
+
+
+def dynamic_topk(
+    logits: Tensor,
+    gold: Tensor,
+    tau: float = 0.95,
+    k_max: int = 200,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    *,
+    min_set_size: int = 1,
+    keep_logits: bool = False,
+    kernels: str = "auto",
+) -> CandidateSets:
+    """The fewest most probable ids whose probability reaches `tau`, at most `k_max` of them, and the gold id.
+
+    Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau, and
+    K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids.
+    An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
+    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets.
+
+    Args:
+        logits: [N, V] floating, the columns shard.start..shard.stop of the vocabulary.
+        gold: [N] integer, global ids.
+        vocab_size: ids from here on are padding rows and never enter a set, nor the softmax.
+        shard: the part of the vocabulary in `logits`; None: all of it.
+        min_set_size: keep at least so many of the most probable; a set of one has no gradient.
+        keep_logits: also return the logits of the kept ids.
+        kernels: "auto" or "reference".
+
+    Raises:
+        ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max.
+        DataError: NaN or +inf logits, a row without a finite logit, or a gold id outside the vocabulary; it names the row, on every rank.
+    """
+    _check_rule(logits, gold, tau, k_max, min_set_size)
+    shard = shard_of(logits.shape[1], shard)
+    ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], gold, k_max, shard, kernels)
+    count = _num_kept(ranked, tau, min_set_size)
+    return _cut(ranked, count, gold.to(torch.int32), keep_logits)
+
+
+def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_size: int) -> None:
+    if not 0 < tau <= 1:
+        raise ConfigError(f"tau is a probability mass in (0, 1], got {tau}")
+    if k_max < 1:
+        raise ConfigError(f"k_max must be at least 1, got {k_max}")
+    if not 1 <= min_set_size <= k_max:
+        raise ConfigError(f"min_set_size must lie in 1..k_max ({k_max}), got {min_set_size}")
+    if gold.shape != logits.shape[:1]:
+        raise DataError(f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+
+
+def _rank(logits: Tensor, gold: Tensor, k_max: int, shard: VocabShard, kernels: str) -> _Ranked:
+    """Local top k_max and log-sum-exp, one gather, merge: each member of the whole top k_max is in its own shard's top k_max."""
+    values, columns, lse = choose(kernels).topk_rows(logits, k_max)
+    ids = (columns + shard.start).to(torch.int32)
+    if not shard.is_whole:
+        room = (0, k_max - values.shape[1])
+        values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
+    slot = gold - shard.start
+    mine = (slot >= 0) & (slot < logits.shape[1])
+    if logits.shape[1]:
+        here = logits.gather(1, slot.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(values.dtype)
+        gold_logit = torch.where(mine, here, 0.0)
+    else:
+        gold_logit = values.new_zeros(gold.shape)
+    values, ids, lse, gold_logit, mine = shard.gather(values, ids, lse, gold_logit, mine.to(torch.int32))
+    lse = torch.logsumexp(lse, 0)
+    _check_rows(lse, gold, mine.sum(0))
+    values, ids = _merge(values, ids, k_max)
+    return _Ranked(values, ids, lse, gold_logit.sum(0))
+
+
+def _check_rows(lse: Tensor, gold: Tensor, holders: Tensor) -> None:
+    unusable = ~lse.isfinite()
+    if bool(unusable.any()):
+        row = int(unusable.nonzero()[0, 0])
+        what = "no finite value" if float(lse[row]) == -torch.inf else "NaN or +inf"
+        raise DataError(f"row {row} of the logits holds {what}; the model or its input is broken there")
+    if bool((holders != 1).any()):
+        row = int((holders != 1).nonzero()[0, 0])
+        raise DataError(f"gold id {int(gold[row])} of row {row} is held by {int(holders[row])} ranks; is it an id of this vocabulary?")
+
+
+def _merge(values: Tensor, ids: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
+    """[R, N, K] of each rank -> the first k_max of all, [N, K']."""
+    if values.shape[0] == 1:
+        return values[0], ids[0]
+    values, ids = (t.transpose(0, 1).flatten(1) for t in (values, ids))
+    ids, by_id = ids.sort(1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values[:, :k_max], ids.gather(1, by_value)[:, :k_max]
+
+
+def _num_kept(ranked: _Ranked, tau: float, min_set_size: int) -> Tensor:
+    """[N] how many of the ranked ids to keep; K* is one more than the prefixes that stay below tau."""
+    usable = (ranked.values > -torch.inf).sum(1)
+    if tau == 1:
+        return usable
+    reached = _probability(ranked.values, ranked.lse[:, None]).cumsum(1)
+    fewest = (reached < tau * (1 - SLACK)).sum(1) + 1
+    return fewest.clamp(min=min_set_size).minimum(usable)
+
+
+def _cut(ranked: _Ranked, count: Tensor, gold: Tensor, keep_logits: bool) -> CandidateSets:
+    kept = torch.arange(ranked.ids.shape[1], device=count.device) < count[:, None]
+    missing = ~(kept & (ranked.ids == gold[:, None])).any(1)
+    kept = torch.cat([kept, missing[:, None]], 1)
+    ids = torch.cat([ranked.ids, gold[:, None]], 1).masked_fill(~kept, NOBODY)
+    values = torch.cat([ranked.values, ranked.gold[:, None]], 1)
+    outside = 1 - _probability(values, ranked.lse[:, None]).masked_fill(~kept, 0.0).sum(1)
+    ids, order = ids.sort(1)
+    taken = ids != NOBODY
+    sizes = taken.sum(1)
+    return CandidateSets(
+        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        ids=ids[taken],
+        gold_slot=(ids < gold[:, None]).sum(1).to(torch.int32),
+        logits=values.gather(1, order)[taken].float() if keep_logits else None,
+        lse=ranked.lse.float(),
+        outside_mass=outside.masked_fill(outside < SLACK, 0.0).float(),
+    )
+
+
+def _probability(logits: Tensor, lse: Tensor) -> Tensor:
+    return (logits.double() - lse).exp_()

@@ -1,0 +1,162 @@
+"""The operators in plain torch: right on every device, and what a compiled kernel must equal.
+
+N positions, H hidden, V vocabulary rows here, m candidate ids here. Ragged tables are `offsets [N+1] int64`, `columns [m] int32`.
+The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two sparse products backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from megatron_replay.ops.shard import accumulator, rows_within
+
+EMPTY = -3e38
+"""Maximum of no candidates: finite, so that a rank without one adds exp(EMPTY - max) = 0 instead of a NaN."""
+
+GATHER_BYTES = 64 << 20
+"""Gathered weight rows never take more memory than this."""
+
+BLOCKS = (32, 4)
+"""Widths of the blocks that `topk_rows` looks at before single columns; measured."""
+
+_ROWS = 32
+_LSE_ROWS = 2  # float64 copies of two rows of 50k to 150k columns stay in a core's cache
+
+
+def restricted_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the candidates here, z [m], and their (max, sum exp(z - max), gold logit) per position, stats [3, N].
+
+    hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1. A position without candidates here has (-3e38, 0, 0).
+    """
+    z = sampled_product(hidden, weight, offsets, columns)
+    return z, set_stats(z, offsets, gold)
+
+
+def restricted_bwd_dh(weight: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> Tensor:
+    """dH[t] = sum over the candidates j of t of coefficient_tj W[j], [N, H] in the coefficient's dtype."""
+    if _has_bag(weight):
+        return embedding_bag(
+            columns, weight, offsets.to(columns.dtype), mode="sum", per_sample_weights=coefficient, include_last_offset=True
+        )
+    rows = row_of(offsets, columns.shape[0])
+    out = coefficient.new_zeros(offsets.shape[0] - 1, weight.shape[1])
+    for part in _parts(columns.shape[0], 2 * weight.shape[1] * coefficient.element_size()):
+        out.index_add_(0, rows[part], weight[columns[part]].to(out.dtype) * coefficient[part, None])
+    return out
+
+
+def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+    """grad_weight[j] += sum over the positions t that have j of coefficient_tj hidden[t]; each touched row is added to once.
+
+    The order of the sum is that of the positions, whatever the number of threads.
+    """
+    order = torch.sort(columns, stable=True).indices
+    touched, counts = torch.unique_consecutive(columns[order], return_counts=True)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    tokens, coefficient, source = row_of(offsets, columns.shape[0])[order], coefficient[order], hidden.to(coefficient.dtype)
+    for part in _parts(touched.shape[0], 2 * hidden.shape[1] * coefficient.element_size()):
+        first, last = int(ends[part.start]), int(ends[part.stop])
+        starts = ends[part.start : part.stop] - first
+        rows = embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=coefficient[first:last])
+        grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
+
+
+def sampled_product(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """z = hidden[t] . weight[j] for every candidate j of every position t: [m], summed in float32 (float64 for float64)."""
+    rows = row_of(offsets, columns.shape[0])
+    if _has_bag(weight) and columns.shape[0]:
+        # the gradient of embedding_bag in its sample weights is exactly this product, and gathers nothing
+        kind = columns.dtype
+        product: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            hidden, weight, columns, offsets[:-1].to(kind), rows.to(kind), 0
+        )
+        return product
+    out = hidden.new_empty(columns.shape[0], dtype=accumulator(hidden.dtype))
+    for part in _parts(columns.shape[0], 3 * weight.shape[1] * out.element_size()):
+        out[part] = (weight[columns[part]].to(out.dtype) * hidden[rows[part]].to(out.dtype)).sum(1)
+    return out
+
+
+def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
+    """(max, sum exp(z - max), gold logit) of each position: [3, N]."""
+    if not z.shape[0]:
+        return torch.stack([z.new_full(gold.shape, EMPTY), z.new_zeros(gold.shape), z.new_zeros(gold.shape)])
+    top = torch.segment_reduce(z, "max", offsets=offsets, initial=EMPTY)
+    total = torch.segment_reduce((z - top[row_of(offsets, z.shape[0])]).exp_(), "sum", offsets=offsets, initial=0.0)
+    return torch.stack([top, total, torch.where(gold >= 0, z[gold.clamp(min=0)], 0.0)])
+
+
+def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of each row by (value descending, column ascending), and the log-sum-exp of the row in float64.
+
+    logits [N, C] -> values [N, k'] float32 (float64 for float64), columns [N, k'] int64, lse [N] float64, with k' = min(k, C).
+    A row with NaN or +inf has a NaN lse; a row of -inf only has -inf.
+    """
+    n, width = logits.shape
+    kind, k = accumulator(logits.dtype), min(k, width)
+    if not n or not width:
+        return (
+            logits.new_empty(n, k, dtype=kind),
+            logits.new_empty(n, k, dtype=torch.int64),
+            logits.new_full((n,), -torch.inf, dtype=torch.float64),
+        )
+    picked = []
+    for start in range(0, n, _ROWS):
+        rows = logits[start : start + _ROWS].to(kind)
+        columns = _first(pad(rows, (0, -width % BLOCKS[0]), value=-torch.inf).contiguous(), k, BLOCKS)
+        picked.append((rows.gather(1, columns), columns, _lse(rows)))
+    values, columns, lse = (torch.cat(parts) for parts in zip(*picked, strict=True))
+    return values, columns, lse
+
+
+def _first(rows: Tensor, k: int, widths: tuple[int, ...]) -> Tensor:
+    """Columns of the k largest, [n, k], by (value descending, column ascending).
+
+    The k largest columns lie in the k largest blocks, blocks ordered by (their maximum descending, block ascending): were one in another
+    block, each of the k blocks would hold a column before it. So blocks first, then narrower blocks within the chosen, then columns.
+    """
+    if not widths:
+        return _ordered(rows, k)
+    n, width = rows.shape[0], widths[0]
+    blocks = rows.shape[1] // width
+    if blocks <= k:
+        return _first(rows, k, widths[1:])
+    chosen = _ordered(rows.view(n, blocks, width).amax(2), k).sort(1).values
+    flat = chosen + torch.arange(0, n * blocks, blocks, device=rows.device)[:, None]
+    inside = _first(rows.view(n * blocks, width).index_select(0, flat.view(-1)).view(n, k * width), k, widths[1:])
+    return chosen.gather(1, inside // width) * width + inside % width
+
+
+def _ordered(rows: Tensor, k: int) -> Tensor:
+    """As `_first`, without blocks. torch.topk promises no order of equal values, so it is given keys that are never equal."""
+    if rows.dtype == torch.float64:
+        return rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    bits = (rows + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # float order as integer order
+    keys = ascending.long().bitwise_left_shift_(32).sub_(torch.arange(rows.shape[1], device=rows.device))
+    return keys.topk(k).indices
+
+
+def _lse(rows: Tensor) -> Tensor:
+    parts = []
+    for some in rows.split(_LSE_ROWS):
+        top = some.amax(1, keepdim=True).clamp_(min=torch.finfo(some.dtype).min).double()
+        parts.append((some.double() - top).exp_().sum(1).log_() + top[:, 0])
+    return torch.cat(parts)
+
+
+def row_of(offsets: Tensor, count: int) -> Tensor:
+    """[m] int64: the position of each entry of a ragged table."""
+    return torch.repeat_interleave(offsets.diff(), output_size=count)
+
+
+def _has_bag(weight: Tensor) -> bool:
+    # torch has no sampled product of bfloat16 rows, and embedding_bag would sum them in bfloat16
+    return weight.dtype in (torch.float32, torch.float64) and weight.device.type in ("cpu", "cuda")
+
+
+def _parts(count: int, row_bytes: int) -> list[slice]:
+    step = rows_within(GATHER_BYTES, row_bytes)
+    return [slice(i, min(i + step, count)) for i in range(0, count, step)]

@@ -1,0 +1,195 @@
+"""The restricted loss against autograd in float64: identities, degenerate sets, dtypes, bounded memory, and the operators' schemas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megatron_replay.errors import ConfigError, DataError, LayoutError
+from megatron_replay.ops import (
+    CandidateSets,
+    VocabShard,
+    dynamic_topk,
+    kernels,
+    live,
+    restricted_cross_entropy,
+    restricted_linear_cross_entropy,
+    torch_kernels,
+)
+from megatron_replay.ops.library import SCHEMAS
+from megatron_replay.ops.reference import outside_mass, restricted_loss
+
+
+def problem(n: int, v: int, h: int, seed: int = 0, tau: float = 0.9, k_max: int = 12) -> tuple[Tensor, Tensor, CandidateSets]:
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(n, h, generator=g, dtype=torch.float64), torch.randn(v, h, generator=g, dtype=torch.float64)
+    sets = dynamic_topk(hidden @ weight.t(), torch.randint(v, (n,), generator=g), tau, k_max)
+    drift = torch.randn(v, h, generator=g, dtype=torch.float64) * 0.1  # the model has moved since Stage 0
+    return hidden.requires_grad_(), (weight + drift).requires_grad_(), sets
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 6), st.integers(1, 60), st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
+def test_loss_and_gradients_are_those_of_autograd(n: int, v: int, h: int, k_max: int, seed: int) -> None:
+    hidden, weight, sets = problem(n, v, h, seed, k_max=k_max)
+    scale = torch.arange(1.0, n + 1, dtype=torch.float64)
+    truth = restricted_loss(hidden @ weight.t(), sets)
+    wanted = torch.autograd.grad((truth * scale).sum(), (hidden, weight))
+    for loss in (restricted_linear_cross_entropy(hidden, weight, sets), restricted_cross_entropy(hidden @ weight.t(), sets)):
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, truth, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad((loss * scale).sum(), (hidden, weight)), wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, sets = problem(4, 15, 3)
+    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, sets), (hidden, weight))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, sets), (logits,))
+
+
+def test_the_gradient_error_is_twice_the_outside_mass() -> None:
+    """Proposition 1: the L1 distance between the restricted and the full gradient in the logits is 2 rho."""
+    g = torch.Generator().manual_seed(3)
+    logits = (torch.randn(20, 300, generator=g, dtype=torch.float64) * 2).requires_grad_()
+    gold = torch.randint(300, (20,), generator=g)
+    sets = dynamic_topk(logits, gold, tau=0.8, k_max=60)
+    (ours,) = torch.autograd.grad(restricted_cross_entropy(logits, sets).sum(), logits)
+    (full,) = torch.autograd.grad(cross_entropy(logits, gold, reduction="sum"), logits)
+    rho = outside_mass(logits.detach(), sets)
+    assert rho.min() > 0.01
+    torch.testing.assert_close((ours - full).abs().sum(1), 2 * rho, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(sets.outside_mass.double(), rho, atol=1e-7, rtol=0)
+
+
+def test_the_whole_vocabulary_is_ordinary_cross_entropy() -> None:
+    hidden, weight, _ = problem(5, 33, 4)
+    gold = torch.tensor([0, 32, 7, 7, 1])
+    sets = CandidateSets.from_lists([range(33)] * 5, gold.tolist())
+    truth = cross_entropy(hidden @ weight.t(), gold, reduction="none")
+    torch.testing.assert_close(restricted_linear_cross_entropy(hidden, weight, sets), truth, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(restricted_cross_entropy(hidden @ weight.t(), sets), truth, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
+    hidden, weight = (torch.randn(s, 5).mul_(30).to(dtype).requires_grad_() for s in (3, 20))
+    loss = restricted_linear_cross_entropy(hidden, weight, CandidateSets.from_lists([[4], [19], [0]], [4, 19, 0]))
+    loss.sum().backward()
+    for tensor in (loss, hidden.grad, weight.grad):
+        assert tensor is not None
+        assert not tensor.detach().any()
+
+
+def test_a_rank_without_a_candidate_adds_nothing() -> None:
+    hidden, weight, sets = problem(3, 12, 4)
+    here = sets.local(VocabShard(12, 12, group=object()))  # type: ignore[arg-type]
+    z, stats = torch_kernels.restricted_fwd(hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold)
+    assert z.shape == (0,)
+    assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
+    some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(VocabShard(0, 4, group=object()))  # type: ignore[arg-type]
+    _, stats = torch_kernels.restricted_fwd(hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold)
+    assert stats[:, 1].tolist() == [-3e38, 0.0, 0.0]
+    assert stats[1, 0] >= 1
+    assert stats.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+def test_lower_precision_inputs_are_summed_in_float32(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, sets = problem(40, 300, 64, k_max=50)
+    hidden, weight = ((t.detach() * 0.2).to(dtype).requires_grad_() for t in (hidden, weight))
+    loss = restricted_linear_cross_entropy(hidden, weight, sets)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = restricted_loss(exact[0] @ exact[1].t(), sets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), truth, atol=2e-6, rtol=1e-6)
+    loss.sum().backward()
+    truth.sum().backward()
+    for ours, right in zip((hidden, weight), exact, strict=True):
+        assert ours.grad is not None and right.grad is not None and ours.grad.dtype == dtype
+        assert (ours.grad.double() - right.grad).norm() <= tolerance * right.grad.norm()
+
+
+def test_small_pieces_of_gathered_rows_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, sets = problem(9, 50, 6)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = restricted_linear_cross_entropy(hidden, weight, sets, kernels="reference")
+        return (loss, *torch.autograd.grad(loss.sum(), (hidden, weight)))
+
+    whole = run()
+    monkeypatch.setattr(torch_kernels, "GATHER_BYTES", 700)
+    in_pieces = run()
+    monkeypatch.setattr(torch_kernels, "_has_bag", lambda weight: False)
+    gathered = run()
+    for other in (in_pieces, gathered):
+        torch.testing.assert_close(other, whole, atol=1e-12, rtol=1e-12)
+
+
+def test_the_weight_gradient_can_go_into_the_main_gradient() -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    (wanted,) = torch.autograd.grad(restricted_linear_cross_entropy(hidden, weight, sets).sum(), weight)
+    main = torch.ones(40, 5)
+    single_hidden, single_weight = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    restricted_linear_cross_entropy(single_hidden, single_weight, sets, main_grad=main).sum().backward()
+    assert single_weight.grad is None
+    torch.testing.assert_close(main - 1, wanted.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_weight_or_hidden_needs_no_gradient() -> None:
+    hidden, weight, sets = problem(3, 20, 4)
+    restricted_linear_cross_entropy(hidden, weight.detach(), sets).sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+    restricted_linear_cross_entropy(hidden.detach(), weight, sets).sum().backward()
+    assert weight.grad is not None
+    hot = hidden.detach().float(), weight.detach().float()
+    torch.testing.assert_close(restricted_linear_cross_entropy(*hot, sets).sum(), restricted_loss(hot[0] @ hot[1].t(), sets).sum())
+
+
+def test_untouched_rows_get_no_gradient_and_strided_inputs_are_fine() -> None:
+    hidden, weight, sets = problem(4, 30, 6, k_max=3)
+    loss = restricted_linear_cross_entropy(hidden.detach().t().contiguous().t(), weight.detach().t().contiguous().t(), sets)
+    torch.testing.assert_close(loss, restricted_linear_cross_entropy(hidden, weight, sets).detach())
+    restricted_linear_cross_entropy(hidden, weight, sets).sum().backward()
+    assert weight.grad is not None
+    untouched = sorted(set(range(30)) - set(sets.ids.tolist()))
+    assert untouched and not weight.grad[untouched].any()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden, weight, sets = problem(3, 20, 4)
+    with pytest.raises(DataError, match="3 candidate sets for 2 rows"):
+        restricted_linear_cross_entropy(hidden[:2], weight, sets)
+    with pytest.raises(DataError, match=r"candidate id 99 lies outside the vocabulary rows 0\.\.20"):
+        restricted_linear_cross_entropy(hidden[:1], weight, CandidateSets.from_lists([[3, 99]], [3]))
+    with pytest.raises(LayoutError):
+        restricted_linear_cross_entropy(hidden, weight, sets, VocabShard(0, 21))
+    with pytest.raises(ConfigError, match="did you mean 'reference'"):
+        restricted_linear_cross_entropy(hidden, weight, sets, kernels="referenze")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
+    hidden, weight, sets = problem(5, 40, 6)
+    hidden, weight, here = hidden.detach().to(dtype), weight.detach().to(dtype), sets.local(VocabShard(0, 40))
+    ops = torch.ops.megatron_replay
+    z, _ = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold)
+    for op, args in (
+        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold)),
+        (ops.restricted_bwd_dh, (weight, here.offsets, here.columns, z)),
+        (ops.restricted_bwd_dw, (hidden, here.offsets, here.columns, z, torch.zeros_like(weight))),
+        (ops.topk_rows, (hidden @ weight.t(), 7)),
+    ):
+        torch.library.opcheck(op.default, args)
+
+
+def test_doctor_can_ask_which_kernel_is_live() -> None:
+    assert live("cpu", "reference") == dict.fromkeys(SCHEMAS, "reference")
+    assert set(live()) == set(SCHEMAS)
+    assert set(live().values()) <= {"reference", "compiled"}
+    assert live("npu", "auto").keys() == SCHEMAS.keys()
+    assert kernels("reference").topk_rows is torch_kernels.topk_rows
