@@ -77,6 +77,8 @@ def test_weights_and_config(tmp_path, tied):
     assert (spec.tied, spec.rope_base, spec.norm_eps, spec.vocab_size, spec.head_dim) == (tied, 5e4, 1e-5, 9, 4)
     query = torch.from_numpy(tensors["blk.0.attn_q.weight"])
     assert torch.equal(folder.read("model.layers.0.self_attn.q_proj.weight"), half_split_rows(query, 2))
+    key = torch.from_numpy(tensors["blk.0.attn_k.weight"])
+    assert torch.equal(folder.read("model.layers.0.self_attn.k_proj.weight"), key[[0, 2, 1, 3]])
     assert folder.read("model.layers.0.mlp.down_proj.weight").numpy().tobytes() == tensors["blk.0.ffn_down.weight"].tobytes()
     if not tied:
         assert folder.read("lm_head.weight").numpy().tobytes() == tensors["output.weight"].tobytes()
