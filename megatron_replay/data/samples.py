@@ -86,7 +86,10 @@ def load_samples(data: config.Data, tokenizer: Tokenizer, *, template: Template 
 
 def unique(samples: Sequence[Sample]) -> list[Sample]:
     """The first of each uid, in order: what is collected."""
-    return list({sample.uid: sample for sample in reversed(samples)}.values())[::-1]
+    first: dict[bytes, Sample] = {}
+    for sample in samples:
+        first.setdefault(sample.uid, sample)
+    return list(first.values())
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

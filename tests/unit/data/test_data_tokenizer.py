@@ -147,11 +147,11 @@ def test_where_the_template_stands(make: SimpleNamespace, tmp_path: Path, templa
 
 
 def test_metaspace_puts_no_space_where_text_continues(tmp_path: Path, pieces_folder: Path) -> None:
-    from transformers import AutoTokenizer
+    transformers = pytest.importorskip("transformers")
 
     (tmp_path / "tokenizer.model").write_bytes((pieces_folder / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "converted")
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "converted")
     tokenizer = load_tokenizer(tmp_path / "converted")
     first = tokenizer.encode("select name")
     assert tokenizer.decode(first) == "select name"
@@ -182,11 +182,11 @@ def test_pieces_are_the_librarys_own(pieces_folder: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pieces_with_added_tokens_are_as_in_transformers(make: SimpleNamespace, tmp_path: Path, legacy: bool) -> None:
-    from transformers import AutoTokenizer
+    transformers = pytest.importorskip("transformers")
 
     added = {"340": {"content": "<|user|>", "special": True}, "341": {"content": "<|end|>", "special": True}}
     folder = make.pieces(tmp_path / "m", tokenizer_class="LlamaTokenizer", legacy=legacy, added_tokens_decoder=added)
-    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     texts = [*TEXTS, "<|user|>select name<|end|>\nfrom<|end|>again<|user|>", "<s>select</s>name"]
     for text in texts:  # before a text that begins with a space sentencepiece puts another one, transformers does not
         if not text.startswith((" ", "<unk>")) and "</s> " not in text:
