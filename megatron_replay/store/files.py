@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def told(path: Path, doing: str) -> Iterator[None]:
         advice = _ADVICE.get(err.errno or 0, "")
         reason = err.strerror or str(err)
         raise StoreError(f"{path}: cannot {doing}: {reason}" + (f"; {advice}" if advice else "")) from err
+
+
+def lock(fd: int, path: Path) -> None:
+    """Keep the open journal `path` for this process until it is closed. Raises StoreError where another process has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        raise StoreError(f"{path}: another process is writing as this rank; wait for it, or use another folder") from err
+    except OSError as err:
+        if err.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks: the launcher's ranks keep apart by themselves
+            raise StoreError(f"{path}: cannot lock: {err.strerror}") from err
 
 
 class Disk:

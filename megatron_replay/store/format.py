@@ -172,7 +172,7 @@ def read_block_header(path: Path, rest: memoryview, offset: int) -> BlockHeader:
     if size % ALIGN or not ALIGN <= size <= len(rest):
         raise Damage(path, offset, f"a block of {size} bytes does not fit, the file has {len(rest)} left")
     least = ALIGN + frames * 4 + samples * UID_BYTES
-    if least > size or positions > MAX_POSITIONS or ids > MAX_IDS or ids < positions:
+    if least > size or positions > 2 * MAX_POSITIONS or ids > 2 * MAX_IDS or ids < positions:
         raise Damage(path, offset, f"a block cannot hold {samples} samples, {positions} positions, {ids} ids in {size} bytes")
     return BlockHeader(size, samples, frames, positions, ids)
 

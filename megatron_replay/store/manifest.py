@@ -63,12 +63,12 @@ class Manifest:
 
     @property
     def rule(self) -> Rule:
-        return Rule(Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max)
+        return Rule(Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size)
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be equal for two runs to write one store."""
         names = [f.name for f in dataclasses.fields(self)]
-        plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain = json.loads(json.dumps(_fields(self)))
         return {name: plain[name] for name in [*names[: names.index("layout")], "format_version"]}
 
 
@@ -83,7 +83,7 @@ def begin(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Man
         (root / SEGMENTS).mkdir(parents=True, exist_ok=True)
     if not (root / PLAN).exists():
         if (root / MANIFEST).exists() or any((root / SEGMENTS).iterdir()):
-            raise StoreError(f"{root}: has data but no {PLAN}; a file was removed from this store, collect into another folder")
+            raise StoreError(f"{root}: has data but no {PLAN}, which was removed; run `store repair`, or collect into another folder")
         disk.replace(root / PLAN, pack(dataclasses.replace(manifest, state="plan")))
     return agree(root, manifest)
 
@@ -119,8 +119,10 @@ def load_plan(path: str | Path) -> Manifest:
 def load_manifest(path: str | Path) -> Manifest:
     """The manifest of a complete store. Raises StoreError where there is none, or it says otherwise."""
     root = Path(path)
-    if not (root / MANIFEST).exists():
-        if (root / PLAN).exists():
+    with told(root, "read"):
+        finished, begun = (root / MANIFEST).exists(), (root / PLAN).exists()
+    if not finished:
+        if begun:
             raise StoreError(f"{root}: this store is unfinished; run collect again with the same settings to finish it")
         raise StoreError(f"{root}: no candidate store here (no {MANIFEST}); check the path, or run collect to make one")
     manifest = load(root / MANIFEST)
@@ -131,8 +133,12 @@ def load_manifest(path: str | Path) -> Manifest:
 
 def pack(manifest: Manifest) -> bytes:
     """Canonical JSON, the checksum of all other text as its last key."""
-    plain = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=True, allow_nan=False).encode()
+    plain = json.dumps(_fields(manifest), indent=1, ensure_ascii=True, allow_nan=False).encode()
     return plain[:-2] + _tail(plain)
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    return {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest)}
 
 
 def _tail(plain: bytes) -> bytes:

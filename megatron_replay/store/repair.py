@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_replay.errors import StoreError
 from megatron_replay.store import block as blocks
-from megatron_replay.store.files import Damage, Disk, told
+from megatron_replay.store import journal
+from megatron_replay.store.files import Damage, Disk, lock, told
 from megatron_replay.store.finish import segment_files
 from megatron_replay.store.format import ALIGN, BLOCK_MAGIC, pack_header, parse_name
 from megatron_replay.store.manifest import MANIFEST, PLAN, Manifest, load, pack
@@ -26,12 +28,17 @@ class Repaired:
 def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
     """Rewrite each damaged segment from its whole blocks and make the store unfinished; `collect` then adds the samples that were lost.
 
-    A store without damage is left as it is. Raises StoreError where neither plan nor manifest can be read.
+    What is not damaged is left as it is, also the torn tail of an unfinished store, which `collect` cuts off by itself.
+    Raises StoreError where neither plan nor manifest can be read, or a writer is at work.
     """
     root, disk, done = Path(path), disk or Disk(), Repaired()
     plan = _plan(root, disk)
-    for file in segment_files(root):
-        if _whole(file, plan):
+    _alone(root)
+    files = segment_files(root)
+    last = {parse_name(file)[0]: file for file in files}
+    for file in files:
+        growing_end = file in last.values() and not (root / MANIFEST).exists()
+        if _whole(file, plan) or (growing_end and _resumable(root, file, plan)):
             continue
         growing = _rewrite(Segment(file, plan.rule), disk)
         done.rewritten[file.name] = growing.stats.samples
@@ -45,7 +52,7 @@ def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
 def _plan(root: Path, disk: Disk) -> Manifest:
     try:
         return load(root / PLAN)
-    except Damage:
+    except StoreError:
         manifest = load(root / MANIFEST)
     plan = dataclasses.replace(manifest, state="plan", counts={}, histograms={}, segments=())
     disk.replace(root / PLAN, pack(plan))
@@ -72,6 +79,19 @@ def _whole(file: Path, plan: Manifest) -> bool:
     except Damage:
         return False
     return True
+
+
+def _resumable(root: Path, file: Path, plan: Manifest) -> bool:
+    """Is every byte that was durable whole, and only the tail torn?"""
+    mark = journal.durable(journal.path_of(root, parse_name(file)[0])).get(file.name, 0)
+    growing, wrong = Segment(file, plan.rule).scan()
+    return growing.end >= mark and (wrong is None or wrong.offset > 0 or not mark)
+
+
+def _alone(root: Path) -> None:
+    for file in root.glob("journal-*.jsonl"):
+        with told(file, "open"), file.open("r+b") as held:
+            lock(held.fileno(), file)
 
 
 def salvage(segment: Segment) -> Iterator[blocks.Block]:

@@ -43,6 +43,7 @@ class Rule:
     schema: Schema
     tau: float
     k_max: int
+    min_set_size: int
 
 
 @dataclass

@@ -16,9 +16,9 @@ from megatron_replay.errors import StoreError
 MAX_SET = 65_535
 """Ids in one position's set."""
 MAX_IDS = 1 << 28
-"""Ids in one sample, and in one block: what a reader is ready to allocate for."""
+"""Ids in one sample. A block may hold twice as many: that is what a reader is ready to allocate for."""
 MAX_POSITIONS = 1 << 26
-"""Positions in one sample, and in one block."""
+"""Positions in one sample; a block may hold twice as many."""
 MAX_VOCAB = 1 << 32
 
 Array = NDArray[Any]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_replay.store.block import GOLD_APPENDED, Block
-from megatron_replay.store.sets import MAX_SET, Array, SampleSets
+from megatron_replay.store.sets import Array, SampleSets
 
 RHO_EDGES = (0.0, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 """Bins of the outside mass rho, the last one closed."""
@@ -63,8 +63,9 @@ class Stats:
         }
 
     def _binned(self) -> list[int]:
-        whole = _sum(np.zeros(MAX_SET + 1, np.int64), self.sizes)
-        return [int(n) for n in np.add.reduceat(whole, SIZE_EDGES[:-1])]
+        found = np.flatnonzero(self.sizes)
+        bins = np.searchsorted(SIZE_EDGES, found, side="right") - 1
+        return [int(self.sizes[found[bins == i]].sum()) for i in range(len(SIZE_EDGES) - 1)]
 
     def _median(self) -> int:
         """The lower median."""
@@ -78,19 +79,19 @@ def _sum(a: Array, b: Array) -> Array:
     return total
 
 
-def gold_appended(sets: SampleSets, tau: float, k_max: int) -> Array:
+def gold_appended(sets: SampleSets, tau: float, k_max: int, min_set_size: int) -> Array:
     """[P] bool: was the gold token added to a set that did not have it?
 
-    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the others reach tau
-    without it (arXiv 2510.09152 section 2). Without logits a smaller set cannot say, and counts as no.
+    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the others, at least
+    min_set_size of them, reach tau without it (arXiv 2510.09152 section 2). Without logits a smaller set cannot say, and counts as no.
     """
     sizes = sets.sizes()
     full = sizes > k_max
     if sets.logits is None or not len(sets.ids):
         return full
-    mass = np.exp(sets.logits.astype(np.float64) - np.repeat(sets.lse.astype(np.float64), sizes))
+    mass = np.exp(np.minimum(sets.logits.astype(np.float64) - np.repeat(sets.lse.astype(np.float64), sizes), 0))
     starts = sets.offsets[:-1]
     gold = mass[starts + sets.gold_slot]
     last = gold <= np.minimum.reduceat(mass, starts)
-    appended: Array = full | (last & (sizes > 1) & (np.add.reduceat(mass, starts) - gold >= tau))
+    appended: Array = full | (last & (sizes > min_set_size) & (np.add.reduceat(mass, starts) - gold >= tau))
     return appended

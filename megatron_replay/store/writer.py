@@ -7,8 +7,6 @@ was not.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +16,11 @@ from types import TracebackType
 from megatron_replay.errors import StoreError
 from megatron_replay.store import block as blocks
 from megatron_replay.store import codec, journal
-from megatron_replay.store.files import Damage, Disk, told
+from megatron_replay.store.files import Damage, Disk, lock, told
 from megatron_replay.store.format import ALIGN, UID_BYTES, pack_header, parse_name, segment_name
 from megatron_replay.store.manifest import MANIFEST, SEGMENTS, load_plan
 from megatron_replay.store.segment import Growing, Index, Segment, pack_footer, pack_seal
-from megatron_replay.store.sets import SampleSets, check
+from megatron_replay.store.sets import MAX_IDS, SampleSets, check
 from megatron_replay.store.stats import gold_appended
 
 BLOCK_BYTES = 128 << 10
@@ -50,6 +48,8 @@ class Writer:
         """Open or resume. Raises StoreError: no plan, no permission, another process writing as this rank, or damage in durable data."""
         if not 0 <= rank <= 99_999:
             raise StoreError(f"rank must lie in 0..99999, got {rank}")
+        if not 1 <= block_bytes <= MAX_IDS:
+            raise StoreError(f"block_bytes must lie in 1..{MAX_IDS}, got {block_bytes}")
         self.root, self.rank = Path(path), rank
         self.plan = load_plan(self.root)
         self.rule = self.plan.rule
@@ -62,12 +62,13 @@ class Writer:
         self._seq = 0
         self._growing = Growing(self.rule)
         self._state = "open"
+        self._complete = (self.root / MANIFEST).exists()
         self._folder = self.root / SEGMENTS
         self._journal_path = journal.path_of(self.root, rank)
         with told(self._journal_path, "write"):
             self._journal = self._disk.reopen(self._journal_path)
         try:
-            self._lock()
+            lock(self._journal, self._journal_path)
             self._resume()
         except BaseException:
             self._release()
@@ -81,14 +82,15 @@ class Writer:
             raise StoreError(f"{name}: a uid has {UID_BYTES} bytes, got {len(uid)}")
         if uid in self.done:
             raise StoreError(f"{name}: already in {self.root}; each sample is stored once, skip those in Writer.done")
-        if (self.root / MANIFEST).exists():
+        if self._complete:
             raise StoreError(f"{self.root}: this store is complete and takes no more samples; collect into another folder")
         check(sets, self.rule.schema.vocab_size, name)
         if self.rule.schema.logits != "none" and sets.logits is None:
             raise StoreError(f"{name}: this store keeps {self.rule.schema.logits} logits, but the sample has none")
-        self._open.append((uid, self._plain(sets)))
+        kept = self._plain(sets)
+        self._open.append((uid, kept))
         self.done.add(uid)
-        self._weight += 32 + 16 * sets.num_positions + (4 if sets.logits is None else 6) * len(sets.ids)
+        self._weight += 32 + 16 * kept.num_positions + (4 if kept.logits is None else 6) * len(kept.ids)
         if self._weight >= self._block_bytes:
             self._write_block()
 
@@ -136,7 +138,11 @@ class Writer:
         kind, logits = self.rule.schema.logits, None
         if kind != "none" and sets.logits is not None:
             logits = codec.unpack_logits(codec.pack_logits(sets.logits, kind), kind)
-        appended = gold_appended(sets, self.rule.tau, self.rule.k_max) if sets.gold_appended is None else sets.gold_appended
+        appended = (
+            gold_appended(sets, self.rule.tau, self.rule.k_max, self.rule.min_set_size)
+            if sets.gold_appended is None
+            else sets.gold_appended
+        )
         return SampleSets(
             positions=sets.positions.copy(),
             offsets=sets.offsets.copy(),
@@ -220,15 +226,6 @@ class Writer:
                 self._disk.write(self._fd, pack_header(self.rule.schema, self.rank, self._seq))
             self._disk.sync(self._fd)
         return growing.index()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise StoreError(f"{self.root}: another process is writing as rank {self.rank}; end it, or use another folder") from err
-        except OSError as err:
-            if err.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks: the launcher's ranks keep apart by themselves
-                raise StoreError(f"{self._journal_path}: cannot lock: {err.strerror}") from err
 
     @property
     def _path(self) -> Path:

@@ -20,9 +20,10 @@ def small(kit, build):
     return build(samples=kit.samples(8), block=400, segment=700)
 
 
-def test_every_flipped_byte_is_found(kit, small):
+def test_every_flipped_byte_is_found(kit, build):
+    small = build(samples=kit.samples(5), block=300)
     files = kit.files(small)
-    assert len([n for n in files if n.endswith(".mrs")]) >= 2 and {"manifest.json", "plan.json", "journal.jsonl"} <= set(files)
+    assert set(files) == {"manifest.json", "plan.json", "journal.jsonl", "segments/00000-000000.mrs"}
     total = 0
     for name, data in files.items():
         for at in range(len(data)):
@@ -36,7 +37,7 @@ def test_every_flipped_byte_is_found(kit, small):
                 file.seek(at)
                 file.write(data[at : at + 1])
             total += 1
-    assert total > 4000 and verify(small).ok
+    assert total > 3500 and verify(small).ok
 
 
 def test_every_flipped_byte_of_a_segment_is_found_before_it_is_used(kit, small):
@@ -210,6 +211,42 @@ def test_repair_leaves_a_whole_store_alone(kit, build):
     before = kit.files(path)
     assert not repair(path).rewritten
     assert kit.files(path) == before
+
+
+def test_repair_of_an_unfinished_store(kit, tmp_path):
+    """A torn tail is the resuming writer's; damage before it is repaired, and the blocks behind the damage are kept."""
+    samples = kit.samples(30)
+    begin(tmp_path, kit.plan)
+    writer = Writer(tmp_path, block_bytes=300)
+    for uid, sets in samples:
+        writer.add(uid, sets)
+    writer.flush()
+    with pytest.raises(StoreError, match="another process is writing"):
+        repair(tmp_path)
+    stored = len(writer.done)
+    writer.suspend()
+    file = tmp_path / "segments/00000-000000.mrs"
+    file.write_bytes(file.read_bytes() + b"torn")
+    before = kit.files(tmp_path)
+    assert not repair(tmp_path).rewritten and kit.files(tmp_path) == before
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    kept = repair(tmp_path).rewritten[file.name]
+    assert stored - 12 < kept < stored
+    kit.collect(tmp_path, samples)
+    assert CandidateStore.open(tmp_path).verify().ok and len(CandidateStore.open(tmp_path)) == 30
+
+
+def test_repair_without_a_plan(kit, build):
+    path = build()
+    (path / "plan.json").unlink()
+    assert [p.file.name for p in verify(path).problems] == ["plan.json"]
+    with pytest.raises(StoreError, match="no plan"):
+        begin(path, kit.plan)
+    repair(path)
+    kit.collect(path, kit.samples(24))
+    assert verify(path).ok
 
 
 def test_a_forked_child_reads_the_same(kit, build):
