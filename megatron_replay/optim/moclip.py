@@ -48,16 +48,15 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
     known = (mm > 0) & (gg > 0)
     m_norm, g_norm = mm.where(known, one).sqrt(), gg.where(known, one).sqrt()
     x = (c / (m_norm * g_norm)).clamp(-1, 1)
-    capped = known & (x < math.cos(math.radians(max_angle))) if max_angle < 90 else torch.zeros_like(known)
-    restart = capped & (x <= 0) & (obtuse == "restart")
     cosine = x.where(known, torch.full_like(x, math.nan))
-    if max_angle >= 90:
-        return Cap(one, zero, restart, cosine)
-    across = ((1 - x) * (1 + x)).sqrt()
+    if max_angle >= 90:  # the tangent would be infinite, or negative
+        return Cap(one, zero, torch.zeros_like(known), cosine)
     limit = math.radians(max_angle)
+    capped = known & (x < math.cos(limit))
+    restart = capped & (x <= 0) & (obtuse == "restart")
+    across = ((1 - x) * (1 + x)).sqrt()
     if obtuse == "project":
-        phi = x.acos()
-        reach = (phi - limit).cos().clamp(min=0).where(phi < math.pi / 2 + limit, zero)
+        reach = (x.acos() - limit).cos().clamp(min=0)
         a = (reach * math.sin(limit) / across).where(reach > 0, zero)
         b = g_norm / m_norm * reach * math.cos(limit) - a * (c / m_norm) / m_norm
     else:

@@ -160,8 +160,8 @@ def test_project_is_the_nearest_point_of_the_cone(pair: tuple[Tensor, Tensor], m
 def test_sums_too_large_to_multiply() -> None:
     """sqrt(M) sqrt(G), not sqrt(M G): the product overflows here."""
     big = torch.tensor([1e200], dtype=torch.float64)
-    cap = coefficients(torch.zeros(1, dtype=torch.float64), big, big, max_angle=45, obtuse="project")
-    assert cap.a.item() == pytest.approx(0.5) and cap.b.item() == pytest.approx(0.5)
+    cap = coefficients(0.8 * big, big, big, max_angle=30)
+    assert cap.cosine.item() == pytest.approx(0.8) and cap.a.item() == pytest.approx(0.8 / 0.6 / ROOT3)
 
 
 def test_zero_momentum_or_gradient_is_left_alone() -> None:
