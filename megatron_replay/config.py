@@ -65,6 +65,8 @@ class Collect:
     fraction: float = 0.5
     """Share of the target positions to keep (random, bucket)."""
     buckets: int = 5
+    bucket_samples: int = 1024
+    """The bucket edges are quantiles of the confidence over this many samples, drawn with the run's seed and passed through first."""
     logits: Literal["none", "fp16", "bf16"] = "none"
     """Also store the base model's logits of the kept tokens."""
     codec: Literal["zd", "raw"] = "zd"
@@ -80,7 +82,7 @@ class Collect:
             raise ConfigError(f"k_max must lie in 1..65534 (a set holds k_max ids and the gold one), got {self.k_max}")
         if not 1 <= self.min_set_size <= self.k_max:
             raise ConfigError(f"min_set_size must lie in 1..k_max ({self.k_max}), got {self.min_set_size}")
-        _positive(self, "buckets", "chunk_rows")
+        _positive(self, "buckets", "bucket_samples", "chunk_rows")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from megatron_replay.config import Layout
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, merge, shard, weight_of
+from megatron_replay.models.weights import OUTPUT, Weight, merge, shard, weight_of
 from megatron_replay.parallel import head
 from megatron_replay.parallel.attention import Cache, segment_attention
 from megatron_replay.parallel.layers import RMSNorm, TokenRotary
@@ -153,3 +153,31 @@ def vocab_range(model: Model) -> tuple[int, int]:
     """Token ids [start, stop) whose embedding and head rows this rank holds."""
     rows = model.spec.padded_vocab() // model.world.tensor_size
     return model.world.tensor_rank * rows, (model.world.tensor_rank + 1) * rows
+
+
+@torch.no_grad()
+def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
+    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once; float64, the same on every rank."""
+    moved = size = 0.0
+    base.check(model.spec)
+    for name, weight, parameter in model.parameters():
+        if counted(name, weight, model.world, sharded_over_data=False):
+            start = local_part(weight, base, model.spec, model.world).double()
+            moved += float((parameter.detach().cpu().double() - start).square().sum())
+            size += float(start.square().sum())
+    row = torch.tensor([moved, size], dtype=torch.float64)
+    total = torch.stack(model.world.gather(row)).sum(0)
+    return float(total[0]), float(total[1])
+
+
+def counted(name: str, weight: Weight, world: World, *, sharded_over_data: bool) -> bool:
+    """Whether this rank's copy of a parameter adds to a sum over the whole model: of replicas exactly one does.
+
+    Replicated over the tensor group: its first rank. A tied head on a last stage of its own: no, the embedding does.
+    Where every data-parallel rank holds everything (no ZeRO-1): the first one does.
+    """
+    if name == OUTPUT and weight.name != OUTPUT:
+        return False
+    if weight.axis is None and world.tensor_rank != 0:
+        return False
+    return sharded_over_data or world.data_rank == 0

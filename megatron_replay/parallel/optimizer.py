@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_replay.config import Optimizer as OptimizerConfig
-from megatron_replay.models.weights import OUTPUT, Weight, weights
+from megatron_replay.models.weights import Weight, weights
 from megatron_replay.optim import Placement, ReplayOptimizer, build_optimizer
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.model import Model, counted
 from megatron_replay.parallel.world import World
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
@@ -47,19 +47,6 @@ def layer_of(weight: Weight, layers: int) -> int:
     if weight.layer is not None:
         return weight.layer
     return layers + next(i for i, start in enumerate(PARTS) if weight.name.startswith(start))
-
-
-def counted(name: str, weight: Weight, world: World, *, sharded_over_data: bool) -> bool:
-    """Whether this rank's copy adds to the tensor's row: of replicas exactly one does.
-
-    Replicated over the tensor group: its first rank. A tied head on a last stage of its own: no, the embedding does.
-    Without ZeRO-1 every data-parallel rank holds everything: the first one does.
-    """
-    if name == OUTPUT and weight.name != OUTPUT:
-        return False
-    if weight.axis is None and world.tensor_rank != 0:
-        return False
-    return sharded_over_data or world.data_rank == 0
 
 
 def wrap(model: Model, wrapped: Any, settings: OptimizerConfig) -> tuple[Any, ReplayOptimizer]:

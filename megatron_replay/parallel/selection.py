@@ -1,0 +1,99 @@
+"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits exist a chunk of rows at a time.
+
+N target positions of a micro-batch, n of them chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, target_logprobs
+from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.head import Task
+from megatron_replay.parallel.inference import vocab_shard
+from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.pipeline import TaskOf
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetRule:
+    """How large a candidate set is (paper section 2)."""
+
+    tau: float
+    k_max: int
+    min_set_size: int
+    vocab_size: int
+    """Ids from here on are padding rows."""
+    keep_logits: bool
+    chunk_rows: int
+    kernels: str = "auto"
+
+
+Chooser = Callable[[MicroBatch, np.ndarray], np.ndarray]
+"""(batch, confidence [N]) -> chosen [N] bool."""
+
+
+def select_task(model: Model, rule: SetRule, choose: Chooser | None) -> TaskOf:
+    """Leaves the candidate sets in notes["sets"] and returns which of the batch's positions were chosen, [N] float (0 or 1).
+
+    choose: decides from the confidence; None: every position of the batch is wanted.
+    """
+    shard = vocab_shard(model)
+
+    def task_of(batch: MicroBatch) -> Task:
+        def task(hidden: Tensor, weight: Tensor) -> Tensor:
+            chosen = torch.ones(len(batch.gold), dtype=torch.bool, device=hidden.device)
+            if choose is not None:
+                picked = choose(batch, confidence(hidden, weight, batch.gold, shard, rule))
+                chosen = torch.from_numpy(picked).to(hidden.device)
+            batch.notes["sets"] = candidate_sets(hidden[chosen], weight, batch.gold[chosen], shard, rule)
+            return chosen.float()
+
+        return task
+
+    return task_of
+
+
+def confidence_task(model: Model, rule: SetRule) -> TaskOf:
+    """p(gold) of every position of the batch, [N]."""
+    shard = vocab_shard(model)
+
+    def task_of(batch: MicroBatch) -> Task:
+        def task(hidden: Tensor, weight: Tensor) -> Tensor:
+            return torch.from_numpy(confidence(hidden, weight, batch.gold, shard, rule))
+
+        return task
+
+    return task_of
+
+
+def confidence(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, rule: SetRule) -> np.ndarray:
+    """p(gold) under the model, [N] in [0, 1]."""
+    logp = target_logprobs(hidden, weight, gold, shard, vocab_size=rule.vocab_size, chunk_rows=rule.chunk_rows)
+    return logp.exp().clamp(max=1.0).cpu().numpy()
+
+
+def candidate_sets(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, rule: SetRule) -> CandidateSets:
+    """The sets of n positions, in chunks of rows; the same on every tensor rank."""
+    parts = []
+    for start in range(0, len(gold), rule.chunk_rows):
+        rows = slice(start, start + rule.chunk_rows)
+        parts.append(
+            dynamic_topk(
+                hidden[rows] @ weight.t(),
+                gold[rows],
+                rule.tau,
+                rule.k_max,
+                rule.vocab_size,
+                shard,
+                min_set_size=rule.min_set_size,
+                keep_logits=rule.keep_logits,
+                kernels=rule.kernels,
+            )
+        )
+    return CandidateSets.cat(parts)

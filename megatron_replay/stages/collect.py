@@ -1,0 +1,264 @@
+"""Stage 0: run the base model once, forward only, and store the candidate set of each chosen position (arXiv 2510.09152, section 2).
+
+Each data-parallel replica takes every so-manieth sample and writes its own segment files. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay import __version__
+from megatron_replay.config import RunConfig
+from megatron_replay.data.packing import order
+from megatron_replay.data.samples import Sample, fingerprint, load_samples, unique
+from megatron_replay.errors import ConfigError
+from megatron_replay.ops import BucketRule, CandidateSets, bucket_counts, bucket_edges, position_uniform
+from megatron_replay.ops.positions import bucket_of
+from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.inference import fill, in_groups
+from megatron_replay.parallel.pipeline import TaskOf, forward
+from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
+from megatron_replay.stages.identity import model_fingerprint
+from megatron_replay.stages.session import Session, session
+from megatron_replay.store import CandidateStore, Manifest, SampleSets, Writer, begin, finish, has_plan, is_complete, load_plan
+
+
+def run(config: RunConfig, *, dry_run: bool = False) -> None:
+    """Collect into `collect.store`; with dry_run say what that would take, from a small sample, and write nothing."""
+    if not config.collect.store:
+        raise ConfigError("collect.store is not set; give the folder the candidate store goes to: collect.store=PATH")
+    with session(config, seq_length=config.data.seq_length) as active:
+        collection = Collection(active, unique(load_samples(config.data, active.tokenizer, template=active.template)))
+        if dry_run:
+            collection.predict()
+        else:
+            collection.collect()
+
+
+@dataclass
+class Collection:
+    active: Session
+    samples: list[Sample]
+    rule: SetRule = field(init=False)
+
+    def __post_init__(self) -> None:
+        collect = self.active.config.collect
+        self.rule = SetRule(
+            tau=collect.tau,
+            k_max=collect.k_max,
+            min_set_size=collect.min_set_size,
+            vocab_size=self.active.vocab_size,
+            keep_logits=collect.logits != "none",
+            chunk_rows=collect.chunk_rows,
+            kernels=self.active.config.kernels,
+        )
+
+    def collect(self) -> None:
+        active, world = self.active, self.active.world
+        path = active.config.collect.store
+        plan = self._plan(path)
+        if is_complete(path):
+            active.say(f"{path}: complete already, with these settings and this data; nothing to do")
+            return
+        world.barrier()
+        writer = Writer(path, rank=world.data_rank) if world.speaks else None
+        done = {uid for uids in world.gather_objects(writer.done if writer else set()) for uid in uids}
+        for line in [line for lines in world.gather_objects(writer.recovered if writer else []) for line in lines]:
+            active.say(line)
+        todo = [sample for i, sample in enumerate(self.samples) if i % world.data_size == world.data_rank and sample.uid not in done]
+        try:
+            seconds = self._pass(todo, plan, writer)
+        except BaseException:
+            if writer is not None:
+                writer.suspend()
+            raise
+        if writer is not None:
+            writer.close()
+        world.barrier()
+        if world.is_main:
+            finish(path, plan)
+            active.say(_summary(path, seconds, sum(len(s) for s in self.samples)))
+        world.barrier()
+
+    def predict(self) -> None:
+        """Measure a few samples and extrapolate: positions, bytes, time."""
+        active = self.active
+        picked = [self.samples[i] for i in order(len(self.samples), active.config.seed, 0)[: 8 * active.world.data_size]]
+        edges, counts = self._edges(picked)
+        found: list[CandidateSets] = []
+        began = time.perf_counter()
+        choose = _bucket_chooser(BucketRule(edges, active.config.collect.fraction, active.config.seed, counts)) if edges else None
+
+        def keep(batch: MicroBatch, _: Tensor) -> None:
+            found.append(batch.notes["sets"])
+
+        self._run(picked, self._wanted, select_task(active.model, self.rule, choose), keep)
+        seconds = time.perf_counter() - began
+        ids, positions = (active.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found)))
+        share = sum(map(len, self.samples)) / sum(map(len, picked))
+        per_id = 1.5  # 11.4 to 12.1 bits an id, measured
+        active.say(
+            f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
+            f"{(ids * per_id + positions * 12) * share / 2**20:,.1f} MiB, {seconds * share:,.0f} s (from {len(picked)} samples)"
+        )
+
+    def _plan(self, path: str) -> Manifest:
+        """What this store is; bucket edges come from an earlier start of the same collection, or from a first pass."""
+        manifest = self._manifest()
+        if has_plan(path):
+            known = load_plan(path)
+            edges, counts = known.bucket_edges, known.bucket_counts
+        else:
+            edges, counts = self._edges(self._edge_samples())
+        manifest = dataclasses.replace(manifest, bucket_edges=edges, bucket_counts=counts)
+        if self.active.world.is_main:
+            begin(path, manifest)
+        self.active.world.barrier()
+        return manifest
+
+    def _manifest(self) -> Manifest:
+        active, config = self.active, self.active.config
+        collect, world = config.collect, active.world
+        return Manifest(
+            model=model_fingerprint(active),
+            tokenizer=active.tokenizer.fingerprint,
+            template=active.template.fingerprint,
+            dataset=fingerprint(self.samples),
+            vocab_size=active.vocab_size,
+            vocab_padded=active.model.spec.padded_vocab(),
+            tau=collect.tau,
+            k_max=collect.k_max,
+            min_set_size=collect.min_set_size,
+            strategy=collect.strategy,
+            fraction=collect.fraction,
+            buckets=collect.buckets,
+            seed=config.seed,
+            dtype=str(active.model.dtype).removeprefix("torch."),
+            codec=collect.codec,
+            logits=collect.logits,
+            layout={"tensor": world.tensor_size, "pipeline": world.pipeline_size, "data": world.data_size, "micro": config.batch.micro},
+            versions={"megatron_replay": __version__, "torch": torch.__version__},
+        )
+
+    def _edge_samples(self) -> list[Sample]:
+        picked = order(len(self.samples), self.active.config.seed, 0)[: self.active.config.collect.bucket_samples]
+        return [self.samples[i] for i in sorted(picked)]
+
+    def _edges(self, picked: Sequence[Sample]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """(edges, counts) of the confidence buckets over these samples; empty for the strategies that need none."""
+        collect, world = self.active.config.collect, self.active.world
+        if collect.strategy != "bucket":
+            return (), ()
+        mine = [s for i, s in enumerate(picked) if i % world.data_size == world.data_rank]
+        values: list[np.ndarray] = [np.zeros(0, np.float64)]
+        with self.active.progress(len(mine), "bucket edges", "samples") as bar:
+
+            def keep(batch: MicroBatch, out: Tensor) -> None:
+                values.append(out.double().cpu().numpy())
+                bar.advance(bar.task_ids[0], len(batch.notes["samples"]))
+
+            self._run(mine, lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
+        joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
+        edges = bucket_edges(joined, collect.buckets)
+        return edges, bucket_counts(joined, edges)
+
+    def _wanted(self, sample: Sample) -> np.ndarray:
+        """The positions of a sample that go through the head: for `bucket` all targets, for the others those chosen."""
+        collect = self.active.config.collect
+        if collect.strategy == "last":
+            return sample.positions[-1:]
+        if collect.strategy == "random":
+            return sample.positions[position_uniform(self.active.config.seed, sample.uid, sample.positions) < collect.fraction]
+        return sample.positions
+
+    def _pass(self, todo: list[Sample], plan: Manifest, writer: Writer | None) -> float:
+        began = time.perf_counter()
+        choose = None
+        if plan.strategy == "bucket":
+            choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
+        with self.active.progress(sum(map(len, todo)), "collect", "tokens") as bar:
+
+            def keep(batch: MicroBatch, chosen: Tensor) -> None:
+                if writer is not None:
+                    for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, batch.notes.pop("sets")):
+                        writer.add(sample.uid, sets)
+                bar.advance(bar.task_ids[0], sum(map(len, batch.notes["samples"])))
+                rate = bar.tasks[0].completed * self.active.world.data_size / (time.perf_counter() - began)
+                bar.update(bar.task_ids[0], rate=f"{rate:,.0f} tokens/s")
+
+            self._run(todo, self._wanted, select_task(self.active.model, self.rule, choose), keep)
+        return time.perf_counter() - began
+
+    def _run(
+        self,
+        samples: Sequence[Sample],
+        wanted: Callable[[Sample], np.ndarray],
+        task_of: TaskOf,
+        consume: Callable[[MicroBatch, Tensor], None],
+    ) -> None:
+        """Forward the samples in order, laid together into rows, a few rows in flight at a time."""
+        config, world = self.active.config, self.active.world
+        rows = fill(range(len(samples)), [len(s) for s in samples], config.data.seq_length * config.batch.micro)
+        for some in in_groups(rows, 2 * world.pipeline_size):
+            length = row_length([sum(len(samples[i]) for i in row) for row in some], world.tensor_size)
+            batches = []
+            for row in some:
+                chosen = [samples[i] for i in row]
+                positions = [wanted(s) for s in chosen]
+                notes: dict[str, Any] = {"samples": chosen, "positions": positions}
+                batches.append(flatten([s.ids for s in chosen], positions, length, world.torch_device, notes))
+            forward(self.active.model, batches, task_of, consume=consume)
+
+
+def _bucket_chooser(rule: BucketRule) -> Chooser:
+    """Keep each position with the rate of its confidence bucket, decided by a hash of seed, sample and position."""
+    rates = np.asarray(rule.rates)
+
+    def choose(batch: MicroBatch, confidence: np.ndarray) -> np.ndarray:
+        pairs = zip(batch.notes["samples"], batch.notes["positions"], strict=True)
+        uniform = np.concatenate([position_uniform(rule.seed, sample.uid, positions) for sample, positions in pairs])
+        return uniform < rates[bucket_of(confidence, rule.edges)]
+
+    return choose
+
+
+def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
+    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that it counts as done."""
+    offsets, ids, slots = sets.offsets.cpu().numpy(), sets.ids.cpu().numpy(), sets.gold_slot.cpu().numpy()
+    lse, rho = sets.lse.cpu().numpy(), sets.outside_mass.cpu().numpy()
+    logits = None if sets.logits is None else sets.logits.cpu().numpy()
+    found, begin_row, begin_flag = [], 0, 0
+    for sample, positions in zip(batch.notes["samples"], batch.notes["positions"], strict=True):
+        picked = positions[chosen[begin_flag : begin_flag + len(positions)]]
+        rows = slice(begin_row, begin_row + len(picked))
+        span = slice(int(offsets[rows.start]), int(offsets[rows.stop]))
+        found.append(
+            (
+                sample,
+                SampleSets(
+                    positions=picked.astype(np.int32),
+                    offsets=offsets[rows.start : rows.stop + 1] - offsets[rows.start],
+                    ids=ids[span],
+                    gold_slot=slots[rows],
+                    lse=lse[rows],
+                    outside_mass=rho[rows],
+                    logits=None if logits is None else logits[span],
+                ),
+            )
+        )
+        begin_row, begin_flag = rows.stop, begin_flag + len(positions)
+    return found
+
+
+def _summary(path: str, seconds: float, tokens: int) -> str:
+    manifest = CandidateStore.open(path).manifest
+    counts = manifest.counts
+    return f"{path}: {counts['samples']} samples, {counts['positions']} positions, {counts['ids']} ids; {tokens} tokens in {seconds:.1f} s"

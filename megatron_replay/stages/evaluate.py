@@ -1,0 +1,64 @@
+"""What the model gained and what it forgot: perplexity, target NLL, SQL that runs, multiple choice, distance from the base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_replay import __version__
+from megatron_replay.config import RunConfig
+from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.scoring.table import show
+from megatron_replay.stages import measures
+from megatron_replay.stages.session import Session, session
+
+PARTS = {
+    "text": measures.perplexity,
+    "targets": measures.target_nll,
+    "choice": measures.multiple_choice,
+    "nl2sql": measures.nl2sql,
+    "base": measures.distance,
+}
+"""Key of the `evaluate` section -> what is measured when that key is set."""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Measure whatever has its file given; prints a table, writes `evaluate.output` as JSON, returns the result."""
+    _check(config)
+    with session(config, seq_length=config.data.seq_length) as active:
+        return evaluate(active)
+
+
+def evaluate(active: Session) -> dict[str, Any]:
+    """The measures of an open session; the same on every rank."""
+    wanted = {key: part for key, part in PARTS.items() if getattr(active.config.evaluate, key)}
+    result: dict[str, Any] = {"model": active.config.model, "version": __version__}
+    for key, part in wanted.items():
+        result[key] = part(active)
+    if active.world.is_main:
+        show(result, f"evaluate {active.config.model}")
+        if active.config.evaluate.output:
+            _write(Path(active.config.evaluate.output), result)
+    active.world.barrier()
+    return result
+
+
+def _check(config: RunConfig) -> None:
+    asked = config.evaluate
+    if not any(getattr(asked, key) for key in PARTS):
+        raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")
+    for key in PARTS:
+        path = getattr(asked, key)
+        if path and not Path(path).exists():
+            raise DataError(f"evaluate.{key}={path}: no such file or folder")
+    if asked.nl2sql and not Path(asked.databases).is_dir():
+        raise DataError(f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
