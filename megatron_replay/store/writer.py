@@ -24,7 +24,7 @@ from megatron_replay.store.sets import MAX_IDS, SampleSets, check
 from megatron_replay.store.stats import gold_appended
 
 BLOCK_BYTES = 64 << 10
-"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids, since a shuffled reader decodes whole blocks."""
+"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids; a shuffled reader decodes whole blocks."""
 SEGMENT_BYTES = 1 << 30
 
 

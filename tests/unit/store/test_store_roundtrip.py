@@ -161,6 +161,22 @@ def test_gold_appended_from_logits(kit, build):
     assert store.manifest.histograms["gold_appended_share"] == 0.5
 
 
+def test_a_second_token_kept_for_min_set_size_is_not_an_appended_one(kit, build):
+    """The first token alone reaches tau; gold is the second, kept because a set has at least two."""
+    sets = SampleSets(
+        positions=np.array([0], np.int32),
+        offsets=np.array([0, 2]),
+        ids=np.array([1, 2], np.int32),
+        gold_slot=np.array([1], np.int32),
+        lse=np.zeros(1, np.float32),
+        outside_mass=np.full(1, 0.01, np.float32),
+        logits=np.log([0.97, 0.02]).astype(np.float32),
+    )
+    assert CandidateStore.open(build(samples=[(b"m" * 16, sets)]))[b"m" * 16].gold_appended.tolist() == [False]
+    literal = CandidateStore.open(build("one", samples=[(b"m" * 16, sets)], min_set_size=1))
+    assert literal[b"m" * 16].gold_appended.tolist() == [True]
+
+
 def test_compare_ignores_segments_and_order(kit, build):
     samples = kit.samples(24)
     a = CandidateStore.open(build("a", samples))
