@@ -96,21 +96,21 @@ def in_child(work) -> int:
 @pytest.mark.parametrize("power", [False, True])
 def test_killed_at_every_call_then_resumed(kit, tmp_path, monkeypatch, power):
     monkeypatch.setattr(journal, "GROUP", 2)
-    samples = kit.samples(14)
-    kit.collect(tmp_path / "whole", samples, segment=700)
+    samples = kit.samples(16)
+    kit.collect(tmp_path / "whole", samples, segment=500)
     whole = kit.files(tmp_path / "whole")
     assert len([name for name in whole if name.endswith(".mrs")]) >= 3
     for n in range(1000):
         path = tmp_path / str(n)
-        code = in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n, power), segment=700))
+        code = in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n, power), segment=500))
         if code == 0:
             break
         assert code == 9
         if (path / "plan.json").exists() and not (path / "manifest.json").exists():
             with pytest.raises(StoreError, match="run collect again"):
                 CandidateStore.open(path)
-        assert in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n // 2, power), segment=700)) in (0, 9)  # and a second time
-        kit.collect(path, samples, segment=700)
+        assert in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n // 2, power), segment=500)) in (0, 9)  # and a second time
+        kit.collect(path, samples, segment=500)
         assert kit.files(path) == whole, n
     assert n > 40
 
