@@ -105,7 +105,8 @@ def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     picked = []
     for start in range(0, n, _ROWS):
         rows = logits[start : start + _ROWS].to(kind)
-        columns = _first(pad(rows, (0, -width % BLOCKS[0]), value=-torch.inf).contiguous(), k, BLOCKS)
+        blocks = pad(rows, (0, -width % BLOCKS[0]), value=-torch.inf) if width % BLOCKS[0] else rows.contiguous()
+        columns = _first(blocks, k, BLOCKS)
         picked.append((rows.gather(1, columns), columns, _lse(rows)))
     values, columns, lse = (torch.cat(parts) for parts in zip(*picked, strict=True))
     return values, columns, lse
@@ -143,7 +144,7 @@ def _lse(rows: Tensor) -> Tensor:
     parts = []
     for some in rows.split(_LSE_ROWS):
         top = some.amax(1, keepdim=True).clamp_(min=torch.finfo(some.dtype).min).double()
-        parts.append((some.double() - top).exp_().sum(1).log_() + top[:, 0])
+        parts.append(some.to(torch.float64, copy=True).sub_(top).exp_().sum(1).log_() + top[:, 0])
     return torch.cat(parts)
 
 

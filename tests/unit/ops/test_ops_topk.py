@@ -73,6 +73,8 @@ def test_equal_logits_reach_tau_exactly_and_take_the_lowest_ids() -> None:
     sets = dynamic_topk(torch.zeros(1, 100), torch.tensor([99]), tau=0.95)
     assert sets.ids.tolist() == [*range(95), 99]
     assert dynamic_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5).ids.tolist() == [0, 1]
+    for v in range(4, 120, 4):  # at 24, 28, 44, ... a float64 running sum of 1/v stays below 3/4 after 3v/4 terms
+        assert dynamic_topk(torch.zeros(1, v), torch.tensor([0]), tau=0.75).ids.tolist() == [*range(v * 3 // 4)]
 
 
 def test_the_cap_leaves_the_gold_id_in_and_reports_the_mass_outside() -> None:
@@ -104,9 +106,10 @@ def test_padding_rows_never_enter() -> None:
 def test_forbidden_ids_enter_only_as_gold() -> None:
     logits = torch.full((2, 40), -torch.inf)
     logits[:, [5, 7]] = torch.tensor([1.0, 1.0])
-    sets = dynamic_topk(logits, torch.tensor([7, 9]), tau=1.0, min_set_size=3)
-    assert [sets.ids[a:b].tolist() for a, b in ((0, 2), (2, 5))] == [[5, 7], [5, 7, 9]]
-    assert sets.outside_mass.tolist() == [0.0, 0.0]
+    for tau in (0.9, 1.0):
+        sets = dynamic_topk(logits, torch.tensor([7, 9]), tau, min_set_size=3)
+        assert [sets.ids[a:b].tolist() for a, b in ((0, 2), (2, 5))] == [[5, 7], [5, 7, 9]]
+        assert sets.outside_mass.tolist() == [0.0, 0.0]
 
 
 def test_a_minimum_size_keeps_the_next_probable() -> None:
