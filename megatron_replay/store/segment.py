@@ -126,14 +126,16 @@ def pack_seal(header: bytes, footer: bytes, offset: int) -> bytes:
 
 
 class Segment:
-    """A memory-mapped segment file."""
+    """A segment file, memory-mapped, or with `copy` read into memory: for a file that another process may be cutting short meanwhile."""
 
-    def __init__(self, path: Path, rule: Rule) -> None:
-        """Map the file. Raises StoreError where it cannot be opened; its contents are checked by what reads them."""
+    def __init__(self, path: Path, rule: Rule, *, copy: bool = False) -> None:
+        """Open the file. Raises StoreError where it cannot be opened; its contents are checked by what reads them."""
         self.path, self.rule = path, rule
         with told(path, "read"), path.open("rb") as file:
             self.bytes = os.fstat(file.fileno()).st_size
-            self.data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.bytes else b""
+            whole = copy or not self.bytes  # nothing can be mapped of an empty file
+            self.data: Any = file.read() if whole else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.bytes = len(self.data)
         self.view = memoryview(self.data)
 
     def header(self) -> None:
@@ -169,7 +171,7 @@ class Segment:
         self.header()
         end = self.bytes - ALIGN
         seal = bytes(self.view[end:]) if end >= ALIGN else b""
-        if seal[:8] != SEAL_MAGIC or check_of(seal) != stated_check(seal):
+        if not is_seal(seal):
             raise Damage(self.path, max(end, 0), "the segment has no valid seal: it is unfinished, cut short or damaged")
         _, offset, size, file_bytes, header, footer_check = SEAL.unpack_from(seal)
         if file_bytes != self.bytes or offset < ALIGN or offset + size != end:
@@ -180,6 +182,10 @@ class Segment:
         if xxhash.xxh3_64_intdigest(footer) != footer_check:
             raise Damage(self.path, offset, "the footer does not match its checksum")
         return stated_check(seal), unpack_footer(self.path, footer, offset)
+
+
+def is_seal(part: bytes) -> bool:
+    return part[:8] == SEAL_MAGIC and len(part) == ALIGN and check_of(part) == stated_check(part)
 
 
 def unpack_footer(path: Path, footer: memoryview, offset: int) -> Index:

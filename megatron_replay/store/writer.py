@@ -19,7 +19,7 @@ from megatron_replay.store import codec, journal
 from megatron_replay.store.files import Damage, Disk, lock, told
 from megatron_replay.store.format import ALIGN, UID_BYTES, pack_header, parse_name, segment_name
 from megatron_replay.store.manifest import MANIFEST, SEGMENTS, load_plan
-from megatron_replay.store.segment import Growing, Index, Segment, pack_footer, pack_seal
+from megatron_replay.store.segment import Growing, Index, Rule, Segment, is_seal, pack_footer, pack_seal
 from megatron_replay.store.sets import MAX_IDS, SampleSets, check
 from megatron_replay.store.stats import gold_appended
 
@@ -205,7 +205,7 @@ class Writer:
                 lines += journal.lines(path.name, 0, index, sealed=False)
             self.done.update(index.uids())
         for path in sorted(set(self._folder.glob("*.mrs")) - set(own)):
-            self.done.update(uids_in(Segment(path, self.rule)))
+            self.done.update(uids_in(path, self.rule))
         with told(self._journal_path, "write"):
             self._disk.truncate(self._journal, 0)
             self._disk.write(self._journal, lines)
@@ -257,8 +257,15 @@ class Writer:
         self._fd, self._journal = None, -1
 
 
-def uids_in(segment: Segment) -> list[bytes]:
-    """What another writer's file holds for certain: all of a sealed one, the whole blocks of an unfinished one."""
+def uids_in(path: Path, rule: Rule) -> list[bytes]:
+    """What another writer's file holds for certain: all of a sealed one, the whole blocks of an unfinished one.
+
+    That writer may be cutting off its torn tail at this moment, so an unsealed file is read, never mapped.
+    """
+    with told(path, "read"), path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - ALIGN, 0))
+        sealed = is_seal(file.read(ALIGN))
+    segment = Segment(path, rule, copy=not sealed)
     try:
         return segment.seal()[1].uids()
     except Damage:

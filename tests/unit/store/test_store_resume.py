@@ -10,6 +10,7 @@ import pytest
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateStore, Damage, Disk, Writer, begin, finish, journal
+from megatron_replay.store.segment import Segment
 
 
 class Fatal(Disk):
@@ -323,3 +324,23 @@ def test_block_boundaries_do_not_depend_on_logits_that_are_not_stored(kit, tmp_p
     kit.collect(tmp_path / "a", samples)
     kit.collect(tmp_path / "b", [(uid, dataclasses.replace(s, logits=None)) for uid, s in samples])
     assert kit.files(tmp_path / "a") == kit.files(tmp_path / "b")
+
+
+def test_a_rank_may_cut_its_torn_tail_while_another_reads_it(kit, tmp_path, monkeypatch):
+    """Ranks resume at the same time: reading pages of a file that has just become shorter must not end the reader with SIGBUS."""
+    begin(tmp_path, kit.plan)
+    writer = Writer(tmp_path, rank=1, block_bytes=2000)
+    for uid, sets in kit.samples(300):
+        writer.add(uid, sets)
+    writer.suspend()
+    file = tmp_path / "segments/00001-000000.mrs"
+    assert file.stat().st_size > 3 * 4096
+    whole = Segment.scan
+
+    def cut_meanwhile(segment):
+        if segment.path == file:
+            os.truncate(file, 8192)
+        return whole(segment)
+
+    monkeypatch.setattr(Segment, "scan", cut_meanwhile)
+    assert in_child(lambda: Writer(tmp_path, rank=0)) == 0
