@@ -1,6 +1,7 @@
 """Typed configuration: frozen dataclasses from defaults, then a YAML file, then dotted overrides; every mistake names its key.
 
-One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is the run that uses it.
+One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is the run that uses
+it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ class Layout:
     zero1: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
     head_multiple: int = 1
-    """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on export."""
+    """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on
+    export."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor", "pipeline", "head_multiple")
@@ -300,7 +302,7 @@ def _plain(value: Any) -> Any:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    if not dataclasses.is_dataclass(kind):
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         return _coerce(kind, value, where)
     if not isinstance(value, dict):
         raise ConfigError(f"{where or 'the configuration'}: expected a section with keys, got {value!r}")

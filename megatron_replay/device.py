@@ -32,7 +32,7 @@ class Device:
         """torch.cuda, torch.npu, or None on the cpu."""
         return getattr(torch, self.name) if self.name != "cpu" else None
 
-    def torch(self, index: int = 0) -> torch.device:
+    def at(self, index: int = 0) -> torch.device:
         return torch.device("cpu") if self.name == "cpu" else torch.device(self.name, index)
 
     def select(self, index: int) -> torch.device:
@@ -41,7 +41,7 @@ class Device:
             if index >= self.count():
                 raise DeviceError(f"local rank {index} has no {self.name} device: {self.count()} here; start fewer ranks per node")
             self.module.set_device(index)
-        return self.torch(index)
+        return self.at(index)
 
     def count(self) -> int:
         return int(self.module.device_count()) if self.module is not None else 1
@@ -90,7 +90,7 @@ def _npu_present() -> bool:
         importlib.import_module("torch_npu")
     except (ImportError, OSError):  # the wheel is here but CANN's libraries are not
         return False
-    return bool(torch.npu.is_available())
+    return bool(NPU.module.is_available())
 
 
 def dtype(precision: str, device: Device) -> torch.dtype:

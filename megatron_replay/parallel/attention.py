@@ -1,7 +1,9 @@
 """Causal attention over a flat row of samples: each token sees the earlier tokens of its own sample and nothing else.
 
-A micro-batch is one flat row of T tokens; `segments` [n, 2] (start, length; int64, on the cpu) says which stretch is which sample. It travels in
-megatron's `attention_mask` argument, the one that reaches every layer on every megatron version, recomputation and pipeline stages included.
+A micro-batch is one flat row of T tokens; `segments` [n, 2] (start, length; int64, on the cpu) says which stretch is which sample. It
+travels in
+megatron's `attention_mask` argument, the one that reaches every layer on every megatron version, recomputation and pipeline stages
+included.
 Tokens of no segment are padding: their output is zero.
 
 T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment, R sequences being generated.

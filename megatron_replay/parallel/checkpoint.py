@@ -1,6 +1,7 @@
 """Training checkpoints in megatron's torch_dist format: written on one layout, read on any.
 
-ROOT/latest_checkpointed_iteration.txt, ROOT/iter_0000100/ (tensors), ROOT/hf/ (config.json, tokenizer and source.json: the checkpoint is complete
+ROOT/latest_checkpointed_iteration.txt, ROOT/iter_0000100/ (tensors), ROOT/hf/ (config.json, tokenizer and source.json: the checkpoint is
+complete
 without the folder it came from). A save is finished when its iteration stands in the text file, which is replaced atomically, last.
 """
 
@@ -18,7 +19,6 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.torch_dist import LATEST, refuse_code, resolve
 from megatron_replay.parallel.trainer import Trainer
-
 
 SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 """Endings of what describes a model besides its weights; the weights' own index is left out."""
@@ -58,7 +58,8 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     trainer.model.module.load_state_dict(state["model"])
     with torch.no_grad():
         trainer.outer.load_state_dict(state["optimizer"])
-    # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on the rank
+    # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
+    # the rank
     torch.set_rng_state(saved["rng"].cpu())
     return dict(saved)
 

@@ -87,7 +87,9 @@ def generate(
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
     for chunk in in_groups(list(mine), batch):
-        for index, tokens in zip(chunk, _continue(model, [prompts[i] for i in chunk], max_new_tokens, set(stop_ids), vocab_size), strict=True):
+        for index, tokens in zip(
+            chunk, _continue(model, [prompts[i] for i in chunk], max_new_tokens, set(stop_ids), vocab_size), strict=True
+        ):
             found[index] = tokens
         if progress is not None:
             progress(len(chunk) * world.data_size)
@@ -131,7 +133,11 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
     places[0, : len(starts)] += starts.to(places.device)
     batch = MicroBatch(batch.tokens, places, batch.segments, ends.to(world.torch_device), batch.gold)
     result = torch.zeros(len(feed), dtype=torch.int64, device=world.torch_device)
-    forward(model, [batch], lambda _: lambda h, w: _argmax(h, w, shard, vocab_size), consume=lambda _, tokens: result.copy_(tokens) and None)
+
+    def keep(_: MicroBatch, tokens: Tensor) -> None:
+        result.copy_(tokens)
+
+    forward(model, [batch], lambda _: lambda h, w: _argmax(h, w, shard, vocab_size), consume=keep)
     if world.pipeline_size > 1:
         dist.broadcast(result, src=dist.get_process_group_ranks(world.pipeline_group)[-1], group=world.pipeline_group)
     return [int(token) for token in result.tolist()]

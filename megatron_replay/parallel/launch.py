@@ -1,6 +1,7 @@
 """Start a function on N local processes and wait for them: what `--ranks N` does.
 
-On the cpu the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that fails ends the others, and is named.
+On the cpu the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that fails ends the
+others, and is named.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ GRACE = 5.0
 def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int, device: str = "auto") -> int:
     """Call `module:function` with args and kwargs on `ranks` processes of this machine; returns the exit code of the whole.
 
-    0: every rank finished; 2: a rank met wrong input (printed once); 1: a rank failed; 128 + n: stopped by signal n, passed on to every rank.
+    0: every rank finished; 2: a rank met wrong input (printed once); 1: a rank failed; 128 + n: stopped by signal n, passed on to every
+    rank.
     """
     found = choose(device)
     if found.name == "cpu":
         shims.import_megatron()
-    context = mp.get_context("fork" if found.name == "cpu" else "spawn")
+    context: Any = mp.get_context("fork" if found.name == "cpu" else "spawn")
     port = world.free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [

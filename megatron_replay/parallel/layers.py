@@ -17,7 +17,8 @@ from megatron_replay.models.spec import ModelSpec
 class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in fp32 at least.
 
-    megatron's torch norm refuses sequence parallelism; here the weight is marked, so that `finalize_model_grads` sums its gradient over the tensor group.
+    megatron's torch norm refuses sequence parallelism; here the weight is marked, so that `finalize_model_grads` sums its gradient over
+    the tensor group.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -39,6 +40,7 @@ class TokenRotary(nn.Module):
     """
 
     positions: Tensor
+    frequencies: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

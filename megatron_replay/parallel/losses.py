@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
@@ -15,19 +13,10 @@ from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.inference import vocab_shard
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.store import SampleSets
 
 
-class StoredSets(Protocol):
-    """What a store gives for a sample (numpy): see `store.SampleSets`."""
-
-    offsets: np.ndarray
-    ids: np.ndarray
-    gold_slot: np.ndarray
-    lse: np.ndarray
-    outside_mass: np.ndarray
-
-
-def sets_of(stored: Sequence[StoredSets], device: torch.device) -> CandidateSets:
+def sets_of(stored: Sequence[SampleSets], device: torch.device) -> CandidateSets:
     """The candidate sets of several samples, one after the other, as tensors."""
     each = [
         CandidateSets.from_arrays(s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass)

@@ -1,6 +1,7 @@
 """Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
 
-megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies, parameter gathers. Only the inner
+megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies, parameter gathers.
+Only the inner
 torch optimizer is exchanged. One row a logical tensor of the whole model, one gather a step: see `optim.shards`.
 """
 
@@ -116,7 +117,11 @@ def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
     if hasattr(outer, "model_param_group_index_map"):
         return [(p, inner.param_groups[group]["params"][order]) for p, (group, order) in outer.model_param_group_index_map.items()]
     if hasattr(outer, "fp32_from_float16_groups"):
-        low = [pair for lows, mains in zip(outer.float16_groups, outer.fp32_from_float16_groups, strict=True) for pair in zip(lows, mains, strict=True)]
+        low = [
+            pair
+            for lows, mains in zip(outer.float16_groups, outer.fp32_from_float16_groups, strict=True)
+            for pair in zip(lows, mains, strict=True)
+        ]
         return low + [(p, p) for group in outer.fp32_from_fp32_groups for p in group]
     return [(p, p) for group in inner.param_groups for p in group["params"]]
 

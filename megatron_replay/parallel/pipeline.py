@@ -21,15 +21,17 @@ def forward(model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, con
 
     def finish(batch: MicroBatch, out: Tensor) -> Any:
         consume(batch, out)
-        return out.new_zeros(()), {}
+        return torch.zeros((), device=out.device), {}
 
     with torch.no_grad():
         _schedule(model, model.module, batches, task_of, finish, forward_only=True)
 
 
 def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf) -> tuple[float, int]:
-    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the wrapped model's buffers,
-    divided by the number of positions in the whole global batch. Returns (sum of losses, positions) of this replica; zeros before the last stage.
+    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the wrapped model's
+    buffers,
+    divided by the number of positions in the whole global batch. Returns (sum of losses, positions) of this replica; zeros before the
+    last stage.
     """
     wrapped.train()
     sums: list[tuple[Tensor, int]] = []

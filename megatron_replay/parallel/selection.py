@@ -1,4 +1,5 @@
-"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits exist a chunk of rows at a time.
+"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits exist a chunk of
+rows at a time.
 
 N target positions of a micro-batch, n of them chosen.
 """
@@ -29,7 +30,6 @@ class SetRule:
     min_set_size: int
     vocab_size: int
     """Ids from here on are padding rows."""
-    keep_logits: bool
     chunk_rows: int
     kernels: str = "auto"
 
@@ -92,7 +92,7 @@ def candidate_sets(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabSha
                 rule.vocab_size,
                 shard,
                 min_set_size=rule.min_set_size,
-                keep_logits=rule.keep_logits,
+                keep_logits=True,
                 kernels=rule.kernels,
             )
         )

@@ -2,7 +2,8 @@
 
 megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; `torch_npu.contrib.transfer_to_npu` does the same for the
 NPU, which is why the NPU column of this table is short. Importing this module changes nothing: `install` does, once per process, and only
-processes that run a model call it. `tests/ranks/test_shims.py` runs training without each shim in turn, and fails when one is not needed any more.
+processes that run a model call it. `tests/ranks/test_shims.py` runs training without each shim in turn, and fails when one is not needed
+any more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import functools
 import importlib
 import logging
+import multiprocessing as mp
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +40,10 @@ class Shim:
 def import_megatron() -> None:
     """Import the parts of megatron-core we use, with `torch.compile` standing still meanwhile.
 
-    megatron decorates about 35 helpers with torch.compile at import: that loads dynamo and inductor, 4-5 s in every process, and on the cpu gains nothing.
+    megatron decorates about 35 helpers with torch.compile at import: that loads dynamo and inductor, 4-5 s in every process, and on the
+    cpu gains nothing.
     """
+    _quiet()
     real = torch.compile
     torch.compile = _no_compile  # type: ignore[assignment]
     try:
@@ -57,6 +62,7 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
         return list(_installed)
     if device.name == "npu":
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    _quiet()
     if device.name == "cpu":
         import_megatron()
     for shim in table(device):
@@ -68,7 +74,13 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
 
 def table(device: Device) -> list[Shim]:
     """The shims `install` applies on this device."""
-    return _CPU_SHIMS if device.name == "cpu" else []
+    return [*_CPU_SHIMS, *_COMMON_SHIMS] if device.name == "cpu" else list(_COMMON_SHIMS)
+
+
+def _quiet() -> None:
+    """megatron tells at import, in every rank, which of apex and transformer-engine are missing; `doctor` tells it once."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+_tensor` is deprecated")
 
 
 def _no_compile(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -94,15 +106,15 @@ def _factories() -> None:
 
 
 def _synchronize() -> None:
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None
 
 
 def _rng() -> None:
     """The cpu's default generator plays the device generator."""
-    tp_random = importlib.import_module("megatron.core.tensor_parallel.random")
+    tp_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     generator = torch.default_generator
-    torch.cuda.get_rng_state = lambda device="cuda": generator.get_state()  # type: ignore[assignment]
-    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed)) and None
+    torch.cuda.get_rng_state = lambda device="cuda": generator.get_state()
+    torch.cuda.manual_seed = generator.manual_seed  # type: ignore[assignment]
     tp_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: generator.set_state(state)
     tp_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: generator.get_state()
 
@@ -133,7 +145,35 @@ def _tensor_type() -> None:
     torch.Tensor.type = named_as_cuda  # type: ignore[method-assign, assignment]
 
 
+def _group_step() -> None:
+    module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if not module.HAVE_APEX_OR_TE:
+        module.HAVE_APEX_OR_TE = module.USING_APEX_OPTIMIZER = True
+
+
+def _results_queue() -> None:
+    module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    queues: list[Any] = []
+
+    def forked() -> Any:
+        if not queues:
+            queues.append(mp.get_context("fork").Manager().Queue())
+        return queues[0]
+
+    if hasattr(module, "_get_write_results_queue"):
+        module._get_write_results_queue = forked
+
+
 _ALL = ">=0.12,<0.17"
+_COMMON_SHIMS = [
+    Shim(
+        "group_step",
+        "optimizer/distrib_optimizer.py",
+        "without apex it reads the step count of torch's AdamW from each parameter; ours counts in the parameter group, as apex does",
+        _ALL,
+        _group_step,
+    ),
+]
 _CPU_SHIMS = [
     Shim(
         "current_device",
@@ -159,7 +199,8 @@ _CPU_SHIMS = [
     Shim(
         "rng",
         "tensor_parallel/random.py",
-        "model_parallel_cuda_manual_seed asks CUDA; _set_cuda_rng_state queues a CUDA call that never runs, so dropout would silently not be forked",
+        "model_parallel_cuda_manual_seed asks CUDA; _set_cuda_rng_state queues a CUDA call that never runs, so dropout would silently not "
+        "be forked",
         _ALL,
         _rng,
     ),
@@ -176,5 +217,13 @@ _CPU_SHIMS = [
         "parameters are sorted by comparing param.type() with 'torch.cuda.FloatTensor'",
         _ALL,
         _tensor_type,
+    ),
+    Shim(
+        "results_queue",
+        "dist_checkpointing/strategies/filesystem_async.py",
+        "a save spawns a manager process, which runs the main module again in every rank; without a device a fork is safe and takes no "
+        "time",
+        _ALL,
+        _results_queue,
     ),
 ]

@@ -1,4 +1,5 @@
-"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its tokenizer lies, and fill a built model."""
+"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its tokenizer lies, and
+fill a built model."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ class Source:
             return wanted
         if wanted.head_multiple != 1:
             raise CheckpointError(
-                f"{self.path}: was written with layout.head_multiple={self.facts['head_multiple']}, this run asks for {wanted.head_multiple}; leave it out"
+                f"{self.path}: was written with layout.head_multiple={self.facts['head_multiple']}, this run asks for "
+                f"{wanted.head_multiple}; "
+                f"leave it out"
             )
         return dataclasses.replace(wanted, head_multiple=int(self.facts["head_multiple"]))
 

@@ -56,7 +56,6 @@ class Collection:
             k_max=collect.k_max,
             min_set_size=collect.min_set_size,
             vocab_size=self.active.vocab_size,
-            keep_logits=collect.logits != "none",
             chunk_rows=collect.chunk_rows,
             kernels=self.active.config.kernels,
         )
@@ -102,7 +101,7 @@ class Collection:
 
         self._run(picked, self._wanted, select_task(active.model, self.rule, choose), keep)
         seconds = time.perf_counter() - began
-        ids, positions = (active.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found)))
+        ids, positions = active.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
         share = sum(map(len, self.samples)) / sum(map(len, picked))
         per_id = 1.5  # 11.4 to 12.1 bits an id, measured
         active.say(
@@ -231,10 +230,12 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
 
 
 def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
-    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that it counts as done."""
+    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that it counts as
+    done."""
     offsets, ids, slots = sets.offsets.cpu().numpy(), sets.ids.cpu().numpy(), sets.gold_slot.cpu().numpy()
     lse, rho = sets.lse.cpu().numpy(), sets.outside_mass.cpu().numpy()
-    logits = None if sets.logits is None else sets.logits.cpu().numpy()
+    assert sets.logits is not None
+    logits = sets.logits.cpu().numpy()  # the writer keeps them if the store does, and tells from them which gold tokens were appended
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.notes["samples"], batch.notes["positions"], strict=True):
         picked = positions[chosen[begin_flag : begin_flag + len(positions)]]
@@ -250,7 +251,7 @@ def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> l
                     gold_slot=slots[rows],
                     lse=lse[rows],
                     outside_mass=rho[rows],
-                    logits=None if logits is None else logits[span],
+                    logits=logits[span],
                 ),
             )
         )

@@ -30,11 +30,15 @@ def check_store(active: Session, path: str, samples: Sequence[Sample]) -> Candid
     }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise StoreError(f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or collect again")
+            raise StoreError(
+                f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or collect again"
+            )
     for sample in samples:
         if sample.uid not in store:
             raise StoreError(
-                f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); collect again with this data file"
+                f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); collect again with "
+                "this data "
+                f"file"
             )
     return store
 

@@ -1,4 +1,5 @@
-"""What a training run says: Megatron's console line, metrics.jsonl, TensorBoard, and the resolved configuration beside them. Main rank only."""
+"""What a training run says: Megatron's console line, metrics.jsonl, TensorBoard, and the resolved configuration beside them. Main rank
+only."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Logs:
         if self.active.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(f"# megatron_replay {__version__}\n{dump(self.active.config)}", encoding="utf-8")
-            self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
             if self.active.config.train.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -65,7 +65,9 @@ def multiple_choice(active: Session) -> dict[str, Any]:
     rows = [[next(nll) for _ in choices] for _, choices, _ in questions]
     return dict(
         score_choices(
-            [[float(part.sum()) for part in row] for row in rows], [[len(part) for part in row] for row in rows], [a for _, _, a in questions]
+            [[float(part.sum()) for part in row] for row in rows],
+            [[len(part) for part in row] for row in rows],
+            [a for _, _, a in questions],
         )
     )
 
@@ -73,7 +75,7 @@ def multiple_choice(active: Session) -> dict[str, Any]:
 def nl2sql(active: Session) -> dict[str, Any]:
     """Greedy SQL for every question: share whose result equals the gold query's, and share that is the gold query."""
     asked = active.config.evaluate
-    records = [r for r in read_records(asked.nl2sql, targets=False)][: asked.limit]
+    records = list(read_records(asked.nl2sql, targets=False))[: asked.limit]
     gold = [_gold(record) for record in records]
     prompts = [active.template.prompt(record.prompt) for record in records]
     with active.progress(len(prompts), "nl2sql", "questions") as bar:
@@ -146,7 +148,9 @@ def _choices(path: Path) -> Iterator[tuple[str, list[str], int]]:
             item = json.loads(line)
             question, choices, answer = item["question"], item["choices"], item["answer"]
         except (ValueError, KeyError, TypeError) as err:
-            raise DataError(f"{path}:{number}: a multiple-choice line is {{question, choices, answer}}; {type(err).__name__}: {err}") from err
+            raise DataError(
+                f"{path}:{number}: a multiple-choice line is {{question, choices, answer}}; {type(err).__name__}: {err}"
+            ) from err
         if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise DataError(f"{path}:{number}: answer {answer!r} is not the index of one of the {len(choices)} choices")
         yield str(question), [str(c) for c in choices], answer

@@ -1,4 +1,5 @@
-"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the order a user can be wrong."""
+"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the order a user can be
+wrong."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ class Session:
         """A progress bar on the main rank's terminal; silent elsewhere. Advance task 0."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[rate]}"))
         console = Console(stderr=True)
-        bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not (self.world.is_main and console.is_terminal))
+        bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not (self.world.is_main and console.is_terminal)
+        )
         bar.add_task(what, total=total, rate="")
         with bar:
             yield bar

@@ -72,4 +72,9 @@ def _text(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-ACTIONS: dict[str, Callable[[str], tuple[dict[str, Any], bool]]] = {"inspect": _inspect, "verify": _verify, "stats": _stats, "repair": _repair}
+ACTIONS: dict[str, Callable[[str], tuple[dict[str, Any], bool]]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "stats": _stats,
+    "repair": _repair,
+}

@@ -1,4 +1,5 @@
-"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary cross-entropy at the same positions."""
+"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary cross-entropy at the
+same positions."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def _check(config: RunConfig) -> None:
     replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
     if config.batch.total % (config.batch.micro * replicas):
         raise LayoutError(
-            f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in micro-batches of {config.batch.micro}; "
+            f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in micro-batches of "
+            f"{config.batch.micro}; "
             f"make it a multiple of {config.batch.micro * replicas}"
         )
 
@@ -72,7 +74,9 @@ class Feed:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         world = self.active.world
         rows = self.stream.batch(step)
-        mine = [[i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)]
+        mine = [
+            [i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
+        ]
         # one length for all micro-batches of the step, so that pipeline stages know what they receive
         length = row_length([sum(len(self.samples[i]) for i in micro) for micro in mine], world.tensor_size)
         return [self._flatten(micro, length) for micro in mine]
@@ -90,7 +94,8 @@ class Feed:
         positions = sum(_count(self.store, sample) for sample in self.samples)
         rows = len(self.stream.rows(0))
         return (
-            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an epoch; "
+            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an "
+            f"epoch; "
             f"{self.steps} steps of {self.active.config.batch.total} rows"
         )
 

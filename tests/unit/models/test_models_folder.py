@@ -151,7 +151,7 @@ def test_index_that_does_not_fit(folder, tensors):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             HFFolder(folder)
-    index.write_text(json.dumps({"weight_map": {name: "model.safetensors" for name in [*tensors, "ghost"]}}))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*tensors, "ghost"], "model.safetensors")}))
     with pytest.raises(CheckpointError, match=r"'ghost' is not in model\.safetensors"):
         HFFolder(folder)
     index.write_text(json.dumps({"weight_map": {"ghost": "model-2.safetensors"}}))

@@ -1,0 +1,176 @@
+"""Convert a model between Hugging Face folders and megatron checkpoints, on the cpu, one tensor in memory at a time.
+
+What is made follows from what is given: a Hugging Face folder becomes a checkpoint that any layout loads; a checkpoint (also one of
+training, whatever layout wrote it) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from megatron_replay.config import RunConfig
+from megatron_replay.device import CPU
+from megatron_replay.device import dtype as device_dtype
+from megatron_replay.errors import CheckpointError
+from megatron_replay.models.folder import HFFolder
+from megatron_replay.models.gguf import import_gguf
+from megatron_replay.models.llama2c import import_llama2c
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.weights import Weight, hf_shapes, merge, split, weights
+from megatron_replay.models.writer import HFWriter
+from megatron_replay.parallel import checkpoint, torch_dist
+from megatron_replay.parallel.source import Source
+from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
+
+TOKENIZERS = ("tok512.bin", "tokenizer.bin")
+"""Names of the tokenizer beside a llama2.c .bin file."""
+SOURCE_NOTE = "source.json"
+Advance = Callable[[int], None]
+
+
+def run(config: RunConfig, source: str, target: str, *, verify: bool = False) -> None:
+    """Convert `source` to `target`; with `verify` read it back and compare it tensor by tensor, and the logits of a few rows.
+
+    The weights keep their dtype unless `precision` names another; `layout.head_multiple` pads the heads of a checkpoint that is made.
+    Raises CheckpointError for a source that is no model or damaged, a target that is not empty, or a result that is not the source.
+    """
+    given, made = Path(source), Path(target)
+    if made.exists() and (not made.is_dir() or any(made.iterdir())):
+        raise CheckpointError(f"{made} exists and is not an empty folder; choose another target or remove it")
+    try:
+        if given.is_file():
+            _import_file(given, made)
+            return
+        pair = _export(config, given, made) if torch_dist.is_checkpoint(given) else _import(config, given, made)
+        if verify:
+            with _progress("verify", pair.size) as advance:
+                count = compare_tensors(pair, advance)
+            difference, positions = compare_logits(pair)
+            print(
+                f"verified: {count} tensors equal by sha256, logits of {positions} positions differ by at most {difference:.3g}", flush=True
+            )
+    except OSError as err:
+        raise CheckpointError(f"{err.filename or made}: {err.strerror or err}") from err
+
+
+def _import(config: RunConfig, given: Path, made: Path) -> Pair:
+    """Hugging Face folder -> checkpoint ROOT, written beside the target and renamed when it is complete."""
+    folder = HFFolder(given)
+    folder.check()
+    spec, head_multiple = folder.spec, config.layout.head_multiple
+    dtype = _dtype(config, given, {name: folder.dtype(name) for name in hf_shapes(spec)})
+    size = _size(spec, head_multiple, dtype)
+
+    def tensors(weight: Weight) -> Tensor:
+        whole = merge(weight, {name: folder.read(name).to(dtype) for name in weight.hf}, spec)
+        advance(whole.nbytes)
+        return whole
+
+    made.parent.mkdir(parents=True, exist_ok=True)
+    partial = made.with_name(f".{made.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
+    try:
+        with _progress("convert", size) as advance:
+            torch_dist.write_model(partial / torch_dist.iteration_name(0), spec, tensors, head_multiple=head_multiple, dtype=dtype)
+        facts = {"fingerprint": folder.fingerprint(), "head_multiple": head_multiple, "dtype": _name(dtype)}
+        checkpoint.write_side_files(partial, given, facts)
+        (partial / torch_dist.LATEST).write_text("0", encoding="utf-8")
+        partial.replace(made)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _report(given, made, size, f"a checkpoint for any layout, {_name(dtype)}, layout.head_multiple={head_multiple}")
+    return Pair(spec, folder, torch_dist.Reader(made), head_multiple, dtype)
+
+
+def _export(config: RunConfig, given: Path, made: Path) -> Pair:
+    """Checkpoint -> Hugging Face folder, with the configuration and tokenizer files that lie in the checkpoint's hf folder."""
+    source = Source.open(str(given))
+    reader, spec = torch_dist.Reader(given), source.spec
+    head_multiple = int(source.facts.get("head_multiple", 1))
+    reader.check(spec, head_multiple=head_multiple)
+    table = weights(spec, head_multiple=head_multiple)
+    dtype = _dtype(config, given, {weight.name: reader.dtype(weight, spec) for weight in table})
+    size = _size(spec, head_multiple, dtype)
+    with HFWriter(made, spec, dtype=dtype) as out, _progress("convert", size) as advance:
+        for weight in table:
+            whole = reader.read(weight, spec)
+            for name, tensor in split(weight, whole, spec).items():
+                out.add(name, tensor.to(dtype))
+            advance(whole.nbytes)
+        out.copy_side_files(source.hf)
+    (made / SOURCE_NOTE).unlink(missing_ok=True)  # what the checkpoint was made of, not what this folder is
+    _report(reader.folder, made, size, f"a Hugging Face folder, {_name(dtype)}")
+    return Pair(spec, HFFolder(made), reader, head_multiple, dtype)
+
+
+def _import_file(given: Path, made: Path) -> None:
+    """A .gguf or llama2.c .bin file -> Hugging Face folder."""
+    if given.suffix == ".gguf":
+        import_gguf(given, made)
+    elif given.suffix == ".bin":
+        beside = [given.with_name(name) for name in TOKENIZERS]
+        tokenizer = next((path for path in beside if path.is_file()), None)
+        if tokenizer is None:
+            raise CheckpointError(f"{given}: no tokenizer beside it; put the model's own there as {' or '.join(TOKENIZERS)}")
+        import_llama2c(given, tokenizer, made)
+    else:
+        raise CheckpointError(f"{given}: give a .gguf or llama2.c .bin file, a Hugging Face folder, or a checkpoint folder")
+    folder = HFFolder(made)
+    folder.check()
+    dtype = folder.dtype(folder.names()[0])
+    _report(given, made, _size(folder.spec, 1, dtype), f"a Hugging Face folder, {_name(dtype)}")
+
+
+def _dtype(config: RunConfig, where: Path, stored: Mapping[str, torch.dtype]) -> torch.dtype:
+    """What to write: what `precision` says, else what is stored; CheckpointError where that is more than one type."""
+    if config.precision != "auto":
+        return device_dtype(config.precision, CPU)
+    examples = {kind: name for name, kind in stored.items()}
+    if len(examples) > 1:
+        found = " and ".join(f"{_name(kind)} ({name})" for kind, name in sorted(examples.items(), key=str))
+        raise CheckpointError(f"{where}: the weights are stored as {found}; choose one with precision=fp32 or precision=bf16")
+    return next(iter(examples))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(spec: ModelSpec, head_multiple: int, dtype: torch.dtype) -> int:
+    """Bytes of all megatron tensors."""
+    return sum(math.prod(weight.shape) for weight in weights(spec, head_multiple=head_multiple)) * dtype.itemsize
+
+
+def _report(given: Path, made: Path, size: int, what: str) -> None:
+    print(f"{given} -> {made}: {what}, {size / 1e9:.3g} GB; peak memory {CPU.peak_memory() / 1e9:.2f} GB", flush=True)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Advance]:
+    """A bar of bytes that goes when it is done, on a terminal; elsewhere a line every 10 %."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda size: bar.advance(task, size)
+        return
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        before, done = done, done + size
+        if done * 10 // total > before * 10 // total:
+            print(f"{what} {done * 10 // total * 10:3d} %  {done / 1e9:.3g} of {total / 1e9:.3g} GB", flush=True)
+
+    yield advance
