@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The data folder beside the checkout (`../shared/data`), described by its MANIFEST.json; the test is skipped where it is absent."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not (path / "MANIFEST.json").is_file():
-        pytest.skip(f"the shared data is not here: no MANIFEST.json in {path}")
-    return path
+    if not (SHARED / "MANIFEST.json").is_file():
+        pytest.skip(f"the shared data is not here: no MANIFEST.json in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def shared_file(shared_data: Path) -> Callable[[str], Path]:
+    """`shared_file("text/wikitext2_valid.txt")`: that file as MANIFEST.json lists it; where it is missing or another one, the test is skipped."""
+    listed = {entry["file"]: entry["sha256"] for entry in json.loads((shared_data / "MANIFEST.json").read_text(encoding="utf-8"))}
+
+    @cache
+    def find(name: str) -> Path:
+        path = shared_data / name
+        if not path.is_file():
+            pytest.skip(f"shared data: {name} is not here")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != listed.get(name):
+            pytest.skip(f"shared data: {name} is not the file that MANIFEST.json lists (sha256 differs); restore it")
+        return path
+
+    return find

@@ -8,8 +8,6 @@ import pytest
 from megatron_replay.data.records import Message, Record, read_records
 from megatron_replay.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[3] / ".." / "shared" / "data"
-
 
 def write(path: Path, *rows: object) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
@@ -182,9 +180,7 @@ def test_a_given_format_must_fit_the_first_record_too(tmp_path: Path) -> None:
         list(read_records(path, "messages"))
 
 
-def test_spider_questions_are_refused_with_their_keys() -> None:
-    path = SHARED / "nl2sql" / "spider_train.jsonl"
-    if not path.exists():
-        pytest.skip("shared/data is not here")
+def test_spider_questions_are_refused_with_their_keys(shared_data: Path) -> None:
+    path = shared_data / "nl2sql" / "spider_train.jsonl"
     with pytest.raises(DataError, match=r"spider_train\.jsonl:1: the keys .*'question'.* fit no format"):
         next(read_records(str(path)))

@@ -15,8 +15,6 @@ from megatron_replay.models.bpe import SPACE, byte_level_bpe
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.llama2c import import_llama2c, read_tokenizer
 
-BASE = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "base_tiny"
-
 
 def encode_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
     """llama2.c's encoder: begin, a space before the text, characters (or bytes), then the best pair merged again and again."""
@@ -110,15 +108,14 @@ def test_unknown_pre_tokenizer_is_named():
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    if not (BASE / "stories260K.bin").is_file():
-        pytest.skip("shared/data/base_tiny is not here")
-    return import_llama2c(BASE / "stories260K.bin", BASE / "tok512.bin", tmp_path_factory.mktemp("stories") / "out")
+def stories(tmp_path_factory, shared_file):
+    model, tokenizer = shared_file("base_tiny/stories260K.bin"), shared_file("base_tiny/tok512.bin")
+    return import_llama2c(model, tokenizer, tmp_path_factory.mktemp("stories") / "out")
 
 
-def test_tokenizer_equals_the_greedy_merge_by_score(stories):
+def test_tokenizer_equals_the_greedy_merge_by_score(stories, shared_file):
     tokenizer = Tokenizer.from_file(str(stories / "tokenizer.json"))
-    tokens, scores = read_tokenizer(BASE / "tok512.bin")
+    tokens, scores = read_tokenizer(shared_file("base_tiny/tok512.bin"))
 
     @settings(deadline=None, max_examples=50)
     @given(st.text("abcdefghilmnoprstuwyTLOI ,.\n\"'éñ€", max_size=80))

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from megatron_replay.scoring.sql import Match, Sandbox, exact_match, execution_match, extract_sql, has_order_by, normalise, same_result
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "nl2sql"
 CELLS = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([0.1, 0.5, 2.0, 1e9]), st.sampled_from(["a", "b", "1"]), st.just(b"\x01"))
 ROWS = st.integers(1, 3).flatmap(lambda width: st.lists(st.tuples(*[CELLS] * width), max_size=8))
 
@@ -180,11 +179,10 @@ def test_extract_sql(answer: str, sql: str) -> None:
 
 
 @pytest.mark.data
-def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox) -> None:
-    if not (SHARED / "spider_train.jsonl").is_file():
-        pytest.skip("shared/data/nl2sql is not here")
-    examples = [json.loads(line) for line in (SHARED / "spider_train.jsonl").read_text(encoding="utf-8").splitlines()]
-    there = {path.stem: path for path in (SHARED / "databases").glob("*.sqlite")}
+def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, shared_data: Path) -> None:
+    spider = shared_data / "nl2sql"
+    examples = [json.loads(line) for line in (spider / "spider_train.jsonl").read_text(encoding="utf-8").splitlines()]
+    there = {path.stem: path for path in (spider / "databases").glob("*.sqlite")}
     unique = {(example["db_id"], example["query"]): example for example in examples if example["db_id"] in there}
     failed, wrong = {}, []
     for db_id, query in unique:
