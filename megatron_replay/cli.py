@@ -19,7 +19,7 @@ from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.registry import nearest
 
-STORE_ACTIONS = ("inspect", "verify", "stats", "export", "compare")
+STORE_ACTIONS = ("inspect", "verify", "stats", "repair", "export", "compare")
 
 
 def _config(words: Sequence[str], overrides: Sequence[str]) -> RunConfig:
@@ -112,7 +112,7 @@ VERBS = {
     ),
     "store": Verb(
         "store:run",
-        "Inspect, verify, summarise, export or compare candidate stores.",
+        "Inspect, verify, summarise, repair, export or compare candidate stores.",
         words=f"{{{','.join(STORE_ACTIONS)}}} STORE [STORE ...]",
         flags={"output": Flag("Where export writes.", "FILE"), "json": JSON},
         arguments=_store,
