@@ -6,6 +6,7 @@ others, and is named.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing as mp
 import multiprocessing.connection
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -46,8 +47,8 @@ def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int,
         process.start()
     for _, sender in pipes:
         sender.close()
-    stopped = _pass_on_signals(processes)
-    messages = _wait(processes, [receiver for receiver, _ in pipes])
+    with _passing_on_signals(processes) as stopped:
+        messages = _wait(processes, [receiver for receiver, _ in pipes])
     return _verdict(processes, messages, stopped)
 
 
@@ -75,7 +76,9 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     return result if isinstance(result, int) else 0
 
 
-def _pass_on_signals(processes: list[Any]) -> list[int]:
+@contextlib.contextmanager
+def _passing_on_signals(processes: list[Any]) -> Iterator[list[int]]:
+    """The signals received in the block, each handed to every rank; what this process did with them before is put back."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -84,9 +87,12 @@ def _pass_on_signals(processes: list[Any]) -> list[int]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
-    return received
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(processes: list[Any], receivers: list[Any]) -> list[str]:
