@@ -8,12 +8,35 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_replay.errors import DeviceError
+
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "ASCEND_HOME_PATH",
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "PYTORCH_NPU_ALLOC_CONF",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "TASK_QUEUE_ENABLE",
+    "CPU_AFFINITY_CONF",
+    "HCCL_CONNECT_TIMEOUT",
+    "HCCL_EXEC_TIMEOUT",
+    "HCCL_DETERMINISTIC",
+    "HCCL_IF_BASE_PORT",
+    "HCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,20 @@ class Device:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the current device, or of the machine on the cpu."""
+        if self.module is not None:
+            free, total = self.module.mem_get_info()
+            return int(free), int(total)
+        import psutil  # type: ignore[import-untyped]
+
+        machine = psutil.virtual_memory()
+        return int(machine.available), int(machine.total)
+
+    def model_name(self) -> str:
+        """What the maker calls the first device."""
+        return str(self.module.get_device_name(0)) if self.module is not None else platform.machine()
 
 
 CPU = Device("cpu", "gloo", has_bf16=False, has_fp64=True)
@@ -108,3 +145,13 @@ def launcher_ranks() -> tuple[int, int, int] | None:
         return None
     rank = int(os.environ["RANK"])
     return rank, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank))
+
+
+def environment() -> dict[str, str]:
+    """The variables that are set and change how ranks run, find each other or use their device."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

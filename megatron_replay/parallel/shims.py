@@ -61,7 +61,7 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
     if _installed:
         return list(_installed)
     if device.name == "npu":
-        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        importlib.import_module(adapter(device))
     _quiet()
     if device.name == "cpu":
         import_megatron()
@@ -75,6 +75,11 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
 def table(device: Device) -> list[Shim]:
     """The shims `install` applies on this device."""
     return [*_CPU_SHIMS, *_COMMON_SHIMS] if device.name == "cpu" else list(_COMMON_SHIMS)
+
+
+def adapter(device: Device) -> str:
+    """What leads megatron's CUDA names to the device before our shims do; none where they already do, or our shims do it alone."""
+    return "torch_npu.contrib.transfer_to_npu" if device.name == "npu" else "none"
 
 
 def _quiet() -> None:

@@ -1,0 +1,94 @@
+"""What torch and megatron find on this machine: devices, kernels, two ranks that add up, and a model in its layout. For `doctor`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_replay.config import RunConfig
+from megatron_replay.device import Device, available, choose, cores, environment
+from megatron_replay.errors import DeviceError
+from megatron_replay.models.folder import HFFolder
+from megatron_replay.models.layout import validate_layout
+from megatron_replay.models.weights import weights
+from megatron_replay.ops import library
+from megatron_replay.parallel import attention, layers, shims
+from megatron_replay.parallel.probe import try_all_reduce
+from megatron_replay.parallel.source import Source
+from megatron_replay.parallel.torch_dist import Reader
+
+Versions = Mapping[str, str | None]
+
+
+def devices() -> dict[str, Any]:
+    """Name -> what it is, how many, and the memory of the first, best device first."""
+    return {device.name: _device(device) for device in available()}
+
+
+def _device(device: Device) -> dict[str, Any]:
+    free, total = device.memory()
+    return {
+        "model": device.model_name(),
+        "count": device.count(),
+        "backend": device.backend,
+        "bf16": device.has_bf16,
+        "free_bytes": free,
+        "total_bytes": total,
+    }
+
+
+def kernels(mode: str) -> dict[str, Any]:
+    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones."""
+    return {"extension": library.EXTENSION, **{device.name: library.live(device.name, mode) for device in available()}}
+
+
+def processor() -> dict[str, Any]:
+    """Cores, threads a process would start with, and the variables that are set."""
+    return {"cores": cores(), "threads": torch.get_num_threads(), "variables": environment()}
+
+
+def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
+    """What lies between megatron-core and the device that this configuration would use, and what runs in place of its own parts."""
+    device = asked(config)
+    adam = next((name for name in ("transformer-engine", "apex") if versions[name]), "torch")
+    return {
+        "adapter": shims.adapter(device),
+        "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in shims.table(device)],
+        "norm": f"our {layers.RMSNorm.__name__} for megatron's, which wants apex or transformer-engine or a single tensor rank",
+        "attention": f"our {attention.segment_attention.__name__} on torch's scaled_dot_product_attention for its DotProductAttention",
+        "optimizer": f"our {config.optimizer.name} inside megatron's wrappers for the Adam of {adam}",
+    }
+
+
+def asked(config: RunConfig) -> Device:
+    """The device of the configuration, or where it is absent the best one that is here."""
+    try:
+        return choose(config.device)
+    except DeviceError:
+        return choose()
+
+
+def all_reduce(config: RunConfig) -> dict[str, Any]:
+    """`probe.try_all_reduce` on the device of the configuration."""
+    return try_all_reduce(asked(config))
+
+
+def model(config: RunConfig) -> dict[str, Any]:
+    """The model of the configuration, by its headers alone, in the configured layout. Raises ReplayError where it does not fit."""
+    source = Source.open(config.model)
+    spec, layout = source.spec, source.layout(config.layout)
+    split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    if source.is_checkpoint:
+        Reader(source.path).check(spec, head_multiple=layout.head_multiple)
+    else:
+        HFFolder(source.path).check()
+    return {
+        "path": config.model,
+        "architecture": spec.architecture,
+        "parameters": sum(math.prod(weight.shape) for weight in weights(spec, head_multiple=layout.head_multiple)),
+        "tensor": layout.tensor,
+        "layers_of_stages": split,
+    }
