@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import logging
-import multiprocessing as mp
+import queue
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -158,15 +158,9 @@ def _group_step() -> None:
 
 def _results_queue() -> None:
     module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    queues: list[Any] = []
-
-    def forked() -> Any:
-        if not queues:
-            queues.append(mp.get_context("fork").Manager().Queue())
-        return queues[0]
-
+    results: queue.Queue[Any] = queue.Queue()
     if hasattr(module, "_get_write_results_queue"):
-        module._get_write_results_queue = forked
+        module._get_write_results_queue = lambda: results
 
 
 _ALL = ">=0.12,<0.17"
@@ -177,6 +171,14 @@ _COMMON_SHIMS = [
         "without apex it reads the step count of torch's AdamW from each parameter; ours counts in the parameter group, as apex does",
         _ALL,
         _group_step,
+    ),
+    Shim(
+        "results_queue",
+        "dist_checkpointing/strategies/filesystem_async.py",
+        "every rank starts a manager process for one result, which outlives the rank and holds its output open; we save synchronously, "
+        "where a queue inside the process does",
+        _ALL,
+        _results_queue,
     ),
 ]
 _CPU_SHIMS = [
@@ -222,13 +224,5 @@ _CPU_SHIMS = [
         "parameters are sorted by comparing param.type() with 'torch.cuda.FloatTensor'",
         _ALL,
         _tensor_type,
-    ),
-    Shim(
-        "results_queue",
-        "dist_checkpointing/strategies/filesystem_async.py",
-        "a save spawns a manager process, which runs the main module again in every rank; without a device a fork is safe and takes no "
-        "time",
-        _ALL,
-        _results_queue,
     ),
 ]

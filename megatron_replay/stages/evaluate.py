@@ -24,11 +24,11 @@ PARTS = {
 """Key of the `evaluate` section -> what is measured when that key is set."""
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Measure whatever has its file given; prints a table, writes `evaluate.output` as JSON, returns the result."""
+def run(config: RunConfig) -> None:
+    """Measure whatever has its file given; prints a table and writes `evaluate.output` as JSON."""
     _check(config)
     with session(config, seq_length=config.data.seq_length) as active:
-        return evaluate(active)
+        evaluate(active)
 
 
 def evaluate(active: Session) -> dict[str, Any]:
