@@ -23,7 +23,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_file(shared_data: Path) -> Callable[[str], Path]:
-    """`shared_file("text/wikitext2_valid.txt")`: that file as MANIFEST.json lists it; where it is missing or another one, the test is skipped."""
+    """`shared_file("text/wikitext2_valid.txt")`: that file as MANIFEST.json lists it; missing, or another one: the test is skipped."""
     listed = {entry["file"]: entry["sha256"] for entry in json.loads((shared_data / "MANIFEST.json").read_text(encoding="utf-8"))}
 
     @cache

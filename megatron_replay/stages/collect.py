@@ -158,11 +158,11 @@ class Collection:
             return (), ()
         mine = [s for i, s in enumerate(picked) if i % world.data_size == world.data_rank]
         values: list[np.ndarray] = [np.zeros(0, np.float64)]
-        with self.active.progress(len(mine), "bucket edges", "samples") as bar:
+        with self.active.progress("bucket edges", sum(map(len, picked)), "tokens") as advance:
 
             def keep(batch: MicroBatch, out: Tensor) -> None:
                 values.append(out.double().cpu().numpy())
-                bar.advance(bar.task_ids[0], len(batch.notes["samples"]))
+                advance(sum(map(len, batch.notes["samples"])) * world.data_size)
 
             self._run(mine, lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
@@ -183,15 +183,13 @@ class Collection:
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
-        with self.active.progress(sum(map(len, todo)), "collect", "tokens") as bar:
+        with self.active.progress("collect", sum(map(len, todo)) * self.active.world.data_size, "tokens") as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
                 if writer is not None:
                     for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, batch.notes.pop("sets")):
                         writer.add(sample.uid, sets)
-                bar.advance(bar.task_ids[0], sum(map(len, batch.notes["samples"])))
-                rate = bar.tasks[0].completed * self.active.world.data_size / (time.perf_counter() - began)
-                bar.update(bar.task_ids[0], rate=f"{rate:,.0f} tokens/s")
+                advance(sum(map(len, batch.notes["samples"])) * self.active.world.data_size)
 
             self._run(todo, self._wanted, select_task(self.active.model, self.rule, choose), keep)
         return time.perf_counter() - began

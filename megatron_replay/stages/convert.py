@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from megatron_replay.config import RunConfig
@@ -31,11 +28,11 @@ from megatron_replay.models.writer import HFWriter
 from megatron_replay.parallel import checkpoint, torch_dist
 from megatron_replay.parallel.source import Source
 from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
+from megatron_replay.stages.progress import progress
 
 TOKENIZERS = ("tok512.bin", "tokenizer.bin")
 """Names of the tokenizer beside a llama2.c .bin file."""
 SOURCE_NOTE = "source.json"
-Advance = Callable[[int], None]
 
 
 def run(config: RunConfig, source: str, target: str, *, verify: bool = False) -> None:
@@ -53,7 +50,7 @@ def run(config: RunConfig, source: str, target: str, *, verify: bool = False) ->
             return
         pair = _export(config, given, made) if torch_dist.is_checkpoint(given) else _import(config, given, made)
         if verify:
-            with _progress("verify", pair.size) as advance:
+            with progress("verify", pair.size, "bytes") as advance:
                 count = compare_tensors(pair, advance)
             difference, positions = compare_logits(pair)
             print(
@@ -80,7 +77,7 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
     partial = made.with_name(f".{made.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
     try:
-        with _progress("convert", size) as advance:
+        with progress("convert", size, "bytes") as advance:
             torch_dist.write_model(partial / torch_dist.iteration_name(0), spec, tensors, head_multiple=head_multiple, dtype=dtype)
         facts = {"fingerprint": folder.fingerprint(), "head_multiple": head_multiple, "dtype": _name(dtype)}
         checkpoint.write_side_files(partial, given, facts)
@@ -101,7 +98,7 @@ def _export(config: RunConfig, given: Path, made: Path) -> Pair:
     table = weights(spec, head_multiple=head_multiple)
     dtype = _dtype(config, given, {weight.name: reader.dtype(weight, spec) for weight in table})
     size = _size(spec, head_multiple, dtype)
-    with HFWriter(made, spec, dtype=dtype) as out, _progress("convert", size) as advance:
+    with HFWriter(made, spec, dtype=dtype) as out, progress("convert", size, "bytes") as advance:
         for weight in table:
             whole = reader.read(weight, spec)
             for name, tensor in split(weight, whole, spec).items():
@@ -153,24 +150,3 @@ def _size(spec: ModelSpec, head_multiple: int, dtype: torch.dtype) -> int:
 
 def _report(given: Path, made: Path, size: int, what: str) -> None:
     print(f"{given} -> {made}: {what}, {size / 1e9:.3g} GB; peak memory {CPU.peak_memory() / 1e9:.2f} GB", flush=True)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Advance]:
-    """A bar of bytes that goes when it is done, on a terminal; elsewhere a line every 10 %."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda size: bar.advance(task, size)
-        return
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        before, done = done, done + size
-        if done * 10 // total > before * 10 // total:
-            print(f"{what} {done * 10 // total * 10:3d} %  {done / 1e9:.3g} of {total / 1e9:.3g} GB", flush=True)
-
-    yield advance

@@ -78,7 +78,7 @@ def nl2sql(active: Session) -> dict[str, Any]:
     records = list(read_records(asked.nl2sql, targets=False))[: asked.limit]
     gold = [_gold(record) for record in records]
     prompts = [active.template.prompt(record.prompt) for record in records]
-    with active.progress(len(prompts), "nl2sql", "questions") as bar:
+    with active.progress("nl2sql", len(prompts), "questions") as advance:
         answers = generate(
             active.model,
             prompts,
@@ -86,7 +86,7 @@ def nl2sql(active: Session) -> dict[str, Any]:
             stop_ids=active.tokenizer.eos_ids,
             vocab_size=active.vocab_size,
             batch=asked.batch,
-            progress=lambda done: bar.advance(bar.task_ids[0], done),
+            progress=advance,
         )
     predicted = [extract_sql(active.tokenizer.decode(answer)) for answer in answers]
     right = _executed(active, records, predicted, gold)
@@ -106,14 +106,14 @@ def distance(active: Session) -> dict[str, Any]:
 
 
 def _nll(active: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str) -> list[np.ndarray]:
-    with active.progress(len(sequences), what, "sequences") as bar:
+    with active.progress(what, len(sequences), "sequences") as advance:
         return token_nll(
             active.model,
             sequences,
             positions,
             vocab_size=active.vocab_size,
             row_tokens=max(active.config.data.seq_length, 1) * active.config.batch.micro,
-            progress=lambda done: bar.advance(bar.task_ids[0], done),
+            progress=advance,
         )
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_replay import ops
 from megatron_replay.config import RunConfig
@@ -23,6 +21,7 @@ from megatron_replay.parallel import world as worlds
 from megatron_replay.parallel.model import Model, build
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.world import World
+from megatron_replay.stages.progress import Advance, progress
 
 
 @dataclass
@@ -44,17 +43,9 @@ class Session:
         if self.world.is_main:
             print(text, flush=True)
 
-    @contextmanager
-    def progress(self, total: float, what: str, unit: str) -> Iterator[Progress]:
-        """A progress bar on the main rank's terminal; silent elsewhere. Advance task 0."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[rate]}"))
-        console = Console(stderr=True)
-        bar = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not (self.world.is_main and console.is_terminal)
-        )
-        bar.add_task(what, total=total, rate="")
-        with bar:
-            yield bar
+    def progress(self, what: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """Progress told by the main rank, `total` being the work of all replicas."""
+        return progress(what, total, unit, shown=self.world.is_main)
 
 
 @contextmanager
