@@ -1,0 +1,179 @@
+"""The whole way on this machine: a real 135M model, a small NL2SQL task, collect, train, and what was gained and forgotten.
+
+Every phase is the verb a user would call, with the configuration that is written to run.yaml, on ranks of its own that give their memory
+back; the commands that repeat each phase by hand are printed at the end.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_replay import __version__
+from megatron_replay.config import RunConfig, build, dump
+from megatron_replay.device import choose
+from megatron_replay.parallel.launch import launch
+from megatron_replay.stages import demo_model
+from megatron_replay.stages.demo_report import Clock, report
+from megatron_replay.stages.demo_task import GENERAL_TEXT, make_task
+
+RANKS = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything, and the configuration that suits it."""
+
+    train: int
+    """Training samples."""
+    questions: int
+    """Questions about the held-out databases."""
+    settings: Mapping[str, Any]
+
+
+FULL = Size(
+    train=480,
+    questions=60,
+    settings={
+        "output": "runs/demo",
+        "device": "cpu",
+        "data": {"seq_length": 512},
+        "collect": {"bucket_samples": 64},
+        "optimizer": {"lr": 1e-4},
+        "schedule": {"warmup_iters": 6, "min_lr": 1e-5},
+        "batch": {"total": 2},
+        "evaluate": {"max_new_tokens": 48, "batch": 30},
+    },
+)
+TINY = Size(
+    train=48,
+    questions=8,
+    settings={
+        "output": "runs/demo-tiny",
+        "device": "cpu",
+        "data": {"seq_length": 320},
+        "collect": {"bucket_samples": 8},
+        "optimizer": {"lr": 2e-4},
+        "schedule": {"warmup_iters": 2, "min_lr": 2e-5},
+        "batch": {"total": 2},
+        "evaluate": {"max_new_tokens": 32, "batch": 4, "text_tokens": 1024},
+    },
+)
+
+
+def run(config: RunConfig, *, tiny: bool = False) -> None:
+    """Run all phases into `output` (runs/demo, or runs/demo-tiny); keys set by the user go before the demo's own.
+
+    Writes run.yaml, before.json, after.json, result.json and demo.png beside the store, the checkpoint and the task. A store that is there
+    already is used or completed. Raises SystemExit with a phase's exit code when it fails, and what `demo_model.gguf_file` raises.
+    """
+    size = TINY if tiny else FULL
+    demo = Demo(settings(config, size), size)
+    demo.run()
+    demo.report()
+
+
+def settings(config: RunConfig, size: Size) -> RunConfig:
+    """The demo's configuration: its own values, over them what `config` has other than the defaults, over all the paths."""
+    mine = _over(size.settings, _changed(_tree(config), _tree(RunConfig())))
+    chosen = build(RunConfig, mine)
+    out = Path(chosen.output)
+    model = chosen.model or str(demo_model.converted(demo_model.cache_folder()))
+    places = {
+        "model": model,
+        "data": {"path": str(out / "demo" / "train.jsonl")},
+        "collect": {"store": str(out / "store")},
+        "train": {"store": str(out / "store"), "save": str(out / "checkpoint")},
+        "evaluate": {
+            "base": model,
+            "text": str(GENERAL_TEXT),
+            "targets": str(out / "demo" / "test.jsonl"),
+            "nl2sql": str(out / "demo" / "test.jsonl"),
+            "databases": str(out / "demo" / "databases"),
+            "output": str(out / "before.json"),
+        },
+    }
+    return build(RunConfig, _over(_tree(chosen), places))
+
+
+@dataclass
+class Demo:
+    config: RunConfig
+    size: Size
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        device = choose(self.config.device)
+        self.out = Path(self.config.output)
+        self.ranks = RANKS if device.name == "cpu" else min(RANKS, device.count())
+        asked = self.config.evaluate
+        self.after = replace(self.config, model=self.config.train.save, evaluate=replace(asked, output=str(self.out / "after.json")))
+
+    def run(self) -> None:
+        # forked ranks take this number over; together they use the cores once
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.ranks))
+        with self.clock("model"):
+            self._model()
+        with self.clock("task"):
+            make_task(self.out / "demo", self.config.seed, train=self.size.train, test=self.size.questions)
+            (self.out / "run.yaml").write_text(f"# megatron_replay {__version__}, the demo\n{dump(self.config)}", encoding="utf-8")
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier demo; training appends
+        for phase, verb, config in (
+            ("evaluate before", "evaluate", self.config),
+            ("collect", "collect", self.config),
+            ("train", "train", self.config),
+            ("evaluate after", "evaluate", self.after),
+        ):
+            with self.clock(phase):
+                self._launch(f"megatron_replay.stages.{verb}:run", config, ranks=self.ranks)
+
+    def _model(self) -> None:
+        """Make the Hugging Face folder, once; a rank of its own does it, because threads started here would not outlive a fork."""
+        cache = demo_model.cache_folder()
+        ours = demo_model.converted(cache)
+        if Path(self.config.model) == ours and not ours.exists():
+            self._launch("megatron_replay.models.gguf:import_gguf", demo_model.gguf_file(cache), ours, ranks=1)
+
+    def _launch(self, target: str, *args: Any, ranks: int) -> None:
+        code = launch(target, args, {}, ranks, self.config.device)
+        if code:
+            raise SystemExit(code)
+
+    def report(self) -> None:
+        about = f"SmolLM2-135M-Instruct, {self.size.train} NL2SQL samples"
+        report(self.out, self.clock, self.ranks, about, self.commands())
+
+    def commands(self) -> list[str]:
+        """What a user types for each phase."""
+        file = str(self.out / "run.yaml")
+        trained = [f"model={self.after.model}", f"evaluate.output={self.after.evaluate.output}"]
+        words = (["evaluate", file], ["collect", file], ["train", file], ["evaluate", file, *trained])
+        return [shlex.join(["megatron-replay", *line, "--ranks", str(self.ranks)]) for line in words]
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    return dict(yaml.safe_load(dump(config)))
+
+
+def _changed(tree: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys whose value is not the default."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _changed(value, default[key]) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        if key not in default or inner not in (default[key], {}):
+            found[key] = inner
+    return found
+
+
+def _over(tree: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` laid over `tree`, section by section."""
+    merged = dict(tree)
+    for key, value in upper.items():
+        merged[key] = _over(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
