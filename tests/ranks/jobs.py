@@ -1,0 +1,190 @@
+"""What the rank tests have their forked ranks do: build, fill and train a model; and how the ranks' answers are joined and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from models import draw
+from pool import fresh
+from torch import Tensor
+
+from megatron_replay.config import Layout, Optimizer
+from megatron_replay.device import CPU
+from megatron_replay.models.folder import HFFolder
+from megatron_replay.models.weights import EMBEDDING, OUTPUT, unshard
+from megatron_replay.ops import CandidateSets
+from megatron_replay.parallel import world
+from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.losses import full_task, restricted_task
+from megatron_replay.parallel.model import Model, build, load_hf
+from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
+
+ROWS = 4
+"""Rows of a global batch."""
+LR = 1e-4
+MOCLIP = Optimizer(name="moclip", lr=LR, weight_decay=0.1, clip_grad=1.0, options={"max_angle": 45.0})
+
+
+@contextmanager
+def opened(folder: str, layout: Layout, dtype: torch.dtype = torch.float32) -> Iterator[Model]:
+    """A filled model on this rank."""
+    with world.running(layout, CPU) as ours:
+        hf = HFFolder(folder)
+        model = build(hf.spec, layout, ours, dtype, seq_length=128)
+        load_hf(model, hf)
+        yield model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A short training run."""
+
+    folder: str
+    layout: Layout = field(default_factory=Layout)
+    loss: str = "restricted"
+    steps: int = 10
+    first: int = 0
+    micro: int = 1
+    """Rows of a micro-batch."""
+    dtype: torch.dtype = torch.float32
+    optimizer: Optimizer = MOCLIP
+    replicas: int = 1
+    """Data-parallel ranks."""
+
+    @property
+    def ranks(self) -> int:
+        return self.layout.tensor * self.layout.pipeline * self.replicas
+
+    def on(self, replicas: int = 1, **layout: Any) -> Job:
+        return dataclasses.replace(self, replicas=replicas, layout=Layout(**layout))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One rank's answer."""
+
+    steps: list[StepResult]
+    tensor_rank: int
+    tied: bool
+    weights: dict[str, tuple[Any, np.ndarray]]
+    """Global megatron name -> (axis it is cut along, this rank's part)."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What all ranks together computed."""
+
+    steps: list[StepResult]
+    weights: dict[str, Tensor]
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    @property
+    def norms(self) -> list[float]:
+        return [step.grad_norm for step in self.steps]
+
+
+def batch_of(model: Model, step: int, micro: int) -> list[MicroBatch]:
+    """This replica's micro-batches of a step: two samples a row, other lengths and other numbers of positions in each row."""
+    vocab, ours = model.spec.vocab_size, model.world
+    rows = [_row(step, index, vocab) for index in range(ROWS)]
+    each = ROWS // ours.data_size
+    mine = rows[ours.data_rank * each : (ours.data_rank + 1) * each]
+    parts = [mine[i : i + micro] for i in range(0, each, micro)]
+    length = row_length([sum(len(ids) for row in part for ids in row[0]) for part in parts], ours.tensor_size)
+    return [_flatten(part, length, ours.torch_device) for part in parts]
+
+
+def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    lengths = draw(2, 9, "lengths", step, index) + 6
+    ids = [draw(int(n), vocab, "ids", step, index, i) for i, n in enumerate(lengths)]
+    return ids, [np.arange(2, len(sample) - 1) for sample in ids]
+
+
+def _flatten(rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device) -> MicroBatch:
+    samples = [(ids, chosen) for row in rows for ids, chosen in zip(*row, strict=True)]
+    sets = CandidateSets.cat([_sets(ids, chosen) for ids, chosen in samples])
+    return flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, device, {"sets": sets})
+
+
+def _sets(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
+    """The gold token and twelve more of the first 250 ids."""
+    gold = ids[chosen + 1].tolist()
+    others = draw(12 * len(gold), 250, "candidates", *ids.tolist()).reshape(-1, 12).tolist()
+    return CandidateSets.from_lists([[target, *row] for target, row in zip(gold, others, strict=True)], gold)
+
+
+def task(model: Model, loss: str) -> TaskOf:
+    return restricted_task(model) if loss == "restricted" else full_task(model, model.spec.vocab_size)
+
+
+def train(job: Job) -> Outcome:
+    """On a rank: build the model and do the job's steps."""
+    with opened(job.folder, job.layout, job.dtype) as model:
+        return advance(job, make_trainer(model, job.optimizer))
+
+
+def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcome:
+    """On a rank: do the job's steps with a trainer that exists."""
+    model = trainer.model
+    task_of = task_of or task(model, job.loss)
+    steps = [trainer.step(batch_of(model, step, job.micro), task_of, LR) for step in range(job.first, job.first + job.steps)]
+    return Outcome(steps, model.world.tensor_rank, model.spec.tied, parts(model))
+
+
+def parts(model: Model) -> dict[str, tuple[Any, np.ndarray]]:
+    return {name: (weight.axis, parameter.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+
+
+def whole(outcomes: Sequence[Outcome]) -> Whole:
+    """Join the ranks' answers, after a check that whatever several ranks hold is the same on all of them, bit for bit."""
+    held: dict[str, dict[int, tuple[Any, np.ndarray]]] = {}
+    for outcome in outcomes:
+        assert outcome.steps == outcomes[0].steps, "ranks disagree about loss, norm or metrics"
+        for name, part in outcome.weights.items():
+            known = held.setdefault(name, {}).setdefault(outcome.tensor_rank, part)
+            assert np.array_equal(known[1], part[1]), f"replicas of {name} differ"
+    weights = {name: _joined(name, by_rank) for name, by_rank in held.items()}
+    if outcomes[0].tied and OUTPUT in weights:
+        assert torch.equal(weights.pop(OUTPUT), weights[EMBEDDING]), "the tied head is not the embedding any more"
+    return Whole(outcomes[0].steps, weights)
+
+
+def _joined(name: str, by_rank: dict[int, tuple[Any, np.ndarray]]) -> Tensor:
+    tensors = [torch.from_numpy(by_rank[rank][1]) for rank in sorted(by_rank)]
+    axis = by_rank[0][0]
+    if axis is None:
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), f"tensor ranks differ in {name}"
+    return unshard(tensors, axis)
+
+
+def run(job: Job, function: Callable[..., Outcome] = train, *args: Any) -> Whole:
+    """The job on as many forked ranks as `job.ranks`."""
+    return whole(fresh(job.ranks, function, job, *args))
+
+
+def differences(ours: Whole, truth: Whole) -> dict[str, float]:
+    """Largest difference of the losses, of the norms (relative), of the optimizer's metrics (degrees, shares), and of the final weights."""
+    assert ours.weights.keys() == truth.weights.keys()
+    pairs = list(zip(ours.steps, truth.steps, strict=True))
+    assert all(a.positions == b.positions and a.applied == b.applied and a.metrics.keys() == b.metrics.keys() for a, b in pairs)
+    return {
+        "loss": max(abs(a.loss - b.loss) for a, b in pairs),
+        "norm": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs),
+        "metrics": max(abs(a.metrics[key] - b.metrics[key]) for a, b in pairs for key in b.metrics),
+        "weights": max(float((ours.weights[name] - truth.weights[name]).abs().max()) for name in truth.weights),
+    }
+
+
+def same(ours: Whole, truth: Whole, tolerance: float = 1e-5) -> None:
+    found = differences(ours, truth)
+    assert all(difference <= tolerance for difference in found.values()), found

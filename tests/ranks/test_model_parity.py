@@ -1,0 +1,114 @@
+"""Logits of megatron's model on every layout against transformers' own model of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import opened
+from models import LLAMA, QWEN3, tokens, with_transformers, write_folder
+from pool import fresh
+from torch import Tensor
+
+from megatron_replay.config import Layout
+from megatron_replay.parallel.batch import flatten, row_length
+from megatron_replay.parallel.pipeline import forward
+
+EXACT = 1e-4
+LENGTHS = (13, 13, 7, 21)
+"""Two equal neighbours, which attention computes as one batch, and two that are not."""
+PP31 = {"pipeline": 2, "split": (3, 1)}
+QWEN3_LAYOUTS = [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"tensor": 4}, {"pipeline": 2}, PP31]
+BOTH: dict[str, Any] = {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
+ROPE = {
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 3.0},
+}
+
+
+def logits(folder: str, layout: Layout, rows: list[list[np.ndarray]], dtype: torch.dtype = torch.float32) -> list[np.ndarray] | None:
+    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row; None before the last stage."""
+    with opened(folder, layout, dtype) as model:
+        length = row_length([sum(map(len, row)) for row in rows], layout.tensor)
+        batches = [flatten(row, [np.arange(len(ids) - 1) for ids in row], length, model.world.torch_device) for row in rows]
+        found: list[np.ndarray] = []
+        forward(
+            model, batches, lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out.float().numpy())
+        )
+        return found if model.world.last_stage else None
+
+
+def sharded(folder: Path, layout: Layout, rows: list[list[np.ndarray]], vocab: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The logits [N, vocab] of each row, whole."""
+    answers = fresh(layout.tensor * layout.pipeline, logits, str(folder), layout, rows, dtype)
+    last = [answer for answer in answers if answer is not None]
+    assert len(last) == layout.tensor
+    return [torch.from_numpy(np.concatenate(columns, 1)[:, :vocab]) for columns in zip(*last, strict=True)]
+
+
+@torch.no_grad()
+def reference(model: Any, row: list[np.ndarray]) -> Tensor:
+    """What transformers says of each sample alone."""
+    return torch.cat([model(torch.from_numpy(ids)[None]).logits[0, :-1] for ids in row])
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = EXACT) -> None:
+    assert theirs.abs().max() > 1, "logits near zero would agree by chance"
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def qwen3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("qwen3")
+    return folder, with_transformers(folder, {**QWEN3, "tie_word_embeddings": request.param})
+
+
+@pytest.mark.parametrize("layout", [*QWEN3_LAYOUTS, BOTH], ids=str)
+def test_qwen3_is_transformers_qwen3(qwen3: tuple[Path, Any], layout: dict[str, Any]) -> None:
+    folder, model = qwen3
+    row = tokens(LENGTHS, QWEN3["vocab_size"], "qwen3")
+    for ours in sharded(folder, Layout(**layout), [row, row], QWEN3["vocab_size"]):
+        close(ours, reference(model, row))
+
+
+@pytest.mark.parametrize(("tensor", "head_multiple"), [(1, 1), (3, 1), (2, 4), (4, 4)])
+def test_llama_with_nine_heads_is_transformers_llama(tmp_path: Path, tensor: int, head_multiple: int) -> None:
+    model = with_transformers(tmp_path, LLAMA)
+    row = tokens(LENGTHS, LLAMA["vocab_size"], "llama")
+    (ours,) = sharded(tmp_path, Layout(tensor=tensor, head_multiple=head_multiple), [row], LLAMA["vocab_size"])
+    close(ours, reference(model, row))
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_scaled_rotary_angles_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    plain = with_transformers(tmp_path / "plain", LLAMA)
+    model = with_transformers(tmp_path / "scaled", {**LLAMA, "rope_scaling": {"rope_type": kind, **ROPE[kind]}})
+    row = tokens((90, 30), LLAMA["vocab_size"], "rope")
+    (ours,) = sharded(tmp_path / "scaled", Layout(), [row], LLAMA["vocab_size"])
+    close(ours, reference(model, row))
+    assert (ours - reference(plain, row)).abs().max() > 100 * EXACT, "the scaling must show in the logits"
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+def test_a_sample_does_not_see_its_neighbours(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Other tokens on both sides of a sample, the same lengths: not a bit of its logits changes."""
+    folder = tmp_path
+    write_folder(folder, {**QWEN3, "num_hidden_layers": 2})
+    row = tokens(LENGTHS, QWEN3["vocab_size"], "row")
+    other = tokens(LENGTHS, QWEN3["vocab_size"], "other")
+    mixed = [other[0], row[1], other[2], row[3]]
+    ours, theirs = sharded(folder, Layout(**layout), [row, mixed], QWEN3["vocab_size"])
+    for i, (a, b) in enumerate(zip(*(x.split([n - 1 for n in LENGTHS]) for x in (ours, theirs)), strict=True)):
+        assert torch.equal(a, b) == (i in (1, 3)), f"sample {i}"
+
+
+@pytest.mark.parametrize("layout", [{}, BOTH], ids=str)
+def test_bf16_is_close(qwen3: tuple[Path, Any], layout: dict[str, Any]) -> None:
+    folder, model = qwen3
+    row = tokens(LENGTHS, QWEN3["vocab_size"], "qwen3")
+    (ours,) = sharded(folder, Layout(**layout), [row], QWEN3["vocab_size"], torch.bfloat16)
+    error = (ours - reference(model, row)).square().mean().sqrt() / reference(model, row).square().mean().sqrt()
+    assert 1e-4 < error < 0.03
