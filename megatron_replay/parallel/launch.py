@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int,
 
 
 def _rank(rank: int, size: int, port: int, sender: Any, target: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    os.setpgid(0, 0)  # a Ctrl-C on the terminal reaches the launcher alone, which passes it on once: a second signal means stop at once
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     world.set_rank(rank, size, port)
     module, _, function = target.partition(":")
     code, message = 0, ""
@@ -69,6 +72,13 @@ def _rank(rank: int, size: int, port: int, sender: Any, target: str, args: Seque
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # skips the interpreter's shutdown, where a peer's death can leave gloo's threads waiting
+
+
+def _end_with(parent: int) -> None:
+    """No rank outlives the launcher, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> int:
