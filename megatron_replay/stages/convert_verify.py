@@ -25,7 +25,7 @@ from megatron_replay.parallel.torch_dist import Reader
 from megatron_replay.parallel.world import World
 
 SAMPLES, TOKENS = 2, 32
-PADDED_TOLERANCE = 1e-5
+PADDED_TOLERANCE = 1e-4
 """Of the largest logit: zero heads add exact zeros, but the longer sum may be added up in another order."""
 
 

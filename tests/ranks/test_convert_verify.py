@@ -1,8 +1,9 @@
-"""`convert --verify`: equal models pass, and each kind of difference is found. On a rank of its own: it runs the model."""
+"""`convert --verify`: equal models pass, each kind of difference is found; and what training saves on four ranks becomes a folder again."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 from pool import fresh
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.config import RunConfig, load
+from megatron_replay.config import Layout, Optimizer, RunConfig, load
+from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import hf_shapes
+from megatron_replay.parallel import checkpoint, world
+from megatron_replay.parallel.model import build, load_hf
 from megatron_replay.parallel.torch_dist import Reader
+from megatron_replay.parallel.trainer import make_trainer
 from megatron_replay.stages.convert import run
 from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
 
@@ -82,3 +87,25 @@ def test_differences_are_found(folder: Path, tmp_path: Path) -> None:
         compare_tensors(pair, lambda _: None)
     with pytest.raises(AssertionError, match=r"CheckpointError: logits of .* differ by"):
         fresh(1, logits_of, pair)
+
+
+def saves(folder: str, root: str, layout: Layout) -> None:
+    """On a rank: save the folder's model as `train` does."""
+    multiprocessing.current_process()._config["daemon"] = False  # megatron's writer forks helpers
+    with world.running(layout, CPU) as ours:
+        source = HFFolder(folder)
+        model = build(source.spec, layout, ours, torch.float32, seq_length=16)
+        load_hf(model, source)
+        trainer = make_trainer(model, Optimizer())
+        if ours.is_main:
+            checkpoint.write_side_files(Path(root), source.path, {"head_multiple": layout.head_multiple, "dtype": "float32"})
+        checkpoint.save(Path(root), 12, trainer, {"iteration": 12})
+
+
+def test_a_training_checkpoint_of_four_ranks_becomes_the_folder_again(folder: Path, tmp_path: Path) -> None:
+    fresh(4, saves, str(folder), str(tmp_path / "run"), Layout(tensor=2, pipeline=2, head_multiple=2, zero1=True))
+    assert any(key.startswith("optimizer") for key in Reader(tmp_path / "run").keys())  # noqa: SIM118 - not a mapping
+    run(RunConfig(), str(tmp_path / "run"), str(tmp_path / "back"))
+    expected, found = load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

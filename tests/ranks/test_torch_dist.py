@@ -18,7 +18,7 @@ from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import shard, weights
+from megatron_replay.models.weights import Weight, shard, weights
 from megatron_replay.parallel import torch_dist, world
 from megatron_replay.parallel.model import build
 
@@ -166,7 +166,14 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
-    one, two = write(tmp_path / "a", spec_of(tied=True)), write(tmp_path / "b", spec_of(tied=True))
+    spec = spec_of(tied=True)
+
+    def part_of_more(weight: Weight) -> torch.Tensor:
+        whole = value(weight.name, weight.shape)
+        return torch.cat([whole.flatten(), torch.zeros(100)])[: whole.numel()].view(weight.shape)
+
+    torch_dist.write_model(tmp_path / "b", spec, part_of_more, head_multiple=1, dtype=torch.float32)
+    one, two = write(tmp_path / "a", spec), tmp_path / "b"
     for name in sorted(file.name for file in one.iterdir()):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
