@@ -51,7 +51,7 @@ class Job:
     loss: str = "restricted"
     steps: int = 10
     first: int = 0
-    micro: int = 1
+    micro: int = ROWS
     """Rows of a micro-batch."""
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = MOCLIP
@@ -63,7 +63,8 @@ class Job:
         return self.layout.tensor * self.layout.pipeline * self.replicas
 
     def on(self, replicas: int = 1, **layout: Any) -> Job:
-        return dataclasses.replace(self, replicas=replicas, layout=Layout(**layout))
+        """The same run elsewhere, in two micro-batches a step and replica."""
+        return dataclasses.replace(self, replicas=replicas, layout=Layout(**layout), micro=ROWS // replicas // 2)
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,26 @@ def run(job: Job, function: Callable[..., Outcome] = train, *args: Any) -> Whole
     return whole(fresh(job.ranks, function, job, *args))
 
 
-def differences(ours: Whole, truth: Whole) -> dict[str, float]:
-    """Largest difference of the losses, of the norms (relative), of the optimizer's metrics (degrees, shares), and of the final weights."""
+def differences(ours: Whole, truth: Whole, strays: int = 0) -> dict[str, float]:
+    """Largest difference of the losses, the gradient norms, the optimizer's metrics (both relative) and the final weights.
+
+    strays: this many weights are left out, the farthest. Where a first gradient is nothing but rounding, arctan2 still moves the weight by
+    lr pi / 4, one way or the other.
+    """
     assert ours.weights.keys() == truth.weights.keys()
     pairs = list(zip(ours.steps, truth.steps, strict=True))
     assert all(a.positions == b.positions and a.applied == b.applied and a.metrics.keys() == b.metrics.keys() for a, b in pairs)
+    weights = torch.cat([(ours.weights[name] - truth.weights[name]).abs().flatten() for name in truth.weights])
+    farthest = weights.topk(strays + 1).values
+    assert farthest[0] <= 2 * len(pairs) * LR, "no weight can have moved as far"
     return {
         "loss": max(abs(a.loss - b.loss) for a, b in pairs),
         "norm": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs),
-        "metrics": max(abs(a.metrics[key] - b.metrics[key]) for a, b in pairs for key in b.metrics),
-        "weights": max(float((ours.weights[name] - truth.weights[name]).abs().max()) for name in truth.weights),
+        "metrics": max(abs(a.metrics[key] - b.metrics[key]) / max(1.0, abs(b.metrics[key])) for a, b in pairs for key in b.metrics),
+        "weights": float(farthest[-1]),
     }
 
 
-def same(ours: Whole, truth: Whole, tolerance: float = 1e-5) -> None:
-    found = differences(ours, truth)
+def same(ours: Whole, truth: Whole, tolerance: float = 1e-5, strays: int = 0) -> None:
+    found = differences(ours, truth, strays)
     assert all(difference <= tolerance for difference in found.values()), found
