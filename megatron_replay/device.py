@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,23 +78,11 @@ class Device:
         """Largest number of bytes this process ever held: device memory, or resident memory on the cpu."""
         if self.module is not None:
             return int(self.module.max_memory_allocated())
-        import resource
-
+        status = Path("/proc/self/status")
+        if status.exists():  # getrusage would start at the parent's size after an exec
+            line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the current device, or of the machine on the cpu."""
-        if self.module is not None:
-            free, total = self.module.mem_get_info()
-            return int(free), int(total)
-        import psutil  # type: ignore[import-untyped]
-
-        machine = psutil.virtual_memory()
-        return int(machine.available), int(machine.total)
-
-    def model_name(self) -> str:
-        """What the maker calls the first device."""
-        return str(self.module.get_device_name(0)) if self.module is not None else platform.machine()
 
 
 CPU = Device("cpu", "gloo", has_bf16=False, has_fp64=True)
