@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
