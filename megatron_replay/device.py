@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from megatron_replay.errors import DeviceError
@@ -83,6 +85,18 @@ class Device:
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the current device, or of the machine on the cpu."""
+        if self.module is not None:
+            free, total = self.module.mem_get_info()
+            return int(free), int(total)
+        machine = psutil.virtual_memory()
+        return int(machine.available), int(machine.total)
+
+    def model_name(self) -> str:
+        """What the maker calls the first device."""
+        return str(self.module.get_device_name(0)) if self.module is not None else platform.machine()
 
 
 CPU = Device("cpu", "gloo", has_bf16=False, has_fp64=True)
