@@ -83,9 +83,11 @@ def adapter(device: Device) -> str:
 
 
 def _quiet() -> None:
-    """megatron tells at import, in every rank, which of apex and transformer-engine are missing; `doctor` tells it once."""
+    """Leave out what a user can do nothing about: megatron's calls of what torch calls outdated, and, told by every rank at import, that apex
+    and transformer-engine are missing (`doctor` tells that once)."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+_tensor` is deprecated")
+    for module in (r"megatron\.", r"torch\.distributed\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _no_compile(function: Any = None, *_: Any, **__: Any) -> Any:
