@@ -83,8 +83,8 @@ def adapter(device: Device) -> str:
 
 
 def _quiet() -> None:
-    """Leave out what a user can do nothing about: megatron's calls of what torch calls outdated, and, told by every rank at import, that apex
-    and transformer-engine are missing (`doctor` tells that once)."""
+    """Leave out what a user can do nothing about: megatron's calls of what torch calls outdated, and, told by every rank at import, that
+    apex and transformer-engine are missing (`doctor` tells that once)."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     for module in (r"megatron\.", r"torch\.distributed\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
