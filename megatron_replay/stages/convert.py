@@ -28,6 +28,7 @@ from megatron_replay.models.writer import HFWriter
 from megatron_replay.parallel import checkpoint, torch_dist
 from megatron_replay.parallel.source import Source
 from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
+from megatron_replay.stages.places import check_folder
 from megatron_replay.stages.progress import progress
 
 TOKENIZERS = ("tok512.bin", "tokenizer.bin")
@@ -44,6 +45,7 @@ def run(config: RunConfig, source: str, target: str, *, verify: bool = False) ->
     given, made = Path(source), Path(target)
     if made.exists() and (not made.is_dir() or any(made.iterdir())):
         raise CheckpointError(f"{made} exists and is not an empty folder; choose another target or remove it")
+    check_folder(made, "TARGET")
     try:
         if given.is_file():
             _import_file(given, made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.scoring.table import show
 from megatron_replay.stages import measures
+from megatron_replay.stages.places import check_file
 from megatron_replay.stages.session import Session, session
 
 PARTS = {
@@ -53,12 +55,19 @@ def _check(config: RunConfig) -> None:
         path = getattr(asked, key)
         if path and not Path(path).exists():
             raise DataError(f"evaluate.{key}={path}: no such file or folder")
-    if asked.nl2sql and not Path(asked.databases).is_dir():
+    if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
         raise DataError(f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files")
+    if asked.output:
+        check_file(asked.output, "evaluate.output")
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as err:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ConfigError(f"evaluate.output={path}: cannot be written: {err.strerror}; the result stands in the table above") from err

@@ -21,6 +21,7 @@ from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
 from megatron_replay.stages.identity import check_store
 from megatron_replay.stages.logs import Logs
+from megatron_replay.stages.places import check_folder
 from megatron_replay.stages.session import Session, session
 from megatron_replay.stages.signals import StopRequest
 from megatron_replay.store import CandidateStore
@@ -43,6 +44,9 @@ def _check(config: RunConfig) -> None:
     train = config.train
     if train.loss == "restricted" and not train.store:
         raise ConfigError("train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)")
+    check_folder(config.output, "output")
+    if train.save:
+        check_folder(train.save, "train.save")
     ranks = (launcher_ranks() or (0, 1, 0))[1]
     replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
     if config.batch.total % (config.batch.micro * replicas):
