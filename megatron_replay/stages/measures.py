@@ -21,12 +21,18 @@ from megatron_replay.parallel.model import squared_distance
 from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion, score_choices
 from megatron_replay.stages.session import Session
 
+SQLITE = b"SQLite format 3\0"
+"""The first bytes of a database file."""
+
 
 def perplexity(active: Session) -> dict[str, Any]:
     """exp of the mean NLL over windows that do not overlap, each predicting all but its first token."""
     asked = active.config.evaluate
     text = _read_text(Path(asked.text))[: asked.text_chars]
-    parts = windows(active.tokenizer.encode(text), asked.window, asked.text_tokens)
+    try:
+        parts = windows(active.tokenizer.encode(text), asked.window, asked.text_tokens)
+    except DataError as err:
+        raise DataError(f"{asked.text}: {err}") from err
     nll = _nll(active, parts, [np.arange(len(part) - 1) for part in parts], "perplexity")
     total = np.concatenate(nll)
     mean = float(total.mean(dtype=np.float64))
@@ -54,6 +60,8 @@ def multiple_choice(active: Session) -> dict[str, Any]:
     """Accuracy of the likeliest choice: lines of {"question", "choices", "answer": index}."""
     asked = active.config.evaluate
     questions = list(_choices(Path(asked.choice)))[: asked.limit]
+    if not questions:
+        raise DataError(f"{asked.choice}: empty; expected lines of {{question, choices, answer}}")
     sequences, positions = [], []
     for question, choices, _ in questions:
         prompt = active.template.prompt([Message("user", question)])
@@ -77,6 +85,7 @@ def nl2sql(active: Session) -> dict[str, Any]:
     asked = active.config.evaluate
     records = list(read_records(asked.nl2sql, targets=False))[: asked.limit]
     gold = [_gold(record) for record in records]
+    databases = [_database(record, Path(asked.databases)) for record in records]  # before the hours of generating
     prompts = [active.template.prompt(record.prompt) for record in records]
     with active.progress("nl2sql", len(prompts), "questions") as advance:
         answers = generate(
@@ -89,7 +98,7 @@ def nl2sql(active: Session) -> dict[str, Any]:
             progress=advance,
         )
     predicted = [extract_sql(active.tokenizer.decode(answer)) for answer in answers]
-    right = _executed(active, records, predicted, gold)
+    right = _executed(active, databases, predicted, gold)
     exact = sum(exact_match(ours, theirs) for ours, theirs in zip(predicted, gold, strict=True))
     return {
         "execution": proportion(sum(right), len(right)),
@@ -117,16 +126,12 @@ def _nll(active: Session, sequences: Sequence[np.ndarray], positions: Sequence[n
         )
 
 
-def _executed(active: Session, records: Sequence[Record], predicted: Sequence[str], gold: Sequence[str]) -> list[bool]:
+def _executed(active: Session, databases: Sequence[Path], predicted: Sequence[str], gold: Sequence[str]) -> list[bool]:
     """Run the queries on the main rank; the verdicts go to all."""
     verdicts: list[bool] = []
     if active.world.is_main:
-        folder = Path(active.config.evaluate.databases)
         with Sandbox() as sandbox:
-            for record, ours, theirs in zip(records, predicted, gold, strict=True):
-                database = folder / f"{record.extra['db_id']}.sqlite"
-                if not database.is_file():
-                    raise DataError(f"{record.where}: no database {database}; evaluate.databases is the folder of <db_id>.sqlite files")
+            for database, ours, theirs in zip(databases, predicted, gold, strict=True):
                 verdicts.append(execution_match(database, ours, theirs, sandbox=sandbox).correct)
     return list(active.world.gather_objects(verdicts)[0])
 
@@ -138,6 +143,20 @@ def _gold(record: Record) -> str:
     if not isinstance(query, str) or not isinstance(record.extra.get("db_id"), str):
         raise DataError(f"{record.where}: an nl2sql line needs the keys db_id and query (or a completion), and a prompt in any data format")
     return query
+
+
+def _database(record: Record, folder: Path) -> Path:
+    """The database of a question. DataError where it is missing, no database, or not in the folder."""
+    name = f"{record.extra['db_id']}.sqlite"
+    path = folder / name
+    if Path(name).name != name:
+        raise DataError(f"{record.where}: db_id {record.extra['db_id']!r} is no plain name; a database lies in evaluate.databases itself")
+    if not path.is_file():
+        raise DataError(f"{record.where}: no database {path}; evaluate.databases is the folder of <db_id>.sqlite files")
+    with path.open("rb") as file:
+        if file.read(len(SQLITE)) not in (SQLITE, b""):  # a file of no bytes is a database of no tables
+            raise DataError(f"{record.where}: {path} is no SQLite database; copy the file again")
+    return path
 
 
 def _choices(path: Path) -> Iterator[tuple[str, list[str], int]]:
