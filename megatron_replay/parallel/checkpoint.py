@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel.model import Model
@@ -34,7 +35,15 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
         shutil.rmtree(target, ignore_errors=True)  # what a killed save left
         target.mkdir(parents=True)
     world.barrier()
-    dist_checkpointing.save(_state(trainer, progress, loading=False), str(target))
+    state = _state(trainer, progress, loading=False)
+    try:
+        dist_checkpointing.save(state, str(target))
+    except (Exception, CheckpointException) as err:  # the latter is what megatron gathers from all ranks, and no Exception
+        said = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+        free = shutil.disk_usage(root).free / 1e9
+        raise CheckpointError(
+            f"{target}: cannot be written ({said[-1]}); {free:.1f} GB are free there; make room and resume, earlier checkpoints are intact"
+        ) from err
     world.barrier()
     if world.is_main:
         _replace(root / LATEST, str(iteration))
@@ -128,7 +137,7 @@ class _named:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is not None and isinstance(error, Exception) and not isinstance(error, CheckpointError):
+        if error is not None and isinstance(error, (Exception, CheckpointException)) and not isinstance(error, CheckpointError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"{self.folder}: cannot be loaded into this model: {first}") from error
 

@@ -274,7 +274,10 @@ def _write_tensor(out: Any, found: Metadata, weight: Weight, spec: ModelSpec, wh
 
 def _append(out: Any, value: Any) -> _StorageInfo:
     begin = out.tell()
-    torch.save(value, out)
+    try:
+        torch.save(value, out)
+    except RuntimeError as err:  # so torch ends when the disk refuses; the first cause says it better
+        raise err.__context__ if isinstance(err.__context__, OSError) else err from None
     return _StorageInfo(Path(out.name).name, begin, out.tell() - begin)
 
 

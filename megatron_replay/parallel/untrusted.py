@@ -124,6 +124,6 @@ def _refusal(path: Path, err: Exception, where: str = "") -> CheckpointError:
 
 
 def first_line(err: BaseException) -> str:
-    """An exception in a line."""
+    """An exception in a sentence."""
     text = str(err).strip().splitlines()
-    return text[0].strip().rstrip(".") if text else type(err).__name__
+    return text[0].split(". ")[0].strip().rstrip(".") if text else type(err).__name__
