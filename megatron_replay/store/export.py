@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def export(store: CandidateStore, target: str | Path) -> int:
         raise StoreError(f"{path}: export writes .jsonl or .parquet; name the file so")
     fresh = path.with_name(f".{path.name}.new")
     with told(path, "write"):
-        num_rows = kinds[path.suffix](store, fresh)
-        os.replace(fresh, path)
+        try:
+            num_rows = kinds[path.suffix](store, fresh)
+            os.replace(fresh, path)
+        finally:
+            with suppress(OSError):  # what stopped it is told
+                fresh.unlink(missing_ok=True)
     return num_rows
 
 

@@ -20,6 +20,8 @@ _ADVICE = {
     errno.EPERM: "give write permission or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file stands where a folder should be; choose another folder",
+    errno.EEXIST: "a file stands where a folder should be; choose another folder",
 }
 
 
