@@ -279,7 +279,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         mark = getattr(err, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(err, 'problem', err)}") from err
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(err, 'problem', err)}; write plain 'key: value' lines") from err
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -59,7 +59,7 @@ class JsonBackend:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as err:  # the library raises plain Exception
-            raise DataError(f"{path}: not a tokenizer.json that the tokenizers library reads: {err}") from err
+            raise DataError(f"{path}: not a tokenizer.json that the tokenizers library reads: {err}; copy the file again") from err
         self._tokenizer.no_truncation()  # saved files often carry the cut of somebody's last batch
         self._tokenizer.no_padding()
         self._register(path, added, control)

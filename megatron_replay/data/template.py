@@ -133,7 +133,9 @@ class ChatTemplate(Template):
         try:
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as err:
-            raise DataError(f"chat template, line {err.lineno}: {err.message}; correct it, or set data.template=plain") from err
+            raise DataError(
+                f"chat template, line {err.lineno}: {str(err.message).rstrip('.')}; correct it, or set data.template=plain"
+            ) from err
         except Exception as err:  # a foreign program: jinja2 folds constants while it compiles
             raise DataError(f"chat template cannot be compiled: {err}; correct it, or set data.template=plain") from err
 
@@ -206,9 +208,14 @@ def load_template(choice: str, tokenizer: Tokenizer) -> Template:
     if choice == "auto":
         return ChatTemplate(tokenizer.chat_template or "", tokenizer)
     try:
-        return ChatTemplate(Path(choice).read_text(encoding="utf-8"), tokenizer)
+        text = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"data.template={choice}: cannot be read ({err}); give auto, plain, or the path of a jinja2 file") from err
+        reason = getattr(err, "strerror", None) or err
+        raise DataError(f"data.template={choice}: cannot be read ({reason}); give auto, plain, or the path of a jinja2 file") from err
+    try:
+        return ChatTemplate(text, tokenizer)
+    except DataError as err:
+        raise DataError(f"{choice}: {err}") from err
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -92,7 +92,7 @@ class HFFolder:
                 problems.append(f"tensor {name!r} {list(shape)} does not belong to this {spec.architecture}")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise CheckpointError(f"{self.path}: {problems[0]}{more}")
+            raise CheckpointError(f"{self.path}: {problems[0]}{more}; config.json and weights must be of one model, download both again")
 
     def fingerprint(self) -> str:
         """sha256 over the sorted (file name, sha256 of the file) of the weight files: equal folders, equal fingerprint."""

@@ -143,7 +143,7 @@ def _architecture(config: Mapping[str, Any], where: str) -> str:
             f"{where}: {name} is a mixture of experts{f' ({experts}={config[experts]})' if experts else ''}; only dense models work"
         )
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.9)  # a typo, and not another family's class
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(ARCHITECTURES))}"
         raise CheckpointError(f"{where}: unknown architecture {name!r}; {hint}")
     return name

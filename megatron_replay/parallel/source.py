@@ -58,7 +58,8 @@ class Source:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as err:
-            raise CheckpointError(f"{path}: cannot be read ({err}); convert the model again") from err
+            reason = getattr(err, "strerror", None) or err
+            raise CheckpointError(f"{path}: cannot be read ({reason}); convert the model again") from err
 
     def fingerprint(self) -> str:
         """sha256 that names the weights; a checkpoint converted from a Hugging Face folder has that folder's."""
