@@ -40,11 +40,16 @@ def evaluate(active: Session) -> dict[str, Any]:
     for key, part in wanted.items():
         result[key] = part(active)
     if active.world.is_main:
-        show(result, f"evaluate {active.config.model}")
+        show(_numbers(result), f"evaluate {active.config.model}")
         if active.config.evaluate.output:
             _write(Path(active.config.evaluate.output), result)
     active.world.barrier()
     return result
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What fits a table: the example answers are in the JSON only."""
+    return {key: _numbers(value) if isinstance(value, dict) else value for key, value in result.items() if not isinstance(value, list)}
 
 
 def _check(config: RunConfig) -> None:
