@@ -106,7 +106,7 @@ class Collection:
         per_id = 1.5  # 11.4 to 12.1 bits an id, measured
         active.say(
             f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
-            f"{(ids * per_id + positions * 12) * share / 2**20:,.1f} MiB, {seconds * share:,.0f} s (from {len(picked)} samples)"
+            f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} samples)"
         )
 
     def _plan(self, path: str) -> Manifest:
