@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel.model import Model
-from megatron_replay.parallel.torch_dist import LATEST, refuse_code, resolve
+from megatron_replay.parallel.torch_dist import LATEST, Reader, refuse_code, resolve
 from megatron_replay.parallel.trainer import Trainer
 
 SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -56,6 +56,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
 
     folder = resolve(root)
     refuse_code(folder)
+    Reader(folder).check(trainer.model.spec, head_multiple=trainer.model.layout.head_multiple)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "optimizer" not in common:
         raise CheckpointError(f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load=")
@@ -79,6 +80,7 @@ def load_model(root: Path, model: Model) -> None:
 
     folder = resolve(root)
     refuse_code(folder)
+    Reader(folder).check(model.spec, head_multiple=model.layout.head_multiple)
     with _named(folder):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(folder))
     model.module.load_state_dict(state["model"])
@@ -138,8 +140,9 @@ class _named:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if error is not None and isinstance(error, (Exception, CheckpointException)) and not isinstance(error, CheckpointError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{self.folder}: cannot be loaded into this model: {first}") from error
+            # what megatron gathers from all ranks is a traceback, whose last line is the cause
+            said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{self.folder}: cannot be loaded into this model ({said}); use another checkpoint") from error
 
 
 def _replace(path: Path, text: str) -> None:

@@ -55,7 +55,7 @@ def _repair(path: str) -> tuple[dict[str, Any], bool]:
 
 def _compare(left: str, right: str) -> tuple[dict[str, Any], bool]:
     found = compare(CandidateStore.open(left), CandidateStore.open(right))
-    return dataclasses.asdict(found), not found.same
+    return {"same": found.same, **dataclasses.asdict(found)}, not found.same
 
 
 def _say(result: dict[str, Any], wrong: bool, *, title: str, as_json: bool) -> int:

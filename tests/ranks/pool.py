@@ -39,6 +39,7 @@ def _once(rank: int, size: int, port: int, outbox: Any, quiet: bool, function: C
     import torch
 
     world.set_rank(rank, size, port)
+    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # megatron's checkpoint writer forks a helper
     torch.set_num_threads(1)
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
