@@ -1,0 +1,168 @@
+"""Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind. One test a shim.
+
+When a test here says that a shim is not needed any more, delete the shim, or restrict it to the versions that need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import Job, Outcome, advance, opened, run, same, whole
+from models import QWEN3, write_folder
+from pool import fresh
+
+from megatron_replay.config import Layout
+from megatron_replay.device import CPU
+from megatron_replay.parallel import checkpoint, shims, world
+from megatron_replay.parallel.trainer import make_trainer
+
+CUDA = "Torch not compiled with CUDA enabled"
+FOUR: dict[str, Any] = {"tensor": 2, "pipeline": 2}
+NEEDED: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "current_device": (FOUR, False, CUDA),
+    "factories": (FOUR, False, CUDA),
+    "synchronize": (FOUR, False, CUDA),
+    "rng": (FOUR, False, CUDA),
+    "tensor_cuda": (FOUR, False, CUDA),
+    "tensor_type": (FOUR, False, "Wrapped parameters must be one of torch.cuda.FloatTensor"),
+    "group_step": ({"replicas": 2}, True, "KeyError: 'step'"),
+    "results_queue": ({}, True, "a process was left behind"),
+}
+"""Shim -> layout of the job, whether it saves and loads, and what goes wrong without the shim."""
+PRIVATE = [
+    ("tensor_parallel.random", "_set_cuda_rng_state"),
+    ("tensor_parallel.random", "_get_cuda_rng_state"),
+    ("tensor_parallel.random", "_MODEL_PARALLEL_RNG_TRACKER_NAME"),
+    ("tensor_parallel.random", "CudaRNGStatesTracker"),
+    ("optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"),
+    ("optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER"),
+    ("dist_checkpointing.strategies.filesystem_async", "_get_write_results_queue"),
+]
+
+
+def attempt(job: Job, without: str, saved: str) -> Outcome:
+    """On a rank: the job with one shim missing; saved: then save into this folder, and load into a new trainer."""
+    shims.install(CPU, skip={without})
+    with opened(job.folder, job.layout) as model:
+        trainer = make_trainer(model, job.optimizer)
+        outcome = advance(job, trainer)
+        if saved:
+            checkpoint.save(Path(saved), job.steps, trainer, {"iteration": job.steps})
+            left = multiprocessing.active_children()
+            for process in left:
+                process.kill()
+            assert not left, "a process was left behind"
+            checkpoint.load(Path(saved), make_trainer(model, job.optimizer))
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Tied: on two pipeline stages the head is a copy of the embedding."""
+    config = {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    return Job(folder=str(write_folder(tmp_path_factory.mktemp("tiny"), config)), steps=2)
+
+
+@pytest.mark.parametrize("layout", [FOUR, {"replicas": 2}], ids=str)
+def test_with_all_shims_the_jobs_run(job: Job, layout: dict[str, Any], tmp_path: Path) -> None:
+    there = job.on(**layout)
+    same(whole(fresh(there.ranks, attempt, there, "", str(tmp_path))), run(job))
+
+
+@pytest.mark.parametrize("shim", shims.table(CPU), ids=lambda shim: shim.name)
+def test_without_the_shim_the_job_fails(job: Job, shim: shims.Shim, tmp_path: Path) -> None:
+    layout, saves, failure = NEEDED[shim.name]
+    there = job.on(**layout)
+    try:
+        fresh(there.ranks, attempt, there, shim.name, str(tmp_path) if saves else "")
+    except AssertionError as err:
+        assert failure in str(err), f"without {shim.name} something else went wrong than expected: {err}"
+    else:
+        pytest.fail(f"shim {shim.name} is not needed any more: remove it")
+
+
+def forked_dropout(shimmed: bool) -> dict[str, Any]:
+    """On a rank: what dropout draws inside megatron's forked generator, and whether recomputation draws the same again."""
+    tp_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    plain = tp_random.CudaRNGStatesTracker.fork, tp_random._set_cuda_rng_state
+    with world.running(Layout(tensor=2), CPU):
+        if not shimmed:
+            tp_random.CudaRNGStatesTracker.fork, tp_random._set_cuda_rng_state = plain
+        tracker = tp_random.get_cuda_rng_tracker()
+
+        def drop(x: torch.Tensor) -> torch.Tensor:
+            with tracker.fork():
+                return F.dropout(x, 0.5)
+
+        outside = torch.get_rng_state()
+        first, second = drop(torch.ones(64)), drop(torch.ones(64))
+        unmoved = torch.equal(outside, torch.get_rng_state())
+        x = torch.ones(256, requires_grad=True)
+        out = tp_random.checkpoint(drop, False, x)
+        drop(torch.ones(8))  # between forward and backward other things are drawn
+        out.sum().backward()
+        again = x.grad is not None and torch.equal(x.grad, out.detach())
+        return {"first": first.tolist(), "second": second.tolist(), "unmoved": unmoved, "again": again}
+
+
+def test_dropout_is_forked_and_recomputed() -> None:
+    """What the shim `rng` is for where nothing fails: dropout that would silently be another one."""
+    ours, theirs = fresh(2, forked_dropout, True)
+    assert ours["first"] != theirs["first"], "tensor ranks drop different units"
+    assert ours["first"] != ours["second"]
+    assert ours["unmoved"] and theirs["unmoved"] and ours["again"] and theirs["again"]
+    ours, theirs = fresh(2, forked_dropout, False)
+    assert ours["first"] == theirs["first"] and not ours["unmoved"], "shim rng need not replace fork any more: simplify it"
+
+
+@pytest.mark.parametrize(("module", "name"), PRIVATE)
+def test_the_private_names_we_touch_exist(module: str, name: str) -> None:
+    shims.import_megatron()
+    assert hasattr(importlib.import_module(f"megatron.core.{module}"), name)
+
+
+def test_the_table_is_complete() -> None:
+    """Each shim has its test here, and says what, why and for which versions."""
+    table = shims.table(CPU)
+    assert {shim.name for shim in table} == NEEDED.keys() and len(table) == len(NEEDED)
+    assert all(shim.where and shim.why and shim.versions for shim in table)
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys, types, torch, torch.distributed, torch.distributed.checkpoint
+def seen():
+    modules = {"torch": torch, "torch.cuda": torch.cuda, "torch.distributed": torch.distributed}
+    found = {(place, name): value for place, owner in modules.items() for name, value in vars(owner).items() if callable(value)}
+    inherited = {("Tensor", name): getattr(torch.Tensor, name) for name in dir(torch.Tensor)}
+    return found | {key: value for key, value in inherited.items() if callable(value)}
+before = seen()
+import megatron_replay
+names = [m.name for m in pkgutil.walk_packages(megatron_replay.__path__, "megatron_replay.") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+after = seen()
+assert len(names) > 60, names
+changed = [key for key, value in before.items() if after.get(key) != value]
+assert not changed, f"changed by importing: {changed}"
+assert not any(name.split(".")[0] in ("megatron", "torch_npu") for name in sys.modules), "megatron was imported before its shims"
+from megatron_replay.device import CPU
+from megatron_replay.parallel import shims
+shims.install(CPU)
+now = seen()
+print(sorted(".".join(key) for key, value in before.items() if now.get(key) != value))
+"""
+
+
+def test_importing_patches_nothing_and_install_does() -> None:
+    """All modules of the package, in a process of their own; then, so that the comparison is known to see a patch, `install`."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"'Tensor.cuda'", "'Tensor.type'", "'torch.cuda.current_device'", "'torch.zeros'"} <= set(done.stdout.strip(" []\n").split(", "))
