@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from bench import Bench
 from served import Served
 from tinymodel import QWEN3, SETTINGS, Tiny, write_lines, write_model
 
@@ -31,3 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, served: Served) -> Tiny:
     done = served("collect", f"model={model}", f"data.path={found.data}", f"collect.store={found.store}", *SETTINGS, cwd=folder)
     assert done.code == 0, done.err
     return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path, served: Served, tiny: Tiny) -> Bench:
+    return Bench(tmp_path, served, tiny)
