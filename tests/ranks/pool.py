@@ -7,6 +7,7 @@ Both return results in rank order, and report a rank that failed or died by name
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing as mp
 import os
 import queue
@@ -56,6 +57,7 @@ def _once(rank: int, size: int, port: int, outbox: Any, quiet: bool, function: C
 def fresh(size: int, function: Callable[..., Any], *args: Any, within: float = 120.0, quiet: bool = True) -> list[Any]:
     """Fork `size` ranks for one call of `function`; their results in rank order. AssertionError names the ranks that failed."""
     shims.import_megatron()
+    importlib.import_module("torch._dynamo")  # torch's optimizers import it when made: a second in every rank
     context = mp.get_context("fork")
     outbox = context.Queue()
     port = world.free_port()
