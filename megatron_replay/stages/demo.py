@@ -38,15 +38,15 @@ class Size:
 
 
 FULL = Size(
-    train=480,
+    train=400,
     questions=60,
     settings={
         "output": "runs/demo",
         "device": "cpu",
         "data": {"seq_length": 512},
         "collect": {"bucket_samples": 64},
-        "optimizer": {"lr": 1e-4},
-        "schedule": {"warmup_iters": 6, "min_lr": 1e-5},
+        "optimizer": {"lr": 5e-5},
+        "schedule": {"warmup_iters": 4, "min_lr": 5e-6},
         "batch": {"total": 2},
         "evaluate": {"max_new_tokens": 48, "batch": 30},
     },

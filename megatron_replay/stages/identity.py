@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_replay.data.samples import Sample
 from megatron_replay.errors import StoreError
 from megatron_replay.stages.session import Session
-from megatron_replay.store import CandidateStore
+from megatron_replay.store import CandidateStore, verify
 
 
 def model_fingerprint(active: Session) -> str:
@@ -18,9 +18,13 @@ def model_fingerprint(active: Session) -> str:
 def check_store(active: Session, path: str, samples: Sequence[Sample]) -> CandidateStore:
     """Open the store and check that it was collected with this model, tokenizer and template, and holds every sample.
 
-    Raises StoreError naming both fingerprints, or the first sample that is not in the store.
+    Every byte of the store is read and checked first. Raises StoreError naming file and byte of damage, both fingerprints, or the first
+    sample that is not in the store.
     """
     store = CandidateStore.open(path)
+    damage = [str(problem) for problem in verify(path).problems[:1]] if active.world.is_main else []
+    for problem in active.world.gather_objects(damage)[0]:  # better now than in the middle of the run
+        raise StoreError(f"{problem}; run `store repair` and then collect again")
     manifest = store.manifest
     pairs = {
         "tokenizer": (manifest.tokenizer, active.tokenizer.fingerprint),

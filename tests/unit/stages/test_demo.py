@@ -177,13 +177,13 @@ def test_the_picture_is_small_and_bears_zeros(tmp_path: Path) -> None:
 def test_the_tiny_demo_learns_within_its_budget(tmp_path: Path) -> None:
     """The real model, the real phases: a home folder of its own stands for a fresh machine."""
     here = demo_model.cache_folder() / demo_model.GGUF
-    if not (any(path.is_file() for path in demo_model._installed()) or here.is_file()):
-        pytest.skip(f"the demo's model is not here: neither the package {demo_model.REQUIREMENT} nor {here}")
     if here.is_file():
         (tmp_path / ".cache" / "megatron_replay").mkdir(parents=True)
         (tmp_path / ".cache" / "megatron_replay" / demo_model.GGUF).symlink_to(here)
     command = [sys.executable, "-m", "megatron_replay", "demo", "--tiny", f"output={tmp_path / 'out'}"]
     done = subprocess.run(command, env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if "could not be downloaded" in done.stderr:
+        pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["after"]["targets"]["nll"] < 0.6 * result["before"]["targets"]["nll"]
