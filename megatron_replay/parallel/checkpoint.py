@@ -60,6 +60,10 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "optimizer" not in common:
         raise CheckpointError(f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load=")
+    if "progress" not in common:
+        raise CheckpointError(
+            f"{folder}: was not written by `train`, so where its run stood is not known; give it as model=, not as train.load="
+        )
     saved = common["progress"]
     _same("optimizer", saved["optimizer"], type(trainer.inner).__name__, folder)
     _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
