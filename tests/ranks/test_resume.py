@@ -162,6 +162,15 @@ def test_a_model_without_optimizer_state_is_refused(job: Job, tmp_path: Path) ->
     refused(job, tmp_path, "without optimizer state", "model=")
 
 
+def test_another_program_s_checkpoint_is_refused(job: Job, root: Path) -> None:
+    """megatron's own trainer writes the same format, without our progress."""
+    path = root / "iter_0000003" / "common.pt"
+    common = torch.load(path)
+    del common["progress"]
+    torch.save(common, path)
+    refused(job, root, "not written by `train`", "model=")
+
+
 def run_folder(path: Path) -> Path:
     """A model with a byte tokenizer, and data: all that the verb `train` reads."""
     tokenizers = pytest.importorskip("tokenizers")
