@@ -47,20 +47,22 @@ FULL = Size(
         "collect": {"bucket_samples": 64},
         "optimizer": {"lr": 5e-5},
         "schedule": {"warmup_iters": 4, "min_lr": 5e-6},
+        "layout": {"zero1": False},  # gathering a sharded state to save it takes more memory than two ranks save
         "batch": {"total": 2},
         "evaluate": {"max_new_tokens": 48, "batch": 30},
     },
 )
 TINY = Size(
-    train=48,
+    train=32,
     questions=8,
     settings={
         "output": "runs/demo-tiny",
         "device": "cpu",
         "data": {"seq_length": 320},
         "collect": {"bucket_samples": 8},
-        "optimizer": {"lr": 2e-4},
-        "schedule": {"warmup_iters": 2, "min_lr": 2e-5},
+        "optimizer": {"lr": 5e-5},
+        "schedule": {"warmup_iters": 1, "min_lr": 5e-6},
+        "layout": {"zero1": False},  # gathering a sharded state to save it takes more memory than two ranks save
         "batch": {"total": 2},
         "evaluate": {"max_new_tokens": 32, "batch": 4, "text_tokens": 1024},
     },

@@ -33,7 +33,7 @@ def _measured(total: float, tell: Callable[[float, float, float], object]) -> Ad
 
     def advance(amount: float) -> None:
         nonlocal done
-        done += amount
+        done = min(done + amount, total)  # the amounts of replicas that are not equal are told as if they were
         rate = done / max(time.perf_counter() - began, 1e-9)
         tell(amount, rate, (total - done) / max(rate, 1e-9))
 
@@ -45,7 +45,7 @@ def _lines(what: str, total: float, unit: str) -> Callable[[float, float, float]
 
     def tell(amount: float, rate: float, left: float) -> None:
         nonlocal done
-        before, done = done, done + amount
+        before, done = done, min(done + amount, total)
         if int(done * 10 / total) > int(before * 10 / total):
             print(f"{what} {done / total:4.0%}  {done:,.0f} of {total:,.0f} {unit}, {rate:,.0f} a second, {left:.0f} s left", flush=True)
 

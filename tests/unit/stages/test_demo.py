@@ -186,7 +186,7 @@ def test_the_tiny_demo_learns_within_its_budget(tmp_path: Path) -> None:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["after"]["targets"]["nll"] < 0.6 * result["before"]["targets"]["nll"]
+    assert result["after"]["targets"]["nll"] < 0.8 * result["before"]["targets"]["nll"]  # 0.59 when it was measured
     assert result["after"]["text"]["perplexity"] < 1.3 * result["before"]["text"]["perplexity"]
     assert result["peak_bytes"] < 8 * 2**30
     # a busy machine is no slow demo: two quiet cores share the processor time
