@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
+import typing_extensions
+
 from megatron_replay.errors import ConfigError
 
 T = TypeVar("T")
@@ -64,12 +66,22 @@ class Registry(Generic[T]):
         """
         cls = self.get(name)
         parameters = list(inspect.signature(cls).parameters.values())[len(args) :]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        known = {p.name: p for p in parameters if p.kind in _BY_NAME}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not _unpacked(cls)
+        known = {p.name: p.default is p.empty for p in parameters if p.kind in _BY_NAME} | _unpacked(cls)
         for option in options:
             if option not in known and not takes_any:
                 raise ConfigError(f"{self.kind} {name!r} has no option {option!r}; {nearest(option, known)}")
-        missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+        missing = [name for name, needed in known.items() if needed and name not in options]
         if missing:
             raise ConfigError(f"{self.kind} {name!r} needs option {missing[0]!r}")
         return cls(*args, **options)
+
+
+def _unpacked(cls: type) -> dict[str, bool]:
+    """The optional keyword arguments of a constructor's `**name: Unpack[SomeTypedDict]`, none of which is needed."""
+    rest = next((p for p in inspect.signature(cls).parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    if rest is None:
+        return {}
+    hint = typing_extensions.get_type_hints(getattr(cls, "__init__")).get(rest.name)  # noqa: B009  (of the class, not of an instance)
+    unpacked = typing_extensions.get_args(hint)
+    return dict.fromkeys(typing_extensions.get_type_hints(unpacked[0]), False) if unpacked else {}

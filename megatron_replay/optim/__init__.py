@@ -7,15 +7,40 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from .adam_atan2 import AdamAtan2
+from .adamuon import AdaMuon
 from .adamw import AdamW
 from .base import OPTIMIZERS, ReplayOptimizer
 from .moclip import MoClip
+from .mofo import MoFO
+from .muon import HIDDEN, Muon, muon_groups
+from .muonclip import AttentionLogits, MuonClip, ObservedLogits
 from .schedule import learning_rate
-from .shards import LOCAL, Placement, Shards
+from .shards import LOCAL, Kind, Placement, Shards
+from .tam import TAM
 
-__all__ = ["LOCAL", "AdamAtan2", "AdamW", "MoClip", "Placement", "ReplayOptimizer", "Shards", "build_optimizer", "learning_rate"]
+__all__ = [
+    "HIDDEN",
+    "LOCAL",
+    "TAM",
+    "AdaMuon",
+    "AdamAtan2",
+    "AdamW",
+    "AttentionLogits",
+    "Kind",
+    "MoClip",
+    "MoFO",
+    "Muon",
+    "MuonClip",
+    "ObservedLogits",
+    "Placement",
+    "ReplayOptimizer",
+    "Shards",
+    "build_optimizer",
+    "learning_rate",
+    "muon_groups",
+]
 
 
 def build_optimizer(name: str, params: ParamsT, lr: float, **options: Any) -> ReplayOptimizer:
-    """The optimizer of that name (`adamw`, `adam_atan2`, `moclip`); ConfigError, with the nearest name, for one or an option unknown."""
+    """The optimizer of that name (`OPTIMIZERS` lists them); ConfigError, with the nearest name, for one or an option unknown."""
     return OPTIMIZERS.build(name, params, lr, **options)

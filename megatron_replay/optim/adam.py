@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Group, ReplayOptimizer, state_dtype
+from .base import Group, Move, ReplayOptimizer, state_dtype
 from .blocks import Scratch, cuts
+from .shards import Placement
 
 
 @dataclass(frozen=True)
@@ -44,44 +44,73 @@ def advance_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scratch: 
     exp_avg.mul_(mix.m_keep).add_(torch.mul(grad, mix.m_grad, out=first))
 
 
-def decayed_step(param: Tensor, direction: Tensor, *, lr: float, weight_decay: float) -> None:
-    """theta <- theta (1 - lr wd) - lr u, in place on the flat parameter [n]; `direction` u [n] is overwritten."""
+def decayed_step(param: Tensor, direction: Tensor, *, lr: float, weight_decay: float, gain: float = 1.0) -> None:
+    """theta <- theta (1 - lr wd) - lr gain u, in place on the parameter; `direction` u, of its shape, is overwritten."""
     if lr * weight_decay:
         param.mul_(1 - lr * weight_decay)
-    param.sub_(direction.mul_(lr))
+    param.sub_(direction.mul_(lr * gain))
 
 
 class AdamFamily(ReplayOptimizer):
-    """Keeps `exp_avg` and `exp_avg_sq`; a subclass gives the direction, and may mix momentum into the gradient."""
+    """Keeps `exp_avg` and `exp_avg_sq`; a subclass gives the direction, and may mix momentum into the gradient, filter or scale."""
 
     state_keys = ("exp_avg", "exp_avg_sq")
     _scale = 1.0
 
-    def plan(self, sums: Tensor, layers: Sequence[int], scale: float) -> None:
+    def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
         self._scale = scale
 
     def mix(self, row: int, betas: tuple[float, float]) -> Mix:
         """How the gradient of a row of the table enters the moments in this step."""
-        return plain_mix(betas, self._scale)
+        return plain_mix(betas, self.gradient_scale(row))
+
+    def gradient_scale(self, row: int) -> float:
+        """What the gradient of a row is multiplied by: the clipping factor."""
+        return self._scale
 
     @abstractmethod
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         """The step u [n] for moments [n], written into the first scratch vector, which is padded beyond n."""
 
-    def update(self, param: Tensor, grad: Tensor, group: Group, row: int) -> None:
+    def filter(self, direction: Tensor, exp_avg: Tensor, row: int) -> None:
+        """Change the direction [n] in place, knowing the new momentum [n]; as it stands, leave it."""
+
+    def gain(self, row: int) -> float:
+        """What the direction of a row is multiplied by; decay is not."""
+        return 1.0
+
+    def update(self, move: Move) -> Tensor:
+        return self._walk(move)
+
+    def advance(self, move: Move) -> None:
+        """The first half of `update`: the moments alone."""
+        self._walk(move, descend=False)
+
+    def descend(self, move: Move) -> Tensor:
+        """The second half: the step that the moments ask for."""
+        return self._walk(move, advance=False)
+
+    def _walk(self, move: Move, *, advance: bool = True, descend: bool = True) -> Tensor:
+        param, group = move.param, move.group
         state, dtype, betas = self.state_of(param), state_dtype(param), self.setting(group, "betas")
-        mix = self.mix(row, betas)
-        theta, g = param.reshape(-1), grad.reshape(-1)
+        mix, gain = self.mix(move.row, betas), self.gain(move.row)
+        theta, g = param.reshape(-1), move.grad.reshape(-1)
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         scratch = Scratch(param.numel(), dtype, param.device)
+        squares = torch.zeros((), dtype=torch.float64, device=param.device)
         for cut in cuts(param.numel(), param.device):
             pair = scratch.vectors(cut.stop - cut.start)
-            exact = tuple(vector[: cut.stop - cut.start] for vector in pair)
-            advance_moments(m[cut], v[cut], g[cut].to(dtype), (exact[0], exact[1]), mix=mix, beta2=betas[1])
-            step = self.direction(m[cut], v[cut], pair, group)
-            block = theta[cut].to(dtype)  # a view, unless the parameter is bfloat16
-            decayed_step(block, step, lr=group["lr"], weight_decay=group["weight_decay"])
-            if dtype != theta.dtype:
-                theta[cut] = block
+            exact = (pair[0][: cut.stop - cut.start], pair[1][: cut.stop - cut.start])
+            if advance:
+                advance_moments(m[cut], v[cut], g[cut].to(dtype), exact, mix=mix, beta2=betas[1])
+            if descend:
+                step = self.direction(m[cut], v[cut], pair, group)
+                self.filter(step, m[cut], move.row)
+                squares += torch.linalg.vector_norm(step, dtype=torch.float64).square()
+                block = theta[cut].to(dtype)  # a view, unless the parameter is bfloat16
+                decayed_step(block, step, lr=self.rate(group), gain=gain, weight_decay=group["weight_decay"])
+                if dtype != theta.dtype:
+                    theta[cut] = block
         if not param.is_contiguous():
             param.copy_(theta.view(param.shape))
+        return squares * gain**2

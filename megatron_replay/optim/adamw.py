@@ -7,21 +7,29 @@ import math
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .adam import AdamFamily
-from .base import OPTIMIZERS, Group
+from .base import OPTIMIZERS, Common, Group
 from .options import check_betas, check_number
-from .shards import LOCAL, Shards
 
 
 def adamw_direction(
     exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors [n]."""
-    numerator, denominator = out
+    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors of n or more."""
+    n = exp_avg.numel()
+    numerator, denominator = out[0][:n], out[1][:n]
     torch.sqrt(exp_avg_sq, out=denominator)
     denominator.mul_(1 / math.sqrt(1 - betas[1] ** step)).add_(eps)
     return torch.div(exp_avg, denominator, out=numerator).mul_(1 / (1 - betas[0] ** step))
+
+
+class AdamWOptions(Common, total=False):
+    """The keyword arguments of `AdamW`, for those derived from it."""
+
+    betas: tuple[float, float]
+    eps: float
 
 
 @OPTIMIZERS.register("adamw")
@@ -34,17 +42,13 @@ class AdamW(AdamFamily):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.1,
         eps: float = 1e-8,
-        clip_grad: float = 0.0,
-        shards: Shards = LOCAL,
+        **common: Unpack[Common],
     ) -> None:
         check_number("eps", eps, at_least=0)
-        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay, "eps": eps}
-        super().__init__(params, defaults, clip_grad=clip_grad, shards=shards)
+        defaults = {"lr": lr, "betas": check_betas(betas), "eps": eps}
+        super().__init__(params, defaults, common)
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
-        n = exp_avg.numel()
-        exact = (scratch[0][:n], scratch[1][:n])
         betas, eps = self.setting(group, "betas"), self.setting(group, "eps")
-        return adamw_direction(exp_avg, exp_avg_sq, exact, step=group["step"], betas=betas, eps=eps)
+        return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=betas, eps=eps)

@@ -9,7 +9,8 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +19,41 @@ from torch.optim.optimizer import ParamsT
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.registry import Registry
 
-from .options import check_number
-from .shards import Placement, Shards
-from .stats import clip_factor, tensor_sums
+from .options import check_choice, check_number
+from .pull import Pull
+from .shards import LOCAL, Kind, Placement, Shards
+from .stats import COLUMNS, clip_factor, tensor_sums
 
 Group = dict[str, Any]
 
 OPTIMIZERS: Registry[ReplayOptimizer] = Registry("optimizer")
 """Every optimizer of this package, by the name a configuration uses."""
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments every optimizer takes besides its own."""
+
+    weight_decay: float
+    """Decoupled: theta <- theta (1 - lr weight_decay); 0.1 when not given."""
+    clip_grad: float
+    """Largest global gradient norm; 0, the default: no clipping."""
+    pull: float
+    """RecAdam's pull towards the weights of the start: its strength gamma; 0, the default: none. See `optim.pull`."""
+    pull_k: float
+    pull_t0: float
+    shards: Shards
+    """Who holds the rest of the parameters; by default nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One parameter (or piece of one) that is to move in this step."""
+
+    param: Tensor
+    grad: Tensor
+    group: Group
+    row: int
+    """Its row in the table of the whole model."""
 
 
 class ReplayOptimizer(torch.optim.Optimizer, ABC):
@@ -34,8 +62,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     A step is one pass over the gradients for their sums, one collective (`shards`), one pass for the update. `step` is counted in
     the parameter group (as apex and Megatron do); the rest of the state is per parameter, float32, or float64 for float64 parameters.
     bfloat16 parameters are updated in float32 and rounded: without float32 main weights, updates below their resolution are lost.
-    Megatron's wrappers may assign `param_groups` after construction; groups need `params`, `lr` and `weight_decay`, whatever else is
-    missing is taken from `defaults`. Parameters without a gradient are left alone.
+    Megatron's wrappers may assign `param_groups` after construction (then call `remember_base`); groups need `params`, `lr` and
+    `weight_decay`, whatever else is missing is taken from `defaults`. A group's `kind` overrides what `shards` says its tensors are.
+    Parameters without a gradient are left alone.
 
     After each `step()`: `grad_norm` (before clipping), `last_step_ok`, `metrics` (empty after a skipped step); `skipped` counts the
     steps not done because the gradient was not finite. Those leave parameters, state and step count untouched on every rank.
@@ -45,18 +74,25 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     """Names of the per-parameter state tensors, each of the parameter's shape."""
     reads_momentum = False
     """Whether the statistics need `exp_avg` as well as the gradient."""
+    prefix = "optimizer"
+    """Of the metrics' names."""
 
-    def __init__(self, params: ParamsT, defaults: Group, *, clip_grad: float, shards: Shards) -> None:
+    def __init__(self, params: ParamsT, defaults: Group, common: Common) -> None:
+        clip_grad = common.get("clip_grad", 0.0)
+        defaults = {**defaults, "weight_decay": common.get("weight_decay", 0.1), "step": 0}
         check_number("lr", defaults["lr"], at_least=0)
         check_number("weight_decay", defaults["weight_decay"], at_least=0)
         check_number("clip_grad", clip_grad, at_least=0)
-        super().__init__(params, {**defaults, "step": 0})
+        self.pull = Pull(common.get("pull", 0.0), common.get("pull_k", 0.5), common.get("pull_t0", 250.0))
+        super().__init__(params, defaults)
         self.clip_grad = clip_grad
-        self.shards = shards
+        self.shards = common.get("shards", LOCAL)
         self.grad_norm = 0.0
         self.last_step_ok = True
         self.skipped = 0
         self.metrics: dict[str, float] = {}
+        self._travelled: dict[Tensor, Tensor] = {}
+        self.remember_base()
 
     def attach(self, shards: Shards) -> None:
         """Say who holds the rest of these parameters; from the next step on."""
@@ -71,17 +107,43 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         """A group's own value, or the default for groups that were made elsewhere and lack the key."""
         return group.get(key, self.defaults[key])
 
+    def remember_base(self) -> None:
+        """Take the parameters as they are for the base weights of `pull`; a no-op without it."""
+        if self.pull.strength:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self.state[param]["base"] = param.detach().to(state_dtype(param), copy=True)
+
+    def placed(self) -> tuple[list[Tensor], Placement]:
+        """All parameters in order, and where they lie; a group's own `kind` goes before what `shards` says."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        place = self.shards.place(params)
+        own = [group.get("kind") for group in self.param_groups for _ in group["params"]]
+        if not any(own):
+            return params, place
+        kinds = list(place.kinds)
+        for row, kind in zip(place.rows, own, strict=True):
+            if kind:
+                check_choice("kind of a parameter group", kind, get_args(Kind))
+                kinds[row] = kind
+        return params, replace(place, kinds=kinds)
+
     def init_state(self) -> None:
         """Give every parameter empty state and every group a step count, as loading a checkpoint in place needs."""
         for group in self.param_groups:
             group["step"] = steps_of(group)
-            for param in group["params"]:
-                self.state_of(param)
+        params, place = self.placed()
+        for param, row in zip(params, place.rows, strict=True):
+            self.state_of(param, self.keys_of(place.kinds[row]))
 
-    def state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """This parameter's state tensors, zeros when it has none yet."""
+    def keys_of(self, kind: Kind) -> tuple[str, ...]:
+        """Names of the state tensors that a parameter of this kind has."""
+        return self.state_keys
+
+    def state_of(self, param: Tensor, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """This parameter's state tensors, zeros when it has none yet; all of `state_keys` unless told otherwise."""
         state: dict[str, Tensor] = self.state[param]
-        for key in self.state_keys:
+        for key in self.state_keys if keys is None else keys:
             if key not in state:
                 state[key] = torch.zeros(param.shape, dtype=state_dtype(param), device=param.device)
         return state
@@ -93,26 +155,44 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [p for group in self.param_groups for p in group["params"]]
-        place = self.shards.place(params)
+        params, place = self.placed()
         sums = self.shards.sum(self._table(params, place)).cpu()
         self.grad_norm = math.sqrt(float(sums[:, 2].sum()))
         self.last_step_ok = math.isfinite(self.grad_norm)
         self.metrics = {}
         if self.last_step_ok:
-            self.plan(sums, place.layers, clip_factor(self.grad_norm, self.clip_grad))
-            self._update_all(place)
+            self.metrics = travel_metrics(self.prefix, sums)
+            self.plan(sums, place, clip_factor(self.grad_norm, self.clip_grad))
+            moves = self._moves(place)
+            if self.pull.strength:
+                for move in moves:
+                    self.pull.towards(move.param, self.state[move.param]["base"], step=move.group["step"], lr=float(move.group["lr"]))
+            self._travelled.clear()  # not before: a skipped step leaves what the last one noted
+            self.apply(moves, place)
         else:
             self.skipped += 1
         return loss
 
     @abstractmethod
-    def plan(self, sums: Tensor, layers: Sequence[int], scale: float) -> None:
-        """Decide what `update` will do: `sums` [rows, 3] is the summed table (float64, cpu), `scale` the clipping factor."""
+    def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
+        """Decide what `apply` will do: `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping factor."""
+
+    def apply(self, moves: Sequence[Move], place: Placement) -> None:
+        """Move the parameters, in place; `group["step"]` counts this step already."""
+        for move in moves:
+            self.travelled(move.param, self.update(move))
 
     @abstractmethod
-    def update(self, param: Tensor, grad: Tensor, group: Group, row: int) -> None:
-        """Move one parameter, in place; `group["step"]` counts this step already."""
+    def update(self, move: Move) -> Tensor:
+        """Move one parameter, in place; returns the sum of squares [] float64 of its direction (the step by lr, without decay)."""
+
+    def travelled(self, param: Tensor, squares: Tensor) -> None:
+        """Note how far a parameter went; the next step's table carries it to all ranks."""
+        self._travelled[param] = squares
+
+    def rate(self, group: Group) -> float:
+        """The learning rate of this step, of which `pull` leaves the task its share."""
+        return float(group["lr"]) * self.pull.share(group["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state, also from torch.optim.AdamW, whose per-parameter `step` becomes the group's.
@@ -145,17 +225,31 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         for param, row, counted in zip(params, place.rows, place.counted, strict=True):
             if param.grad is not None and counted:
                 rows.append(row)
-                sums.append(tensor_sums(_dense(param.grad), self.state.get(param, {}).get("exp_avg") if self.reads_momentum else None))
-        table = torch.zeros(len(place.layers), 3, dtype=torch.float64, device=device)
+                momentum = self.state.get(param, {}).get("exp_avg") if self.reads_momentum else None
+                sums.append(torch.cat([tensor_sums(_dense(param.grad), momentum), self._trace(param)]))
+        table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64, device=device)
         return table.index_add_(0, torch.tensor(rows, device=device), torch.stack(sums)) if rows else table
 
-    def _update_all(self, place: Placement) -> None:
+    def _trace(self, param: Tensor) -> Tensor:
+        squares = self._travelled.get(param)
+        elements = torch.full((), 0 if squares is None else param.numel(), dtype=torch.float64, device=param.device)
+        return torch.stack([torch.zeros_like(elements) if squares is None else squares, elements])
+
+    def _moves(self, place: Placement) -> list[Move]:
+        moves = []
         rows = iter(place.rows)
         for group in self.param_groups:
             group["step"] = steps_of(group) + 1
             for param, row in zip(group["params"], itertools.islice(rows, len(group["params"])), strict=True):
                 if param.grad is not None:
-                    self.update(param, param.grad, group, row)
+                    moves.append(Move(param, param.grad, group, row))
+        return moves
+
+
+def travel_metrics(prefix: str, sums: Tensor) -> dict[str, float]:
+    """Root mean square of the direction of the step before (the step's length is lr times this); empty where there was none."""
+    squares, elements = sums[:, 3].sum(), sums[:, 4].sum()
+    return {f"{prefix}/update_rms": math.sqrt(float(squares / elements))} if elements else {}
 
 
 def steps_of(group: Group) -> int:

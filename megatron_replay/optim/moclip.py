@@ -6,21 +6,21 @@ Then follow Adam's moments and an arctangent step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .adam import Mix
 from .adam_atan2 import Atan2Family
-from .base import OPTIMIZERS
+from .adamw import adamw_direction
+from .base import OPTIMIZERS, Common, Group
 from .options import check_betas, check_choice, check_number
-from .shards import LOCAL, Shards
-from .stats import grouped
+from .shards import Placement
+from .stats import Scope, cosines, grouped
 
-Scope = Literal["global", "layer", "tensor"]
 Obtuse = Literal["signed", "restart", "project"]
 VSource = Literal["raw", "clipped"]
 
@@ -47,8 +47,8 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
     one, zero = torch.ones_like(c), torch.zeros_like(c)
     known = (mm > 0) & (gg > 0)
     m_norm, g_norm = mm.where(known, one).sqrt(), gg.where(known, one).sqrt()
-    x = (c / (m_norm * g_norm)).clamp(-1, 1)
-    cosine = x.where(known, torch.full_like(x, math.nan))
+    cosine = cosines(torch.stack([c, mm, gg], 1))
+    x = cosine.where(known, one)
     if max_angle >= 90:  # the tangent would be infinite, or negative
         return Cap(one, zero, torch.zeros_like(known), cosine)
     limit = math.radians(max_angle)
@@ -72,9 +72,11 @@ class MoClip(Atan2Family):
 
     scope: what a gradient is compared with its momentum over: the whole model, a layer (as `shards` numbers them), or each tensor.
     obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one.
+    eps: when given, AdamW's direction with this epsilon in place of the arctangent (the paper's ablation).
     """
 
     reads_momentum = True
+    prefix = "moclip"
 
     def __init__(
         self,
@@ -82,30 +84,30 @@ class MoClip(Atan2Family):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.1,
         max_angle: float = 45.0,
         scope: Scope = "global",
         obtuse: Obtuse = "signed",
         v_source: VSource = "raw",
-        clip_grad: float = 0.0,
-        shards: Shards = LOCAL,
+        eps: float | None = None,
+        **common: Unpack[Common],
     ) -> None:
         check_number("max_angle", max_angle, above=0)
         check_choice("scope", scope, get_args(Scope))
         check_choice("obtuse", obtuse, get_args(Obtuse))
         check_choice("v_source", v_source, get_args(VSource))
-        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay}
-        super().__init__(params, defaults, clip_grad=clip_grad, shards=shards)
+        if eps is not None:
+            check_number("eps", eps, at_least=0)
+        super().__init__(params, {"lr": lr, "betas": check_betas(betas), "eps": eps}, common)
         self.max_angle, self.scope, self.obtuse, self.v_source = max_angle, scope, obtuse, v_source
         self._rows: list[tuple[float, float, bool]] = []
 
-    def plan(self, sums: Tensor, layers: Sequence[int], scale: float) -> None:
-        super().plan(sums, layers, scale)
-        groups, label = grouped(sums, layers, scope=self.scope)
+    def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
+        super().plan(sums, place, scale)
+        groups, label = grouped(sums[:, :3], place.layers, scope=self.scope)
         cap = coefficients(*groups.unbind(1), max_angle=self.max_angle, obtuse=self.obtuse)
         a, b, restart = (column[label].tolist() for column in cap[:3])
         self._rows = list(zip(a, b, restart, strict=True))
-        self.metrics = cap_metrics(groups, cap)
+        self.metrics |= cap_metrics(groups, cap)
 
     def mix(self, row: int, betas: tuple[float, float]) -> Mix:
         beta1, beta2 = betas
@@ -114,6 +116,12 @@ class MoClip(Atan2Family):
         keep = 0.0 if restart else beta1 + (1 - beta1) * b
         root, clipped = math.sqrt(1 - beta2), self.v_source == "clipped"
         return Mix(keep, (1 - beta1) * a, root * (a if clipped else self._scale), root * b if clipped else 0.0)
+
+    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
+        eps = self.setting(group, "eps")
+        if eps is None:
+            return super().direction(exp_avg, exp_avg_sq, scratch, group)
+        return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=eps)
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:

@@ -19,6 +19,13 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ConfigError(f"{name} must be at least {at_least:g}, got {value}")
 
 
+def check_beta(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a number in [0, 1)."""
+    check_number(name, value, at_least=0)
+    if not value < 1:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be below 1, got {value}")
+
+
 def check_betas(value: Sequence[float]) -> tuple[float, float]:
     """Raise ConfigError unless these are two numbers in [0, 1)."""
     betas = tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .blocks import cuts
+
+Scope = Literal["global", "layer", "tensor"]
+"""Over what a gradient is compared with its momentum: the whole model, a layer, or each tensor."""
+
+COLUMNS = ("sum m g", "sum m^2", "sum g^2", "sum u^2", "elements")
+"""Of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step before and its elements."""
 
 
 def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
@@ -34,7 +41,7 @@ def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
     return torch.stack(rows).view(-1, 3).sum(0) if rows else zero.expand(3)
 
 
-def grouped(sums: Tensor, layers: Sequence[int], *, scope: str) -> tuple[Tensor, Tensor]:
+def grouped(sums: Tensor, layers: Sequence[int], *, scope: Scope) -> tuple[Tensor, Tensor]:
     """Sums [groups, 3] of a scope, and the group of each row [rows]: the whole model, a layer, or each tensor."""
     rows = sums.shape[0]
     if scope == "tensor":
@@ -44,6 +51,15 @@ def grouped(sums: Tensor, layers: Sequence[int], *, scope: str) -> tuple[Tensor,
         labels = torch.unique(torch.tensor(layers, dtype=torch.long), return_inverse=True)[1]
     num_groups = int(labels.max()) + 1 if rows else 0
     return torch.zeros(num_groups, 3, dtype=sums.dtype).index_add_(0, labels, sums), labels
+
+
+def cosines(groups: Tensor) -> Tensor:
+    """Cosine between momentum and gradient of each group's sums [groups, 3]; nan where one of them is zero. [groups]"""
+    c, mm, gg = groups.unbind(1)
+    known = (mm > 0) & (gg > 0)
+    one = torch.ones_like(c)
+    x = (c / (mm.where(known, one).sqrt() * gg.where(known, one).sqrt())).clamp(-1, 1)
+    return x.where(known, torch.full_like(x, math.nan))
 
 
 def clip_factor(norm: float, limit: float) -> float:

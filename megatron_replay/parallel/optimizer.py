@@ -7,16 +7,18 @@ torch optimizer is exchanged. One row a logical tensor of the whole model, one g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_replay.config import Optimizer as OptimizerConfig
+from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, weights
-from megatron_replay.optim import Placement, ReplayOptimizer, build_optimizer
+from megatron_replay.optim import HIDDEN, Kind, Placement, ReplayOptimizer, build_optimizer
 from megatron_replay.parallel.model import Model, counted
+from megatron_replay.parallel.whole import Exchange, Part
 from megatron_replay.parallel.world import World
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
@@ -26,14 +28,24 @@ PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
 class ModelShards:
     """`optim.Shards` of a megatron model: parameter -> row of the whole model's table, and the sum over all ranks."""
 
-    def __init__(self, world: World, table: Sequence[Weight], layers: int, places: dict[Tensor, tuple[int, bool]]) -> None:
+    def __init__(self, world: World, spec: ModelSpec, table: Sequence[Weight], parts: Mapping[Tensor, Part], dtype: torch.dtype) -> None:
         self._world = world
-        self._layers = [layer_of(weight, layers) for weight in table]
-        self._places = places
+        self._layers = [layer_of(weight, spec.num_layers) for weight in table]
+        self._kinds = [kind_of(weight) for weight in table]
+        self._parts = dict(parts)
+        hidden = {param: part for param, part in parts.items() if self._kinds[part.row] in HIDDEN}
+        self._exchange = Exchange(world, spec, table, hidden, dtype)
 
     def place(self, params: Sequence[Tensor]) -> Placement:
-        found = [self._places[param] for param in params]
-        return Placement(rows=[row for row, _ in found], counted=[counted for _, counted in found], layers=self._layers)
+        found = [self._parts[param] for param in params]
+        return Placement(
+            rows=[part.row for part in found], counted=[part.counted for part in found], layers=self._layers, kinds=self._kinds
+        )
+
+    def each_whole(
+        self, params: Sequence[Tensor], values: Callable[[int], Tensor], function: Callable[[Tensor], Tensor], stacked: int = 1
+    ) -> Iterator[tuple[int, Tensor]]:
+        return self._exchange.each_whole(params, values, function, stacked)
 
     def sum(self, table: Tensor) -> Tensor:
         """Gathered and added in rank order: the same bits on every rank and every run, also where no fp64 all-reduce exists."""
@@ -48,6 +60,14 @@ def layer_of(weight: Weight, layers: int) -> int:
     if weight.layer is not None:
         return weight.layer
     return layers + next(i for i, start in enumerate(PARTS) if weight.name.startswith(start))
+
+
+def kind_of(weight: Weight) -> Kind:
+    if len(weight.shape) == 1:
+        return "vector"
+    if weight.kind == "vocab":
+        return "embedding"
+    return "attention" if weight.kind in ("qkv", "o_proj") else "matrix"
 
 
 def wrap(model: Model, wrapped: Any, settings: OptimizerConfig) -> tuple[Any, ReplayOptimizer]:
@@ -94,6 +114,7 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
         group["step"] = 0
         group["base_weight_decay"] = group["weight_decay"]
     inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views
+    inner.remember_base()
     inner.attach(_shards(outer, inner, model))
     outer.optimizer = inner
     outer.init_state_fn = lambda optimizer, config=None: optimizer.init_state()
@@ -104,12 +125,15 @@ def _shards(outer: Any, inner: ReplayOptimizer, model: Model) -> ModelShards:
     table = weights(model.spec, head_multiple=model.layout.head_multiple)
     rows = {weight.name: row for row, weight in enumerate(table)}
     held = dict(_held(outer, inner))
-    places: dict[Tensor, tuple[int, bool]] = {}
+    zero1 = hasattr(outer, "model_param_group_index_map")
+    parts: dict[Tensor, Part] = {}
     for name, weight, parameter in model.parameters():
         if parameter in held:
-            is_counted = counted(name, weight, model.world, sharded_over_data=hasattr(outer, "model_param_group_index_map"))
-            places[held[parameter]] = (rows[weight.name], is_counted)
-    return ModelShards(model.world, table, model.spec.num_layers, places)
+            is_counted = counted(name, weight, model.world, sharded_over_data=zero1)
+            span = outer._get_model_param_range_map(parameter)["param"] if zero1 else None
+            start, stop = (span.start, span.end) if span else (0, parameter.numel())
+            parts[held[parameter]] = Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted)
+    return ModelShards(model.world, model.spec, table, parts, torch.float64 if model.dtype == torch.float64 else torch.float32)
 
 
 def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:

@@ -37,6 +37,9 @@ class World:
     tensor_group: Any
     pipeline_group: Any
     data_group: Any
+    stage_rank: int = 0
+    """Among the ranks of this pipeline stage: tensor x data."""
+    stage_group: Any = None
 
     @property
     def first_stage(self) -> bool:
@@ -79,6 +82,22 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def gather_stage_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank of this pipeline stage, in the order of their `stage_rank`."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size(self.stage_group)
+        dist.all_gather_object(found, value, group=self.stage_group)
+        return found
+
+    def swap(self, sent: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+        """Send sent[i], 1-D and of one dtype, to the stage's rank i; returns what each sent here, of `lengths`."""
+        if self.size == 1:
+            return sent
+        received = sent[0].new_empty(sum(lengths))
+        dist.all_to_all_single(received, torch.cat(sent), lengths, [len(t) for t in sent], group=self.stage_group)
+        return list(torch.split(received, lengths))
+
     def barrier(self) -> None:
         if self.size > 1:
             self.gather(torch.zeros(1))
@@ -114,6 +133,8 @@ def start(layout: Layout, device: Device, *, seed: int = 42, minutes: float = 30
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        stage_rank=dist.get_rank(parallel_state.get_tensor_and_data_parallel_group()),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(),
     )
 
 

@@ -63,8 +63,10 @@ def _difference(before: Any, after: Any) -> str:
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (before, after))
     if not numbers:
         return "-" if None in (before, after) or before != after else "="
-    share = relative_change(before, after)
-    return "=" if before == after else f"{after - before:+.4g} ({share:+.1%})"
+    if before == after:
+        return "="
+    share = f" ({relative_change(before, after):+.1%})" if before else ""
+    return f"{after - before:+.4g}{share}"
 
 
 def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:

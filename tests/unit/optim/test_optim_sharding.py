@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.optim import AdamAtan2, AdamW, MoClip, Placement, ReplayOptimizer
+from megatron_replay.optim import TAM, AdamAtan2, AdamW, Kind, MoClip, MoFO, Placement, ReplayOptimizer
 
 SIZES = {"embedding": 600, "norm0": 30, "qkv0": 200, "fc0": 500, "norm1": 30, "qkv1": 200, "fc1": 500}
 NAMES = list(SIZES)
 LAYERS = [-1, 0, 0, 0, 1, 1, 1]
+KINDS: list[Kind] = ["embedding", "vector", "attention", "matrix", "vector", "attention", "matrix"]
 STAGES = [["embedding", "norm0", "qkv0", "fc0"], ["norm1", "qkv1", "fc1", "embedding"]]
 NUM_TENSOR, NUM_STEPS = 2, 4
 Make = Callable[..., ReplayOptimizer]
@@ -71,7 +72,8 @@ class Rank:
 
     def place(self, params: Sequence[Tensor]) -> Placement:
         names = [name for name, _ in self.pieces]
-        return Placement(rows=[NAMES.index(n) for n in names], counted=[self.counted(n) for n in names], layers=LAYERS)
+        rows = [NAMES.index(n) for n in names]
+        return Placement(rows=rows, counted=[self.counted(n) for n in names], layers=LAYERS, kinds=KINDS)
 
     def sum(self, table: Tensor) -> Tensor:
         everyone = range(self.meeting.num_ranks)
@@ -128,7 +130,7 @@ def run(opt: ReplayOptimizer, pick: Callable[[dict[str, Tensor]], list[Tensor]],
 def whole_run(make: Make, dtype: torch.dtype) -> tuple[dict[str, Tensor], ReplayOptimizer]:
     class Whole:
         def place(self, params: Sequence[Tensor]) -> Placement:
-            return Placement(rows=range(len(NAMES)), counted=[True] * len(NAMES), layers=LAYERS)
+            return Placement(rows=range(len(NAMES)), counted=[True] * len(NAMES), layers=LAYERS, kinds=KINDS)
 
         def sum(self, table: Tensor) -> Tensor:
             return table
@@ -142,6 +144,7 @@ def sharded_run(make: Make, ranks: list[Rank], dtype: torch.dtype) -> tuple[list
     for rank in ranks:
         opt = make([{"params": []}])
         opt.param_groups[0]["params"] = [torch.nn.Parameter(v) for v in rank.cut(vectors(99, dtype))]
+        opt.remember_base()
         opt.attach(rank)
         opts.append(opt)
     with ThreadPoolExecutor(len(ranks)) as pool:
@@ -163,6 +166,12 @@ MAKES: dict[str, Make] = {
         for obtuse in ("signed", "restart", "project")
     },
     "moclip-clipped": partial(MoClip, lr=0.01, v_source="clipped"),
+    "moclip-eps": partial(MoClip, lr=0.01, eps=1e-8, clip_grad=1.0),
+    "mofo": partial(MoFO, lr=0.01, clip_grad=1.0),
+    "tam-paper": partial(TAM, lr=0.01, variant="paper", scope="global"),
+    "tam-adatamw": partial(TAM, lr=0.01, variant="adatamw", scope="layer"),
+    "tam-tensor": partial(TAM, lr=0.01, scope="tensor", clip_grad=1.0),
+    "adamw-pull": partial(AdamW, lr=0.01, pull=3.0, pull_k=0.5, pull_t0=2.0),
 }
 
 

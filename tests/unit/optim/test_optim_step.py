@@ -69,7 +69,7 @@ class Layered:
     """One process, but the third tensor is of another layer than the rest."""
 
     def place(self, params: Sequence[Tensor]) -> Placement:
-        return Placement(rows=range(4), counted=[True] * 4, layers=[7, 7, -1, 7])
+        return Placement(rows=range(4), counted=[True] * 4, layers=[7, 7, -1, 7], kinds=["vector"] * 4)
 
     def sum(self, table: Tensor) -> Tensor:
         return table
