@@ -11,7 +11,7 @@ T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -103,10 +103,13 @@ def segment_attention() -> type:
             super().__init__(config=config)
             self.scale = softmax_scale
             self.layer: LayerCache | None = None
+            self.watch: Callable[[Tensor, Tensor, Tensor, float | None], None] | None = None
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
             """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D]."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            if self.watch is not None and self.training and self.cache is None:
+                self.watch(q, k, attention_mask, self.scale)
             if self.cache is None:
                 out = attend(q, k, v, attention_mask, self.scale)
             else:

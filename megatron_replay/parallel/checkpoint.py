@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.optimizer import adam_form
 from megatron_replay.parallel.torch_dist import LATEST, Reader, refuse_code, resolve
 from megatron_replay.parallel.trainer import Trainer
 
@@ -35,9 +36,9 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
         shutil.rmtree(target, ignore_errors=True)  # what a killed save left
         target.mkdir(parents=True)
     world.barrier()
-    state = _state(trainer, progress, loading=False)
     try:
-        dist_checkpointing.save(state, str(target))
+        with adam_form(trainer.inner, zero1=_zero1(trainer)):
+            dist_checkpointing.save(_state(trainer, progress, loading=False), str(target))
     except (Exception, CheckpointException) as err:  # the latter is what megatron gathers from all ranks, and no Exception
         said = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
         free = shutil.disk_usage(root).free / 1e9
@@ -65,13 +66,14 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
             f"{folder}: was not written by `train`, so where its run stood is not known; give it as model=, not as train.load="
         )
     saved = common["progress"]
-    _same("optimizer", saved["optimizer"], type(trainer.inner).__name__, folder)
+    _fits(saved, trainer, folder)
     _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
-    with _named(folder):
-        state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
-    trainer.model.module.load_state_dict(state["model"])
-    with torch.no_grad():
-        trainer.outer.load_state_dict(state["optimizer"])
+    with adam_form(trainer.inner, zero1=_zero1(trainer)):
+        with _named(folder):
+            state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
+        trainer.model.module.load_state_dict(state["model"])
+        with torch.no_grad():
+            trainer.outer.load_state_dict(state["optimizer"])
     # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
     # the rank
     torch.set_rng_state(saved["rng"].cpu())
@@ -107,7 +109,6 @@ def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict
         "distrib_optim_sharding_type": "fully_reshardable",  # the default of 0.16.1 cannot be loaded again
         "dp_cp_group": trainer.model.world.data_group,
     }
-    trainer.inner.init_state()
     model = {"model": trainer.model.module.sharded_state_dict(metadata=metadata)}
     options: dict[str, Any] = {"metadata": metadata} if _zero1(trainer) else {}
     optimizer = trainer.outer.sharded_state_dict(model, is_loading=loading, **options)
@@ -118,6 +119,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     world = trainer.model.world
     return {
         "optimizer": type(trainer.inner).__name__,
+        "state": _form(trainer),
         "zero1": _zero1(trainer),
         "layout": [world.tensor_size, world.pipeline_size, world.data_size],
         "skipped": trainer.inner.skipped,
@@ -126,6 +128,19 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
 
 def _zero1(trainer: Trainer) -> bool:
     return bool(trainer.wrapped.ddp_config.use_distributed_optimizer)
+
+
+def _form(trainer: Trainer) -> list[list[str]]:
+    """State tensors of a hidden matrix, and of everything else: what lets one optimizer go on from another's checkpoint."""
+    return [list(trainer.inner.keys_of(kind)) for kind in ("matrix", "vector")]
+
+
+def _fits(saved: dict[str, Any], trainer: Trainer, folder: Path) -> None:
+    if saved["state"] != _form(trainer):
+        raise CheckpointError(
+            f"{folder}: was written by {saved['optimizer']}, whose state {type(trainer.inner).__name__} cannot go on from; "
+            "resume with the same optimizer, or start anew from its weights with model="
+        )
 
 
 def _same(what: str, saved: Any, ours: Any, folder: Path) -> None:

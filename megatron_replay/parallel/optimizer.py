@@ -8,18 +8,19 @@ torch optimizer is exchanged. One row a logical tensor of the whole model, one g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_replay.config import Optimizer as OptimizerConfig
-from megatron_replay.models.spec import ModelSpec
+from megatron_replay.errors import ConfigError
 from megatron_replay.models.weights import Weight, weights
-from megatron_replay.optim import HIDDEN, Kind, Placement, ReplayOptimizer, build_optimizer
+from megatron_replay.optim import HIDDEN, Kind, MuonClip, Placement, ReplayOptimizer, build_optimizer
 from megatron_replay.parallel.model import Model, counted
+from megatron_replay.parallel.qk_clip import WatchedLogits
 from megatron_replay.parallel.whole import Exchange, Part
-from megatron_replay.parallel.world import World
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
 """What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline stages."""
@@ -28,13 +29,13 @@ PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
 class ModelShards:
     """`optim.Shards` of a megatron model: parameter -> row of the whole model's table, and the sum over all ranks."""
 
-    def __init__(self, world: World, spec: ModelSpec, table: Sequence[Weight], parts: Mapping[Tensor, Part], dtype: torch.dtype) -> None:
-        self._world = world
-        self._layers = [layer_of(weight, spec.num_layers) for weight in table]
+    def __init__(self, model: Model, parts: Mapping[Tensor, Part]) -> None:
+        table, self._world = _table(model), model.world
+        self._layers = [layer_of(weight, model.spec.num_layers) for weight in table]
         self._kinds = [kind_of(weight) for weight in table]
         self._parts = dict(parts)
         hidden = {param: part for param, part in parts.items() if self._kinds[part.row] in HIDDEN}
-        self._exchange = Exchange(world, spec, table, hidden, dtype)
+        self._exchange = Exchange(model.world, model.spec, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32)
 
     def place(self, params: Sequence[Tensor]) -> Placement:
         found = [self._parts[param] for param in params]
@@ -99,6 +100,9 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
     old = outer.optimizer
     placeholder = [torch.nn.Parameter(torch.zeros(1))]
     betas = (settings.betas[0], settings.betas[1])
+    for option in ("shards", "logits"):
+        if option in settings.options:
+            raise ConfigError(f"optimizer.{option} is given by the trainer, not by a configuration; remove it")
     inner = build_optimizer(
         settings.name,
         placeholder,
@@ -115,25 +119,32 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
         group["base_weight_decay"] = group["weight_decay"]
     inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views
     inner.remember_base()
-    inner.attach(_shards(outer, inner, model))
+    parts = _parts(outer, inner, model)
+    inner.attach(ModelShards(model, dict(parts.values())))
+    if isinstance(inner, MuonClip) and inner.variant == "qk":
+        inner.logits = WatchedLogits(model, parts)
     outer.optimizer = inner
     outer.init_state_fn = lambda optimizer, config=None: optimizer.init_state()
     return inner
 
 
-def _shards(outer: Any, inner: ReplayOptimizer, model: Model) -> ModelShards:
-    table = weights(model.spec, head_multiple=model.layout.head_multiple)
-    rows = {weight.name: row for row, weight in enumerate(table)}
+def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tuple[Tensor, Part]]:
+    """For each model parameter: what the inner optimizer updates in its stead, and which part of the whole tensor that is."""
+    rows = {weight.name: row for row, weight in enumerate(_table(model))}
     held = dict(_held(outer, inner))
     zero1 = hasattr(outer, "model_param_group_index_map")
-    parts: dict[Tensor, Part] = {}
+    parts = {}
     for name, weight, parameter in model.parameters():
         if parameter in held:
             is_counted = counted(name, weight, model.world, sharded_over_data=zero1)
             span = outer._get_model_param_range_map(parameter)["param"] if zero1 else None
             start, stop = (span.start, span.end) if span else (0, parameter.numel())
-            parts[held[parameter]] = Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted)
-    return ModelShards(model.world, model.spec, table, parts, torch.float64 if model.dtype == torch.float64 else torch.float32)
+            parts[parameter] = (held[parameter], Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted))
+    return parts
+
+
+def _table(model: Model) -> list[Weight]:
+    return weights(model.spec, head_multiple=model.layout.head_multiple)
 
 
 def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
@@ -148,6 +159,28 @@ def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
         ]
         return low + [(p, p) for group in outer.fp32_from_fp32_groups for p in group]
     return [(p, p) for group in inner.param_groups for p in group["params"]]
+
+
+@contextmanager
+def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
+    """The optimizer's state as megatron's checkpoints take it: filled, and under ZeRO-1 exactly Adam's two tensors of every parameter.
+
+    The second moment that Muon does not keep of a matrix is written as zeros and dropped after reading. The base weights
+    of `pull` are not written: they are the model a run starts from.
+    """
+    inner.init_state()
+    params = [param for group in inner.param_groups for param in group["params"]]
+    bases = {param: inner.state[param].pop("base") for param in params if "base" in inner.state[param]}
+    lacking = [param for param in params if zero1 and "exp_avg_sq" not in inner.state[param]]
+    for param in lacking:
+        inner.state[param]["exp_avg_sq"] = torch.zeros_like(inner.state[param]["exp_avg"])
+    try:
+        yield
+    finally:
+        for param in lacking:
+            del inner.state[param]["exp_avg_sq"]
+        for param, base in bases.items():
+            inner.state[param]["base"] = base
 
 
 def set_rates(inner: ReplayOptimizer, lr: float) -> None:
