@@ -92,6 +92,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self.skipped = 0
         self.metrics: dict[str, float] = {}
         self._travelled: dict[Tensor, Tensor] = {}
+        self._carried = (0.0, 0.0)
         self.remember_base()
 
     def attach(self, shards: Shards) -> None:
@@ -161,13 +162,15 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self.last_step_ok = math.isfinite(self.grad_norm)
         self.metrics = {}
         if self.last_step_ok:
-            self.metrics = travel_metrics(self.prefix, sums)
+            self.metrics = travel_metrics(self.prefix, *self._last_travel(sums))
             self.plan(sums, place, clip_factor(self.grad_norm, self.clip_grad))
             moves = self._moves(place)
             if self.pull.strength:
                 for move in moves:
                     self.pull.towards(move.param, self.state[move.param]["base"], step=move.group["step"], lr=float(move.group["lr"]))
-            self._travelled.clear()  # not before: a skipped step leaves what the last one noted
+            # not before: a skipped step leaves what the last one noted
+            self._travelled.clear()
+            self._carried = (0.0, 0.0)
             self.apply(moves, place)
         else:
             self.skipped += 1
@@ -193,6 +196,18 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     def rate(self, group: Group) -> float:
         """The learning rate of this step, of which `pull` leaves the task its share."""
         return float(group["lr"]) * self.pull.share(group["step"])
+
+    def travel(self) -> tuple[float, float]:
+        """Sum of squares and number of elements of the last step's direction, over all ranks: for a checkpoint. Every rank must call it."""
+        return self._last_travel(self.shards.sum(self._table(*self.placed())).cpu())
+
+    def carry(self, squares: float, elements: float) -> None:
+        """Take what `travel` said when the run that goes on here was saved."""
+        self._carried = (squares, elements)
+
+    def _last_travel(self, sums: Tensor) -> tuple[float, float]:
+        squares, elements = float(sums[:, 3].sum()), float(sums[:, 4].sum())
+        return (squares, elements) if elements else self._carried
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state, also from torch.optim.AdamW, whose per-parameter `step` becomes the group's.
@@ -223,12 +238,16 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         device = params[0].device if params else torch.device("cpu")
         rows, sums = [], []
         for param, row, counted in zip(params, place.rows, place.counted, strict=True):
-            if param.grad is not None and counted:
+            if counted and (param.grad is not None or param in self._travelled):
                 rows.append(row)
-                momentum = self.state.get(param, {}).get("exp_avg") if self.reads_momentum else None
-                sums.append(torch.cat([tensor_sums(_dense(param.grad), momentum), self._trace(param)]))
+                sums.append(torch.cat([self._sums(param), self._trace(param)]))
         table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64, device=device)
         return table.index_add_(0, torch.tensor(rows, device=device), torch.stack(sums)) if rows else table
+
+    def _sums(self, param: Tensor) -> Tensor:
+        if param.grad is None:
+            return torch.zeros(3, dtype=torch.float64, device=param.device)
+        return tensor_sums(_dense(param.grad), self.state.get(param, {}).get("exp_avg") if self.reads_momentum else None)
 
     def _trace(self, param: Tensor) -> Tensor:
         squares = self._travelled.get(param)
@@ -246,10 +265,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return moves
 
 
-def travel_metrics(prefix: str, sums: Tensor) -> dict[str, float]:
+def travel_metrics(prefix: str, squares: float, elements: float) -> dict[str, float]:
     """Root mean square of the direction of the step before (the step's length is lr times this); empty where there was none."""
-    squares, elements = sums[:, 3].sum(), sums[:, 4].sum()
-    return {f"{prefix}/update_rms": math.sqrt(float(squares / elements))} if elements else {}
+    return {f"{prefix}/update_rms": math.sqrt(squares / elements)} if elements else {}
 
 
 def steps_of(group: Group) -> int:

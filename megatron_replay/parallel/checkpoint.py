@@ -74,6 +74,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
         trainer.model.module.load_state_dict(state["model"])
         with torch.no_grad():
             trainer.outer.load_state_dict(state["optimizer"])
+    trainer.inner.carry(*saved["travel"])
     # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
     # the rank
     torch.set_rng_state(saved["rng"].cpu())
@@ -123,6 +124,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "zero1": _zero1(trainer),
         "layout": [world.tensor_size, world.pipeline_size, world.data_size],
         "skipped": trainer.inner.skipped,
+        "travel": trainer.inner.travel(),
     }
 
 
