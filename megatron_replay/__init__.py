@@ -21,7 +21,7 @@ _NAMES_OF = {
         "restricted_linear_cross_entropy",
         "restricted_cross_entropy",
     ],
-    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "build_optimizer"],
+    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "MoFO", "TAM", "Muon", "AdaMuon", "MuonClip", "build_optimizer"],
     "megatron_replay.store": ["CandidateStore"],
 }
 _HOME = {name: module for module, names in _NAMES_OF.items() for name in names}

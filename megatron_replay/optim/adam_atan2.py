@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from .adam import AdamFamily
 from .base import OPTIMIZERS, Common, Group
 from .options import check_betas
+from .shards import LOCAL, Shards
 
 
 def atan2_direction(exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float]) -> Tensor:
@@ -44,7 +45,9 @@ class AdamAtan2(Atan2Family):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        shards: Shards = LOCAL,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": check_betas(betas)}
-        super().__init__(params, defaults, common)
+        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay}
+        super().__init__(params, defaults, shards, common)

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from .adam import AdamFamily
 from .base import OPTIMIZERS, Common, Group
 from .options import check_betas, check_number
+from .shards import LOCAL, Shards
 
 
 def adamw_direction(
@@ -29,7 +30,9 @@ class AdamWOptions(Common, total=False):
     """The keyword arguments of `AdamW`, for those derived from it."""
 
     betas: tuple[float, float]
+    weight_decay: float
     eps: float
+    shards: Shards
 
 
 @OPTIMIZERS.register("adamw")
@@ -42,12 +45,14 @@ class AdamW(AdamFamily):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
         eps: float = 1e-8,
+        shards: Shards = LOCAL,
         **common: Unpack[Common],
     ) -> None:
         check_number("eps", eps, at_least=0)
-        defaults = {"lr": lr, "betas": check_betas(betas), "eps": eps}
-        super().__init__(params, defaults, common)
+        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay, "eps": eps}
+        super().__init__(params, defaults, shards, common)
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         betas, eps = self.setting(group, "betas"), self.setting(group, "eps")

@@ -21,7 +21,7 @@ from megatron_replay.registry import Registry
 
 from .options import check_choice, check_number
 from .pull import Pull
-from .shards import LOCAL, Kind, Placement, Shards
+from .shards import Kind, Placement, Shards
 from .stats import COLUMNS, clip_factor, tensor_sums
 
 Group = dict[str, Any]
@@ -31,18 +31,14 @@ OPTIMIZERS: Registry[ReplayOptimizer] = Registry("optimizer")
 
 
 class Common(TypedDict, total=False):
-    """The keyword arguments every optimizer takes besides its own."""
+    """The keyword arguments every optimizer takes besides its own, `weight_decay` (decoupled) and `shards` (who holds the rest)."""
 
-    weight_decay: float
-    """Decoupled: theta <- theta (1 - lr weight_decay); 0.1 when not given."""
     clip_grad: float
     """Largest global gradient norm; 0, the default: no clipping."""
     pull: float
     """RecAdam's pull towards the weights of the start: its strength gamma; 0, the default: none. See `optim.pull`."""
     pull_k: float
     pull_t0: float
-    shards: Shards
-    """Who holds the rest of the parameters; by default nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +73,21 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     prefix = "optimizer"
     """Of the metrics' names."""
 
-    def __init__(self, params: ParamsT, defaults: Group, common: Common) -> None:
+    def __init__(self, params: ParamsT, defaults: Group, shards: Shards, common: Common) -> None:
         clip_grad = common.get("clip_grad", 0.0)
-        defaults = {**defaults, "weight_decay": common.get("weight_decay", 0.1), "step": 0}
         check_number("lr", defaults["lr"], at_least=0)
         check_number("weight_decay", defaults["weight_decay"], at_least=0)
         check_number("clip_grad", clip_grad, at_least=0)
         self.pull = Pull(common.get("pull", 0.0), common.get("pull_k", 0.5), common.get("pull_t0", 250.0))
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "step": 0})
         self.clip_grad = clip_grad
-        self.shards = common.get("shards", LOCAL)
+        self.shards = shards
         self.grad_norm = 0.0
         self.last_step_ok = True
         self.skipped = 0
         self.metrics: dict[str, float] = {}
         self._travelled: dict[Tensor, Tensor] = {}
         self._carried = (0.0, 0.0)
-        self.remember_base()
 
     def attach(self, shards: Shards) -> None:
         """Say who holds the rest of these parameters; from the next step on."""
@@ -103,6 +97,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             state_dtype(param)
+        self._remember(self.param_groups[-1])
 
     def setting(self, group: Group, key: str) -> Any:
         """A group's own value, or the default for groups that were made elsewhere and lack the key."""
@@ -110,10 +105,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
     def remember_base(self) -> None:
         """Take the parameters as they are for the base weights of `pull`; a no-op without it."""
-        if self.pull.strength:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    self.state[param]["base"] = param.detach().to(state_dtype(param), copy=True)
+        for group in self.param_groups:
+            self._remember(group)
 
     def placed(self) -> tuple[list[Tensor], Placement]:
         """All parameters in order, and where they lie; a group's own `kind` goes before what `shards` says."""
@@ -128,6 +121,11 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
                 check_choice("kind of a parameter group", kind, get_args(Kind))
                 kinds[row] = kind
         return params, replace(place, kinds=kinds)
+
+    def _remember(self, group: Group) -> None:
+        if self.pull.strength:
+            for param in group["params"]:
+                self.state[param]["base"] = param.detach().to(state_dtype(param), copy=True)
 
     def init_state(self) -> None:
         """Give every parameter empty state and every group a step count, as loading a checkpoint in place needs."""

@@ -18,7 +18,7 @@ from .adam_atan2 import Atan2Family
 from .adamw import adamw_direction
 from .base import OPTIMIZERS, Common, Group
 from .options import check_betas, check_choice, check_number
-from .shards import Placement
+from .shards import LOCAL, Placement, Shards
 from .stats import Scope, cosines, grouped
 
 Obtuse = Literal["signed", "restart", "project"]
@@ -84,11 +84,13 @@ class MoClip(Atan2Family):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
         max_angle: float = 45.0,
         scope: Scope = "global",
         obtuse: Obtuse = "signed",
         v_source: VSource = "raw",
         eps: float | None = None,
+        shards: Shards = LOCAL,
         **common: Unpack[Common],
     ) -> None:
         check_number("max_angle", max_angle, above=0)
@@ -97,7 +99,8 @@ class MoClip(Atan2Family):
         check_choice("v_source", v_source, get_args(VSource))
         if eps is not None:
             check_number("eps", eps, at_least=0)
-        super().__init__(params, {"lr": lr, "betas": check_betas(betas), "eps": eps}, common)
+        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay, "eps": eps}
+        super().__init__(params, defaults, shards, common)
         self.max_angle, self.scope, self.obtuse, self.v_source = max_angle, scope, obtuse, v_source
         self._rows: list[tuple[float, float, bool]] = []
 

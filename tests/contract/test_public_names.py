@@ -19,7 +19,7 @@ NAMES = {
         "restricted_linear_cross_entropy",
         "restricted_cross_entropy",
     ],
-    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "build_optimizer"],
+    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "MoFO", "TAM", "Muon", "AdaMuon", "MuonClip", "build_optimizer"],
     "megatron_replay.store": ["CandidateStore"],
     "megatron_replay.config": ["RunConfig"],
     "megatron_replay.errors": ["ReplayError", "ConfigError", "DataError", "StoreError", "CheckpointError", "LayoutError", "DeviceError"],
