@@ -121,7 +121,7 @@ VERBS = {
     "train": Verb(
         "train:run",
         "Stage 1: train with the loss restricted to the stored sets.",
-        ("data", "train", "optimizer", "schedule", "layout", "batch"),
+        ("data", "train", "adapter", "optimizer", "schedule", "layout", "batch"),
         flags={"dry-run": DRY_RUN, **RANKS},
     ),
     "evaluate": Verb("evaluate:run", "Measure what was learnt and what was forgotten.", ("evaluate", "data", "layout"), flags=RANKS),

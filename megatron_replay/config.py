@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -105,9 +106,39 @@ class Train:
     tensorboard: bool = True
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradient was not finite."""
+    freeze_share: float = 0.0
+    """Half fine-tuning: this share of each layer's tensors (0.5: half), drawn with the run's seed, is not trained; 0: train all."""
 
     def __post_init__(self) -> None:
         _positive(self, "iters", "epochs", "save_interval", "log_interval", "max_skipped")
+        if not 0 <= self.freeze_share < 1:
+            raise ConfigError(f"freeze_share is the share of the tensors that stays as it is, in [0, 1), got {self.freeze_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """LoRA: the model stays as it is, low-rank factors beside its matrices are trained, y = W x + (alpha / rank) B A x."""
+
+    rank: int = 0
+    """Rows of A and columns of B; 0: no adapter, train the model itself."""
+    alpha: float = 32.0
+    targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    """Matrices of every layer that get one: linear_qkv, linear_proj (attention), linear_fc1, linear_fc2 (MLP)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"rank must be at least 1, or 0 for no adapter, got {self.rank}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha must be a number above 0, got {self.alpha}")
+        if not self.targets:
+            raise ConfigError("targets is empty; name at least one matrix, or set rank=0 to train without an adapter")
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"targets names a matrix twice: {', '.join(self.targets)}; name each once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +261,20 @@ class RunConfig:
     data: Data = field(default_factory=Data)
     collect: Collect = field(default_factory=Collect)
     train: Train = field(default_factory=Train)
+    adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     layout: Layout = field(default_factory=Layout)
     batch: Batch = field(default_factory=Batch)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
+
+    def __post_init__(self) -> None:
+        if self.adapter.rank and self.train.freeze_share:
+            raise ConfigError(
+                f"adapter.rank={self.adapter.rank} freezes the whole model, so train.freeze_share={self.train.freeze_share} has nothing to "
+                "choose from; set one of them to 0"
+            )
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:

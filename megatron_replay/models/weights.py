@@ -24,7 +24,7 @@ from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.spec import ModelSpec
 
 Axis = Literal[0, 1, "gate_up"] | None
-Kind = Literal["copy", "qkv", "gate_up", "vocab", "o_proj"]
+Kind = Literal["copy", "qkv", "gate_up", "vocab", "o_proj", "rows", "columns"]
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
@@ -174,8 +174,9 @@ def _qkv_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
     return [groups[:, :query], groups[:, query : query + dim], groups[:, query + dim :]]
 
 
-def _proj_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
-    return [whole[:, : spec.num_heads * spec.head_dim]]
+def _column_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
+    """The first columns: those of the heads that are no padding."""
+    return [whole[:, : weight.hf_shapes[0][1]]]
 
 
 def _row_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
@@ -186,7 +187,9 @@ def _row_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
 
 _VIEWS: dict[str, Callable[[Weight, Tensor, ModelSpec], list[Tensor]]] = {
     "qkv": _qkv_views,
-    "o_proj": _proj_views,
+    "o_proj": _column_views,
     "gate_up": _row_views,
     "vocab": _row_views,
+    "rows": _row_views,
+    "columns": _column_views,
 }

@@ -10,6 +10,7 @@ from .adam_atan2 import AdamAtan2
 from .adamuon import AdaMuon
 from .adamw import AdamW
 from .base import OPTIMIZERS, ReplayOptimizer
+from .freeze import half
 from .moclip import MoClip
 from .mofo import MoFO
 from .muon import HIDDEN, Muon, muon_groups
@@ -36,6 +37,7 @@ __all__ = [
     "ReplayOptimizer",
     "Shards",
     "build_optimizer",
+    "half",
     "learning_rate",
     "muon_groups",
 ]

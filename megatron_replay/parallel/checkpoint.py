@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.optimizer import adam_form
@@ -68,6 +69,8 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     saved = common["progress"]
     _fits(saved, trainer, folder)
     _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
+    for what, key in (("adapter", "adapter"), ("(train.freeze_share, seed)", "frozen_by")):
+        _same(what, saved.get(key), _facts(trainer)[key], folder)
     with adam_form(trainer.inner, zero1=_zero1(trainer)):
         with _named(folder):
             state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
@@ -81,13 +84,13 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     return dict(saved)
 
 
-def load_model(root: Path, model: Model) -> None:
-    """Fill just the model from a checkpoint."""
+def load_model(root: Path, model: Model, adapter: Adapter | None = None) -> None:
+    """Fill just the model from a checkpoint; the factors of its `adapter`, which must be there, are left for `adapter.merge_into`."""
     from megatron.core import dist_checkpointing
 
     folder = resolve(root)
     refuse_code(folder)
-    Reader(folder).check(model.spec, head_multiple=model.layout.head_multiple)
+    Reader(folder).check(model.spec, head_multiple=model.layout.head_multiple, adapter=adapter)
     with _named(folder):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(folder))
     model.module.load_state_dict(state["model"])
@@ -116,9 +119,16 @@ def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict
     return {**model, "optimizer": optimizer, "progress": {**progress, **_facts(trainer), "rng": torch.get_rng_state()}}
 
 
+def adapter_facts(adapter: Adapter | None) -> dict[str, Any] | None:
+    """The adapter as JSON and checkpoints hold it; None for none."""
+    return None if adapter is None else {"rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
+
+
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    world = trainer.model.world
+    world, model = trainer.model.world, trainer.model
     return {
+        "adapter": adapter_facts(model.adapter),
+        "frozen_by": None if model.frozen_by is None else list(model.frozen_by),
         "optimizer": type(trainer.inner).__name__,
         "state": _form(trainer),
         "zero1": _zero1(trainer),

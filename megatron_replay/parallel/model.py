@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_replay.config import Layout
+from megatron_replay.config import Adapter, Layout
+from megatron_replay.models.adapter import A, B, beside, factors, merged
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import OUTPUT, Weight, merge, shard, weight_of
+from megatron_replay.models.weights import OUTPUT, Weight, merge, shard, weight_of, weights
 from megatron_replay.parallel import head
 from megatron_replay.parallel.attention import Cache, segment_attention
 from megatron_replay.parallel.layers import RMSNorm, TokenRotary
@@ -34,6 +35,12 @@ class Model:
     dtype: torch.dtype
     head: Any = None
     """The output layer (last stage only)."""
+    adapter: Adapter | None = None
+    """Whose factors stand beside the matrices, not merged: while training, see `parallel.adapter`."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the tensors that are not trained, of the whole model."""
+    frozen_by: tuple[float, int] | None = None
+    """Share and seed, where `parallel.freeze` chose them."""
 
     def global_name(self, name: str) -> str:
         """A local parameter name with the layer's number in the whole model."""
@@ -42,11 +49,27 @@ class Model:
             parts[2] = str(self.module.decoder.layers[int(parts[2])].layer_number - 1)
         return ".".join(parts)
 
+    def table(self) -> list[Weight]:
+        """Every distinct parameter of the whole model, the same on every rank; an adapter's factors come last."""
+        table = weights(self.spec, head_multiple=self.layout.head_multiple)
+        return table + (factors(self.spec, self.adapter, head_multiple=self.layout.head_multiple) if self.adapter else [])
+
+    def trained(self) -> list[Weight]:
+        """The part of `table` that is not frozen."""
+        return [weight for weight in self.table() if weight.name not in self.frozen]
+
     def parameters(self) -> Iterator[tuple[str, Weight, Any]]:
         """(global megatron name, its place in the Hugging Face layout, parameter) of everything this rank holds."""
+        added = {weight.name: weight for weight in self.table()} if self.adapter else {}
         for name, parameter in self.module.named_parameters():
             known = self.global_name(name)
-            yield known, weight_of(self.spec, known, head_multiple=self.layout.head_multiple), parameter
+            yield known, added.get(known) or weight_of(self.spec, known, head_multiple=self.layout.head_multiple), parameter
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Train all of these no more; a tied output layer goes with its embedding. Before the model is wrapped for training."""
+        self.frozen |= set(names)
+        for _, weight, parameter in self.parameters():
+            parameter.requires_grad_(weight.name not in self.frozen)
 
     def use_cache(self, cache: Cache | None) -> None:
         for layer in self.module.decoder.layers:
@@ -157,12 +180,17 @@ def vocab_range(model: Model) -> tuple[int, int]:
 
 @torch.no_grad()
 def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
-    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once; float64, the same on every rank."""
+    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once, an adapter merged; float64, the same on every rank."""
     moved = size = 0.0
     base.check(model.spec)
+    held = {name: parameter for name, _, parameter in model.parameters()}
     for name, weight, parameter in model.parameters():
-        if counted(name, weight, model.world, sharded_over_data=False):
+        factor = name.endswith((A, B))
+        if not factor and counted(name, weight, model.world, sharded_over_data=False):
             start = local_part(weight, base, model.spec, model.world).double()
+            a, b = (held.get(beside_it) for beside_it in beside(weight))
+            if model.adapter is not None and a is not None and b is not None:
+                parameter = merged(parameter, a, b, model.adapter)
             moved += float((parameter.detach().cpu().double() - start).square().sum())
             size += float(start.square().sum())
     row = torch.tensor([moved, size], dtype=torch.float64)

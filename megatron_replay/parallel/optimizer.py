@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.errors import ConfigError
-from megatron_replay.models.weights import Weight, weights
+from megatron_replay.models.weights import Weight
 from megatron_replay.optim import HIDDEN, Kind, MuonClip, Placement, ReplayOptimizer, build_optimizer
 from megatron_replay.parallel.model import Model, counted
 from megatron_replay.parallel.qk_clip import WatchedLogits
@@ -30,7 +30,7 @@ class ModelShards:
     """`optim.Shards` of a megatron model: parameter -> row of the whole model's table, and the sum over all ranks."""
 
     def __init__(self, model: Model, parts: Mapping[Tensor, Part]) -> None:
-        table, self._world = _table(model), model.world
+        table, self._world = model.trained(), model.world
         self._layers = [layer_of(weight, model.spec.num_layers) for weight in table]
         self._kinds = [kind_of(weight) for weight in table]
         self._parts = dict(parts)
@@ -118,10 +118,16 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
         group["step"] = 0
         group["base_weight_decay"] = group["weight_decay"]
     inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views
+    inner.state.clear()  # of the placeholder
     inner.remember_base()
     parts = _parts(outer, inner, model)
     inner.attach(ModelShards(model, dict(parts.values())))
     if isinstance(inner, MuonClip) and inner.variant == "qk":
+        if model.frozen:
+            raise ConfigError(
+                "optimizer 'muonclip' scales attention's weights where logits grow, but adapter.rank or train.freeze_share "
+                "freezes some of them; use another optimizer"
+            )
         inner.logits = WatchedLogits(model, parts)
     outer.optimizer = inner
     outer.init_state_fn = lambda optimizer, config=None: optimizer.init_state()
@@ -130,7 +136,7 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
 
 def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tuple[Tensor, Part]]:
     """For each model parameter: what the inner optimizer updates in its stead, and which part of the whole tensor that is."""
-    rows = {weight.name: row for row, weight in enumerate(_table(model))}
+    rows = {weight.name: row for row, weight in enumerate(model.trained())}
     held = dict(_held(outer, inner))
     zero1 = hasattr(outer, "model_param_group_index_map")
     parts = {}
@@ -141,10 +147,6 @@ def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tup
             start, stop = (span.start, span.end) if span else (0, parameter.numel())
             parts[parameter] = (held[parameter], Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted))
     return parts
-
-
-def _table(model: Model) -> list[Weight]:
-    return weights(model.spec, head_multiple=model.layout.head_multiple)
 
 
 def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:

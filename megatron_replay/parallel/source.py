@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.config import Layout
+from megatron_replay.config import Adapter, Layout, build
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.models.folder import HFFolder, sha256_file
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.adapter import merge_into
 from megatron_replay.parallel.model import Model, load_hf
-from megatron_replay.parallel.torch_dist import is_checkpoint, resolve
+from megatron_replay.parallel.torch_dist import Reader, is_checkpoint, resolve
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Source:
             reason = getattr(err, "strerror", None) or err
             raise CheckpointError(f"{path}: cannot be read ({reason}); convert the model again") from err
 
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that was trained beside the checkpoint's weights; `fill` and `convert` merge it."""
+        noted = self.facts.get("adapter")
+        if not noted and self.is_checkpoint and Reader(self.path).has_adapter():  # which would be left out without a word
+            raise CheckpointError(f"{self.path}: holds an adapter that {self.hf / 'source.json'} does not describe; restore that file")
+        try:
+            return build(Adapter, noted) if noted else None
+        except (ConfigError, TypeError, ValueError) as err:
+            raise CheckpointError(f"{self.hf / 'source.json'}: the adapter cannot be read ({err}); restore the file") from err
+
     def fingerprint(self) -> str:
         """sha256 that names the weights; a checkpoint converted from a Hugging Face folder has that folder's."""
         if not self.is_checkpoint:
@@ -84,8 +96,10 @@ class Source:
         return dataclasses.replace(wanted, head_multiple=int(self.facts["head_multiple"]))
 
     def fill(self, model: Model) -> None:
-        """Load the weights into this rank's built model."""
+        """Load the weights into this rank's built model, an adapter merged into them."""
         if self.is_checkpoint:
-            checkpoint.load_model(self.path, model)
+            checkpoint.load_model(self.path, model, self.adapter)
+            if self.adapter is not None:
+                merge_into(model, Reader(self.path), self.adapter)
         else:
             load_hf(model, HFFolder(self.path))

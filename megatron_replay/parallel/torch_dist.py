@@ -38,7 +38,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
+from megatron_replay.models.adapter import A, B, beside, factors, merged
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, weights
 from megatron_replay.parallel.untrusted import COMMON, METADATA, first_line, read_metadata, refuse_code
@@ -139,14 +141,21 @@ class Reader:
         """Keys of the tensors, sorted; those of the layers are stacked."""
         return sorted(key for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata))
 
+    def has_adapter(self) -> bool:
+        """Whether factors stand beside the model's matrices."""
+        return any(key.startswith("decoder.layers.") and key.endswith((f".{A}", f".{B}")) for key in self.keys())
+
     def dtype(self, weight: Weight, spec: ModelSpec) -> torch.dtype:
         """Stored type of a tensor."""
         stored: torch.dtype = self._entry(weight, spec).properties.dtype
         return stored
 
-    def check(self, spec: ModelSpec, *, head_multiple: int) -> None:
-        """Every tensor of the model there and in its shape, by the metadata alone; CheckpointError names the first that is not."""
-        for weight in weights(spec, head_multiple=head_multiple):
+    def check(self, spec: ModelSpec, *, head_multiple: int, adapter: Adapter | None = None) -> None:
+        """Every tensor of the model there and in its shape, by the metadata alone; CheckpointError names the first that is not.
+
+        adapter: whose factors must be there too.
+        """
+        for weight in weights(spec, head_multiple=head_multiple) + (factors(spec, adapter, head_multiple=head_multiple) if adapter else []):
             self._entry(weight, spec)
 
     def read(self, weight: Weight, spec: ModelSpec) -> Tensor:
@@ -173,6 +182,15 @@ class Reader:
             where = f"{self.folder / METADATA}: tensor {key!r} at {list(offset)}"
             raise CheckpointError(f"{where}: its chunks hold {filled} of {math.prod(wanted)} values; use another checkpoint")
         return whole.view(weight.shape)
+
+    def read_merged(self, weight: Weight, spec: ModelSpec, adapter: Adapter | None, *, head_multiple: int) -> Tensor:
+        """`read`, with the adapter's factors, where there are any beside this tensor, added to it."""
+        whole = self.read(weight, spec)
+        table = {f.name: f for f in factors(spec, adapter, head_multiple=head_multiple)} if adapter else {}
+        if adapter is None or beside(weight)[0] not in table:
+            return whole
+        a, b = (self.read(table[name], spec) for name in beside(weight))
+        return merged(whole, a, b, adapter)
 
     def _entry(self, weight: Weight, spec: ModelSpec) -> Any:
         key, size, _ = _place(weight, spec)

@@ -96,20 +96,22 @@ def _export(config: RunConfig, given: Path, made: Path) -> Pair:
     source = Source.open(str(given))
     reader, spec = torch_dist.Reader(given), source.spec
     head_multiple = int(source.facts.get("head_multiple", 1))
-    reader.check(spec, head_multiple=head_multiple)
+    adapter = source.adapter
+    reader.check(spec, head_multiple=head_multiple, adapter=adapter)
     table = weights(spec, head_multiple=head_multiple)
     dtype = _dtype(config, given, {weight.name: reader.dtype(weight, spec) for weight in table})
     size = _size(spec, head_multiple, dtype)
     with HFWriter(made, spec, dtype=dtype) as out, progress("convert", size, "bytes") as advance:
         for weight in table:
-            whole = reader.read(weight, spec)
+            whole = reader.read_merged(weight, spec, adapter, head_multiple=head_multiple)
             for name, tensor in split(weight, whole, spec).items():
                 out.add(name, tensor.to(dtype))
             advance(whole.nbytes)
         out.copy_side_files(source.hf)
     (made / SOURCE_NOTE).unlink(missing_ok=True)  # what the checkpoint was made of, not what this folder is
-    _report(reader.folder, made, size, f"a Hugging Face folder, {_name(dtype)}")
-    return Pair(spec, HFFolder(made), reader, head_multiple, dtype)
+    what = f", an adapter of rank {adapter.rank} merged" if adapter else ""
+    _report(reader.folder, made, size, f"a Hugging Face folder, {_name(dtype)}{what}")
+    return Pair(spec, HFFolder(made), reader, head_multiple, dtype, adapter)
 
 
 def _import_file(given: Path, made: Path) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.config import Layout
+from megatron_replay.config import Adapter, Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes, split, weights
+from megatron_replay.models.weights import Weight, hf_shapes, split, weights
 from megatron_replay.parallel import world
 from megatron_replay.parallel.batch import MicroBatch, flatten
 from megatron_replay.parallel.model import Model, build, load_hf
@@ -39,6 +39,12 @@ class Pair:
     head_multiple: int
     """Head padding of the checkpoint."""
     dtype: torch.dtype
+    adapter: Adapter | None = None
+    """Of the checkpoint; the folder holds it merged."""
+
+    def read(self, weight: Weight) -> Tensor:
+        """A whole megatron tensor of the checkpoint, the adapter merged."""
+        return self.reader.read_merged(weight, self.spec, self.adapter, head_multiple=self.head_multiple)
 
     @property
     def size(self) -> int:
@@ -50,7 +56,7 @@ def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
     """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that differs."""
     count = 0
     for weight in weights(pair.spec, head_multiple=pair.head_multiple):
-        for name, tensor in split(weight, pair.reader.read(weight, pair.spec), pair.spec).items():
+        for name, tensor in split(weight, pair.read(weight), pair.spec).items():
             inside, outside = digest(tensor.to(pair.dtype)), digest(pair.folder.read(name).to(pair.dtype))
             if inside != outside:
                 where = f"{outside[:12]} in {pair.folder.path}, {inside[:12]} in {pair.reader.folder}"
@@ -100,4 +106,4 @@ def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: C
 @torch.no_grad()
 def _load(model: Model, pair: Pair) -> None:
     for _, weight, parameter in model.parameters():
-        parameter.copy_(pair.reader.read(weight, pair.spec))
+        parameter.copy_(pair.read(weight))

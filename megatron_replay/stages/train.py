@@ -3,6 +3,7 @@ same positions."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from megatron_replay.device import launcher_ranks
 from megatron_replay.errors import ConfigError, LayoutError, ReplayError
 from megatron_replay.optim import learning_rate
 from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.adapter import attach
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.freeze import freeze_half
 from megatron_replay.parallel.losses import full_task, restricted_task, sets_of
 from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.parallel.source import Source
+from megatron_replay.parallel.torch_dist import is_checkpoint
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
 from megatron_replay.stages.identity import check_store
 from megatron_replay.stages.logs import Logs
@@ -47,6 +52,7 @@ def _check(config: RunConfig) -> None:
     check_folder(config.output, "output")
     if train.save:
         check_folder(train.save, "train.save")
+        _check_adapter(config)
     ranks = (launcher_ranks() or (0, 1, 0))[1]
     replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
     if config.batch.total % (config.batch.micro * replicas):
@@ -55,6 +61,16 @@ def _check(config: RunConfig) -> None:
             f"{config.batch.micro}; "
             f"make it a multiple of {config.batch.micro * replicas}"
         )
+
+
+def _check_adapter(config: RunConfig) -> None:
+    """A folder of checkpoints is of one adapter, or of none: source.json in it says which, for all of them."""
+    root = Path(config.train.save)
+    if is_checkpoint(root) and (root / "hf").is_dir():
+        theirs = Source(root).facts.get("adapter")
+        ours = checkpoint.adapter_facts(config.adapter if config.adapter.rank else None)
+        if theirs != ours:
+            raise ConfigError(f"train.save={root}: its checkpoints have adapter {theirs}, this run has {ours}; save in another folder")
 
 
 @dataclass
@@ -110,6 +126,7 @@ def _count(store: CandidateStore | None, sample: Sample) -> int:
 
 def _loop(active: Session, feed: Feed) -> int:
     config = active.config
+    _narrow(active)
     trainer = make_trainer(active.model, config.optimizer)
     first = 0
     if config.train.load:
@@ -145,6 +162,26 @@ def _loop(active: Session, feed: Feed) -> int:
     return 0
 
 
+def _narrow(active: Session) -> None:
+    """Freeze what the configuration does not want trained, and say what is left."""
+    config, model = active.config, active.model
+    if config.adapter.rank:
+        attach(model, config.adapter, config.seed)
+        what = f"adapter of rank {config.adapter.rank} on {', '.join(config.adapter.targets)}"
+    elif config.train.freeze_share:
+        freeze_half(model, config.train.freeze_share, config.seed)
+        what = f"train.freeze_share={config.train.freeze_share}"
+    else:
+        return
+    table = model.table()
+    frozen = [weight for weight in table if weight.name in model.frozen]
+    total, still = (sum(math.prod(shape) for weight in some for shape in weight.hf_shapes) for some in (table, frozen))
+    active.say(
+        f"{what}: {len(frozen)} of {len(table)} tensors ({still / 1e6:.3g} of {total / 1e6:.3g} million parameters) are frozen, "
+        f"{(total - still) / 1e6:.3g} million are trained"
+    )
+
+
 def _task(active: Session) -> TaskOf:
     if active.config.train.loss == "restricted":
         return restricted_task(active.model, active.config.kernels)
@@ -155,6 +192,7 @@ def _save(active: Session, trainer: Trainer, iteration: int) -> None:
     root = Path(active.config.train.save)
     if active.world.is_main:
         facts = {"head_multiple": active.model.layout.head_multiple, "dtype": str(active.model.dtype).removeprefix("torch.")}
+        facts |= {"adapter": checkpoint.adapter_facts(active.model.adapter)}
         checkpoint.write_side_files(root, active.source.hf, facts)
     checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": active.config.seed})
     active.say(f"  saved checkpoint at iteration {iteration:7d} to {root}")

@@ -1,0 +1,90 @@
+"""LoRA adapters as data: which factors a model gets, how they lie on the ranks, where they start, and how they merge (arXiv 2106.09685).
+
+Beside a matrix W [out, in] stand A [r, in] and B [out, r], and y = W x + (alpha / r) B A x. Of what tensor parallelism cuts by rows
+(linear_qkv, linear_fc1) every rank holds A and its rows of B; of what it cuts by columns (linear_proj, linear_fc2) its columns of A and B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_replay.config import Adapter
+from megatron_replay.errors import ConfigError
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.weights import Axis, Kind, Weight, weights
+
+A, B = "lora_a", "lora_b"
+"""Last words of the factors' names, where the matrix's own is `weight`."""
+
+
+def factors(spec: ModelSpec, adapter: Adapter, *, head_multiple: int = 1) -> list[Weight]:
+    """A and B of every adapted matrix, in the model's order; `hf` is their own name, for Hugging Face folders hold them merged.
+
+    The zero rows and columns of padded heads are no part of the factors: B has none of their rows, A none of their columns.
+    """
+    plain = {weight.name: weight.shape for weight in weights(spec)}
+    found = []
+    for weight in weights(spec, head_multiple=head_multiple):
+        if weight.layer is not None and _target(weight) in adapter.targets:
+            rows, columns = plain[weight.name]
+            by_rows = weight.axis != 1
+            shape_a, shape_b = (adapter.rank, weight.shape[1]), (weight.shape[0], adapter.rank)
+            found.append(_factor(weight, A, "columns", None if by_rows else 1, shape_a, (adapter.rank, columns)))
+            found.append(_factor(weight, B, "rows", weight.axis if by_rows else None, shape_b, (rows, adapter.rank)))
+    return found
+
+
+def check(adapter: Adapter, spec: ModelSpec) -> None:
+    """Raise ConfigError for a rank that no product B A can have: above the rows or columns of an adapted matrix."""
+    for weight in weights(spec):
+        if weight.layer is not None and _target(weight) in adapter.targets and adapter.rank > min(weight.shape):
+            raise ConfigError(
+                f"adapter.rank={adapter.rank} is too large: {_target(weight)} is {list(weight.shape)}; "
+                f"give at most {min(weight.shape)} (8 to 64 is usual), or train the matrices themselves with adapter.rank=0"
+            )
+
+
+def scale(adapter: Adapter) -> float:
+    """The factor of B A."""
+    return adapter.alpha / adapter.rank
+
+
+def initial(factor: Weight, seed: int) -> Tensor:
+    """Where a factor starts, whole and without padding, fp32: B zero, A uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5, as the paper's code).
+
+    It depends on the name and the seed alone, so every layout starts from the same numbers.
+    """
+    (shape,) = factor.hf_shapes
+    if factor.name.endswith(B):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {factor.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, adapter: Adapter) -> Tensor:
+    """W + (alpha / r) B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype: [out, in], a new tensor.
+
+    Also of one rank's parts, where B's rows or A's columns are cut like W's.
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(exact, copy=True).addmm_(b.to(exact), a.to(exact), alpha=scale(adapter)).to(weight.dtype)
+
+
+def beside(weight: Weight) -> tuple[str, str]:
+    """Names of the factors that an adapted matrix has."""
+    stem = weight.name.removesuffix("weight")
+    return stem + A, stem + B
+
+
+def _target(weight: Weight) -> str:
+    return weight.name.split(".")[-2]
+
+
+def _factor(of: Weight, word: str, kind: Kind, axis: Axis, shape: tuple[int, int], plain: tuple[int, int]) -> Weight:
+    name = of.name.removesuffix("weight") + word
+    return Weight(name, (name,), "copy" if shape == plain else kind, axis, shape, (plain,), of.layer)

@@ -1,0 +1,60 @@
+"""Half fine-tuning: which tensors stay as they are, chosen by their names alone (arXiv 2404.18466, category-level selection)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_replay.errors import ConfigError
+
+ATTENTION = "att"
+"""In the name of what belongs to attention: self_attn, self_attention, attn, attention."""
+
+
+def half(named_parameters: Iterable[tuple[str, Any]], share: float = 0.5, seed: int = 42) -> list[str]:
+    """Names of the tensors to freeze: in every layer a random `share` of attention's matrices, of the MLP's, and of the vectors (norms).
+
+    named_parameters: (name, anything with a `shape`), as `model.named_parameters()` of any torch model gives them. A layer is the
+    first number in a name; what has none (embeddings, output layer, final norm) is trained. Where a layer's share is not whole (one and
+    a half of three MLP matrices) it is rounded up in some layers and down in others, drawn like everything else: the sum is right to
+    within one tensor. The choice is a function of names, share and seed: the same for every layout, order and machine. A fused tensor
+    is one tensor. ConfigError for a share outside [0, 1).
+
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ConfigError(f"share of the tensors to freeze must be in [0, 1), got {share!r}")
+    layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, parameter in named_parameters:
+        layer = next((int(word) for word in name.split(".") if word.isdecimal()), None)
+        if layer is not None:
+            layers[_category(name, len(parameter.shape))][layer].append(name)
+    frozen = []
+    for category, of in layers.items():
+        wanted = 0.0
+        # layers in a random order, so that a random half of them rounds up
+        for layer in sorted(of, key=lambda layer: _draw(seed, category, layer)):
+            before, wanted = wanted, wanted + share * len(of[layer])
+            count = _floor(wanted) - _floor(before)
+            frozen += sorted(of[layer], key=lambda name: _draw(seed, name))[:count]
+    return sorted(frozen)
+
+
+def _category(name: str, dimensions: int) -> str:
+    if dimensions < 2:
+        return "vector"
+    return "attention" if ATTENTION in name else "mlp"
+
+
+def _draw(seed: int, *words: object) -> str:
+    """A number that nobody chose, as a string of digits."""
+    return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).hexdigest()
+
+
+def _floor(value: float) -> int:
+    # 0.1 * 3 + 0.1 * 7 is a hair below 1
+    return math.floor(value + 1e-9)
