@@ -69,8 +69,8 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     saved = common["progress"]
     _fits(saved, trainer, folder)
     _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
-    for what, key in (("adapter", "adapter"), ("(train.freeze_share, seed)", "frozen_by")):
-        _same(what, saved.get(key), _facts(trainer)[key], folder)
+    for key, ours in _narrowed(trainer.model).items():
+        _same(key, saved.get(key), ours, folder)
     with adam_form(trainer.inner, zero1=_zero1(trainer)):
         with _named(folder):
             state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
@@ -115,7 +115,10 @@ def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict
     }
     model = {"model": trainer.model.module.sharded_state_dict(metadata=metadata)}
     options: dict[str, Any] = {"metadata": metadata} if _zero1(trainer) else {}
-    optimizer = trainer.outer.sharded_state_dict(model, is_loading=loading, **options)
+    named = model
+    if trainer.model.frozen_by is not None:  # some layers train a matrix and some do not: its state cannot be one tensor over all layers
+        named = {"model": trainer.model.module.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})}
+    optimizer = trainer.outer.sharded_state_dict(named, is_loading=loading, **options)
     return {**model, "optimizer": optimizer, "progress": {**progress, **_facts(trainer), "rng": torch.get_rng_state()}}
 
 
@@ -124,11 +127,16 @@ def adapter_facts(adapter: Adapter | None) -> dict[str, Any] | None:
     return None if adapter is None else {"rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
 
 
+def _narrowed(model: Model) -> dict[str, Any]:
+    """What of the model is trained: None for all of it."""
+    frozen = None if model.frozen_by is None else list(model.frozen_by)
+    return {"adapter": adapter_facts(model.adapter), "(train.freeze_share, seed)": frozen}
+
+
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    world, model = trainer.model.world, trainer.model
+    world = trainer.model.world
     return {
-        "adapter": adapter_facts(model.adapter),
-        "frozen_by": None if model.frozen_by is None else list(model.frozen_by),
+        **_narrowed(trainer.model),
         "optimizer": type(trainer.inner).__name__,
         "state": _form(trainer),
         "zero1": _zero1(trainer),
