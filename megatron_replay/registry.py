@@ -59,15 +59,19 @@ class Registry(Generic[T]):
             raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._classes)}")
         return self._classes[name]
 
+    def foreign(self, name: str, options: Iterable[str]) -> dict[str, str]:
+        """Those of `options` that the class of that name does not take but another does: option -> a name that takes it."""
+        own = _options(self.get(name))[0]
+        takers = {option: [n for n in self._classes if option in _options(self._classes[n])[0]] for option in options if option not in own}
+        return {option: names[0] for option, names in takers.items() if names}
+
     def build(self, name: str, *args: Any, **options: Any) -> T:
         """Construct the class of that name; `args` come from the program, `options` from the user and are checked against the signature.
 
         Raises ConfigError for an option the constructor does not take, takes already from `args`, or misses.
         """
         cls = self.get(name)
-        parameters = list(inspect.signature(cls).parameters.values())[len(args) :]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not _unpacked(cls)
-        known = {p.name: p.default is p.empty for p in parameters if p.kind in _BY_NAME} | _unpacked(cls)
+        known, takes_any = _options(cls, len(args))
         for option in options:
             if option not in known and not takes_any:
                 raise ConfigError(f"{self.kind} {name!r} has no option {option!r}; {nearest(option, known)}")
@@ -75,6 +79,14 @@ class Registry(Generic[T]):
         if missing:
             raise ConfigError(f"{self.kind} {name!r} needs option {missing[0]!r}")
         return cls(*args, **options)
+
+
+def _options(cls: type, given: int = 0) -> tuple[dict[str, bool], bool]:
+    """Keyword -> whether it is needed, of the parameters after the first `given`; and whether any further keyword is taken."""
+    parameters = list(inspect.signature(cls).parameters.values())[given:]
+    unpacked = _unpacked(cls)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not unpacked
+    return {p.name: p.default is p.empty for p in parameters if p.kind in _BY_NAME} | unpacked, takes_any
 
 
 def _unpacked(cls: type) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""The README and the method's page say nothing that does not run: every command and every code block, as written."""
+"""The README and the pages beside it say nothing that does not run: every command and every code block, as written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def commands(page: str) -> list[str]:
 
 
 MAKE = [line for line in commands("README.md") if line.startswith("make ")]
-OURS = [line for line in commands("README.md") if not line.startswith("make ")]
+PAGES = ["docs/optimizers.md"]
+"""Pages whose commands run after the README's, in its folder."""
+OURS = [line for page in ("README.md", *PAGES) for line in commands(page) if not line.startswith("make ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/optimizers.md"])
 def test_python_blocks_run(page: str) -> None:
     found = blocks(page, "python")
     assert found

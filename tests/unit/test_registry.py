@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import pytest
+from typing_extensions import Unpack
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.registry import Registry, nearest
@@ -72,3 +75,22 @@ def test_one_name_is_one_class(optimizers: Registry[object]) -> None:
 def test_nearest_falls_back_to_what_it_is_told() -> None:
     assert nearest("layot", ["layout", "batch"]) == "did you mean 'layout'?"
     assert nearest("zzz", ["layout"], otherwise="see --help") == "see --help"
+
+
+def test_an_option_of_another_class_is_told_apart_from_a_mistake(optimizers: Registry[object]) -> None:
+    assert optimizers.foreign("adamw", ["eps", "max_angle", "max_angel"]) == {"max_angle": "moclip"}
+
+
+class Shared(TypedDict, total=False):
+    decay: float
+
+
+def test_options_of_an_unpacked_dictionary_are_known(optimizers: Registry[object]) -> None:
+    @optimizers.register("derived")
+    class Derived:
+        def __init__(self, *, own: int = 0, **shared: Unpack[Shared]) -> None:
+            self.got = (own, shared)
+
+    assert optimizers.build("derived", own=1, decay=0.5).got == (1, {"decay": 0.5})  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="has no option 'decai'; did you mean 'decay'"):
+        optimizers.build("derived", decai=0.5)
