@@ -30,10 +30,13 @@ def cpu_kernels(files: list[str]) -> Extension:
 
     standard = "-std=c++20" if torch.torch_version.TorchVersion(torch.__version__) >= "2.10" else "-std=c++17"
     flags = ["-O3", "-fvisibility=hidden", standard, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    # Every instruction set, tail and thread must give the same bits, so no fused multiply-add where a compiler sees fit. The other two let
+    # square roots and selections be vectorised, and change no bits.
+    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # not at the link: torch brings the OpenMP runtime, and a second one would not obey torch.set_num_threads
     headers = sources("*.h", "cpu/*.h")
-    return CppExtension("megatron_replay.ops._C", files, extra_compile_args=[*flags, "-DTORCH_EXTENSION_NAME=_C"], depends=headers)
+    return CppExtension("megatron_replay._C", files, extra_compile_args=[*flags, "-DTORCH_EXTENSION_NAME=_C"], depends=headers)
 
 
 def extensions() -> list[Extension]:

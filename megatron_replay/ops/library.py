@@ -105,7 +105,7 @@ def _register() -> Any:
 def _load() -> str:
     """Load the compiled kernels, which register themselves; says why not where they cannot be had."""
     try:
-        importlib.import_module("megatron_replay.ops._C")
+        importlib.import_module("megatron_replay._C")
     except ModuleNotFoundError:
         return "not built"
     except ImportError as err:  # built for another torch

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .base import Group, Move, ReplayOptimizer, state_dtype
 from .blocks import Scratch, cuts
 from .shards import Placement
@@ -72,12 +75,44 @@ class AdamFamily(ReplayOptimizer):
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         """The step u [n] for moments [n], written into the first scratch vector, which is padded beyond n."""
 
+    def correction(self, group: Group) -> kernels.Correction | None:
+        """The same direction as the compiled kernel takes it; None, unless a subclass knows better: it cannot."""
+        return None
+
     def filter(self, direction: Tensor, exp_avg: Tensor, row: int) -> None:
         """Change the direction [n] in place, knowing the new momentum [n]; as it stands, leave it."""
 
     def gain(self, row: int) -> float:
         """What the direction of a row is multiplied by; decay is not."""
         return 1.0
+
+    def apply(self, moves: Sequence[Move], place: Placement) -> None:
+        pieces = [self._piece(move) for move in moves]
+        fused = [(move, piece) for move, piece in zip(moves, pieces, strict=True) if piece]
+        if fused:
+            self._apply_fused([move for move, _ in fused], [piece for _, piece in fused])
+        super().apply([move for move, piece in zip(moves, pieces, strict=True) if not piece], place)
+
+    def _apply_fused(self, moves: Sequence[Move], pieces: Sequence[kernels.Piece]) -> None:
+        for move, piece, squares in zip(moves, pieces, kernels.update(pieces), strict=True):
+            if not move.param.is_contiguous():
+                move.param.copy_(piece.weight)
+            self.travelled(move.param, squares * self.gain(move.row) ** 2)
+
+    def _piece(self, move: Move) -> kernels.Piece | None:
+        """What the kernel needs to move this parameter as `_walk` would; None where it cannot."""
+        weight = self.weight(move.param)
+        known = _kernel_knows(type(self)) and kernels.updatable(weight, move.grad, mode=self.kernels)
+        fix = self.correction(move.group) if known else None
+        if fix is None:
+            return None
+        state, betas, lr = self.state_of(move.param), self.setting(move.group, "betas"), self.rate(move.group)
+        mix, keep, rate = self.mix(move.row, betas), 1 - lr * move.group["weight_decay"], lr * self.gain(move.row)
+        scalars = kernels.Scalars(
+            mix.m_keep, mix.m_grad, mix.v_grad, mix.v_momentum, betas[1], fix.first, fix.second, fix.eps or 0.0, keep, rate, fix.eps is None
+        )
+        rounded = move.param if weight is not move.param and move.param.is_contiguous() else None
+        return kernels.Piece(weight.contiguous(), move.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], rounded, scalars)
 
     def update(self, move: Move) -> Tensor:
         return self._walk(move)
@@ -94,7 +129,8 @@ class AdamFamily(ReplayOptimizer):
         param, group = move.param, move.group
         state, dtype, betas = self.state_of(param), state_dtype(param), self.setting(group, "betas")
         mix, gain = self.mix(move.row, betas), self.gain(move.row)
-        theta, g = param.reshape(-1), move.grad.reshape(-1)
+        weight = self.weight(param)
+        theta, g = weight.reshape(-1), move.grad.reshape(-1)
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         scratch = Scratch(param.numel(), dtype, param.device)
         squares = torch.zeros((), dtype=torch.float64, device=param.device)
@@ -111,6 +147,15 @@ class AdamFamily(ReplayOptimizer):
                 decayed_step(block, step, lr=self.rate(group), gain=gain, weight_decay=group["weight_decay"])
                 if dtype != theta.dtype:
                     theta[cut] = block
-        if not param.is_contiguous():
-            param.copy_(theta.view(param.shape))
+        if not weight.is_contiguous():
+            weight.copy_(theta.view(param.shape))
+        self.settle(param)
         return squares * gain**2
+
+
+@cache
+def _kernel_knows(kind: type[AdamFamily]) -> bool:
+    """Whether the kernel does all that this class does: none between here and there may have a walk, a filter or a direction of its own."""
+    walks = all(getattr(kind, name) is getattr(AdamFamily, name) for name in ("_walk", "update", "filter"))
+    givers = {next(c for c in kind.__mro__ if name in vars(c)) for name in ("direction", "correction")}
+    return walks and len(givers) == 1

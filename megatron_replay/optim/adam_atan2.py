@@ -11,8 +11,14 @@ from typing_extensions import Unpack
 
 from .adam import AdamFamily
 from .base import OPTIMIZERS, Common, Group
+from .kernels import Correction
 from .options import check_betas
 from .shards import LOCAL, Shards
+
+
+def atan2_correction(step: int, betas: tuple[float, float]) -> Correction:
+    """Both bias corrections as one factor of the momentum."""
+    return Correction(first=math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step))
 
 
 def atan2_direction(exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float]) -> Tensor:
@@ -23,7 +29,7 @@ def atan2_direction(exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tens
     """
     y, x = out
     n = exp_avg.numel()
-    torch.mul(exp_avg, math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step), out=y[:n])
+    torch.mul(exp_avg, atan2_correction(step, betas).first, out=y[:n])
     torch.sqrt(exp_avg_sq, out=x[:n])
     return torch.atan2(y, x, out=y)[:n]
 
@@ -33,6 +39,9 @@ class Atan2Family(AdamFamily):
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         return atan2_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"))
+
+    def correction(self, group: Group) -> Correction | None:
+        return atan2_correction(group["step"], self.setting(group, "betas"))
 
 
 @OPTIMIZERS.register("adam_atan2")

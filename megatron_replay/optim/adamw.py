@@ -11,19 +11,25 @@ from typing_extensions import Unpack
 
 from .adam import AdamFamily
 from .base import OPTIMIZERS, Common, Group
+from .kernels import Correction
 from .options import check_betas, check_number
 from .shards import LOCAL, Shards
+
+
+def adamw_correction(step: int, betas: tuple[float, float], eps: float) -> Correction:
+    """AdamW's bias corrections after a number of steps."""
+    return Correction(first=1 / (1 - betas[0] ** step), second=1 / math.sqrt(1 - betas[1] ** step), eps=eps)
 
 
 def adamw_direction(
     exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors of n or more."""
-    n = exp_avg.numel()
+    n, fix = exp_avg.numel(), adamw_correction(step, betas, eps)
     numerator, denominator = out[0][:n], out[1][:n]
     torch.sqrt(exp_avg_sq, out=denominator)
-    denominator.mul_(1 / math.sqrt(1 - betas[1] ** step)).add_(eps)
-    return torch.div(exp_avg, denominator, out=numerator).mul_(1 / (1 - betas[0] ** step))
+    denominator.mul_(fix.second).add_(eps)
+    return torch.div(exp_avg, denominator, out=numerator).mul_(fix.first)
 
 
 class AdamWOptions(Common, total=False):
@@ -57,3 +63,6 @@ class AdamW(AdamFamily):
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         betas, eps = self.setting(group, "betas"), self.setting(group, "eps")
         return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=betas, eps=eps)
+
+    def correction(self, group: Group) -> Correction | None:
+        return adamw_correction(group["step"], self.setting(group, "betas"), self.setting(group, "eps"))

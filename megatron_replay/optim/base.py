@@ -19,10 +19,12 @@ from torch.optim.optimizer import ParamsT
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.registry import Registry
 
+from . import kernels
+from .kernels import Mode
 from .options import check_choice, check_number
 from .pull import Pull
 from .shards import Kind, Placement, Shards
-from .stats import COLUMNS, clip_factor, tensor_sums
+from .stats import COLUMNS, clip_factor
 
 Group = dict[str, Any]
 
@@ -39,6 +41,10 @@ class Common(TypedDict, total=False):
     """RecAdam's pull towards the weights of the start: its strength gamma; 0, the default: none. See `optim.pull`."""
     pull_k: float
     pull_t0: float
+    main_weights: bool
+    """Keep a float32 copy of each bfloat16 parameter (state "main"), which is what moves; False when not given."""
+    kernels: Mode
+    """"auto", the default: compiled kernels where they are live (`optim.kernels`); "reference": plain torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
     A step is one pass over the gradients for their sums, one collective (`shards`), one pass for the update. `step` is counted in
     the parameter group (as apex and Megatron do); the rest of the state is per parameter, float32, or float64 for float64 parameters.
-    bfloat16 parameters are updated in float32 and rounded: without float32 main weights, updates below their resolution are lost.
+    bfloat16 parameters are updated in float32 and rounded, and without `main_weights` updates below their resolution are lost. With it
+    the parameter is only ever the rounded copy of the state `main`, taken from it at its first step; write to `weight(param)` to change it.
     Megatron's wrappers may assign `param_groups` after construction (then call `remember_base`); groups need `params`, `lr` and
     `weight_decay`, whatever else is missing is taken from `defaults`. A group's `kind` overrides what `shards` says its tensors are.
     Parameters without a gradient are left alone.
@@ -79,6 +86,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         check_number("weight_decay", defaults["weight_decay"], at_least=0)
         check_number("clip_grad", clip_grad, at_least=0)
         self.pull = Pull(common.get("pull", 0.0), common.get("pull_k", 0.5), common.get("pull_t0", 250.0))
+        self.main_weights, self.kernels = common.get("main_weights", False), common.get("kernels", "auto")
+        kernels.check_mode(self.kernels)
         super().__init__(params, {**defaults, "step": 0})
         self.clip_grad = clip_grad
         self.shards = shards
@@ -125,7 +134,25 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     def _remember(self, group: Group) -> None:
         if self.pull.strength:
             for param in group["params"]:
-                self.state[param]["base"] = param.detach().to(state_dtype(param), copy=True)
+                weight = self.state.get(param, {}).get("main", param)
+                self.state[param]["base"] = weight.detach().to(state_dtype(param), copy=True)
+
+    def _has_main(self, param: Tensor) -> bool:
+        return self.main_weights and param.dtype == torch.bfloat16
+
+    def weight(self, param: Tensor) -> Tensor:
+        """The tensor to move: the float32 main weights of a bfloat16 parameter where they are kept (contiguous), else the parameter."""
+        if not self._has_main(param):
+            return param
+        state: dict[str, Tensor] = self.state[param]
+        if "main" not in state:
+            state["main"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
+        return state["main"]
+
+    def settle(self, param: Tensor) -> None:
+        """Round the main weights, where they are kept, into the parameter: to be called after they moved."""
+        if self._has_main(param):
+            param.copy_(self.weight(param))
 
     def init_state(self) -> None:
         """Give every parameter empty state and every group a step count, as loading a checkpoint in place needs."""
@@ -134,6 +161,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         params, place = self.placed()
         for param, row in zip(params, place.rows, strict=True):
             self.state_of(param, self.keys_of(place.kinds[row]))
+            self.weight(param)
 
     def keys_of(self, kind: Kind) -> tuple[str, ...]:
         """Names of the state tensors that a parameter of this kind has."""
@@ -165,7 +193,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             moves = self._moves(place)
             if self.pull.strength:
                 for move in moves:
-                    self.pull.towards(move.param, self.state[move.param]["base"], step=move.group["step"], lr=float(move.group["lr"]))
+                    base = self.state[move.param]["base"]
+                    self.pull.towards(self.weight(move.param), base, step=move.group["step"], lr=float(move.group["lr"]))
             # not before: a skipped step leaves what the last one noted
             self._travelled.clear()
             self._carried = (0.0, 0.0)
@@ -227,25 +256,32 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     def _restore(self, param: Tensor, values: dict[str, Any]) -> None:
         # torch has cast the state to the parameter's dtype, which loses bits for bfloat16: take the saved values again
         state = self.state[param] if values else {}
-        state.pop("step", None)
+        foreign = {"step"}
+        if not self._has_main(param):
+            foreign.add("main")  # it would grow old
+        for name in foreign:
+            state.pop(name, None)
         for name, value in values.items():
-            if name != "step" and isinstance(value, Tensor):
+            if name not in foreign and isinstance(value, Tensor):
                 state[name] = value.to(param.device, state_dtype(param)).contiguous()
 
     def _table(self, params: Sequence[Tensor], place: Placement) -> Tensor:
         device = params[0].device if params else torch.device("cpu")
-        rows, sums = [], []
-        for param, row, counted in zip(params, place.rows, place.counted, strict=True):
-            if counted and (param.grad is not None or param in self._travelled):
-                rows.append(row)
-                sums.append(torch.cat([self._sums(param), self._trace(param)]))
+        held = [(p, row) for p, row, counted in zip(params, place.rows, place.counted, strict=True) if counted]
         table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64, device=device)
-        return table.index_add_(0, torch.tensor(rows, device=device), torch.stack(sums)) if rows else table
 
-    def _sums(self, param: Tensor) -> Tensor:
-        if param.grad is None:
-            return torch.zeros(3, dtype=torch.float64, device=param.device)
-        return tensor_sums(_dense(param.grad), self.state.get(param, {}).get("exp_avg") if self.reads_momentum else None)
+        def add(columns: Tensor, rows: list[int], values: Tensor) -> None:
+            columns.index_add_(0, torch.tensor(rows, device=device), values)
+
+        moving = [(p, _dense(p.grad), row) for p, row in held if p.grad is not None]
+        if moving:
+            momenta = [self.state.get(p, {}).get("exp_avg") if self.reads_momentum else None for p, _, _ in moving]
+            sums = kernels.sums([grad for _, grad, _ in moving], momenta, mode=self.kernels)
+            add(table[:, :3], [row for _, _, row in moving], sums)
+        moved = [(p, row) for p, row in held if p in self._travelled]
+        if moved:
+            add(table[:, 3:], [row for _, row in moved], torch.stack([self._trace(p) for p, _ in moved]))
+        return table
 
     def _trace(self, param: Tensor) -> Tensor:
         squares = self._travelled.get(param)

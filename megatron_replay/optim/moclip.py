@@ -15,8 +15,9 @@ from typing_extensions import Unpack
 
 from .adam import Mix
 from .adam_atan2 import Atan2Family
-from .adamw import adamw_direction
+from .adamw import adamw_correction, adamw_direction
 from .base import OPTIMIZERS, Common, Group
+from .kernels import Correction
 from .options import check_betas, check_choice, check_number
 from .shards import LOCAL, Placement, Shards
 from .stats import Scope, cosines, grouped
@@ -125,6 +126,12 @@ class MoClip(Atan2Family):
         if eps is None:
             return super().direction(exp_avg, exp_avg_sq, scratch, group)
         return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=eps)
+
+    def correction(self, group: Group) -> Correction | None:
+        eps = self.setting(group, "eps")
+        if eps is None:
+            return super().correction(group)
+        return adamw_correction(group["step"], self.setting(group, "betas"), eps)
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:

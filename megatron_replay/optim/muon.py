@@ -99,10 +99,12 @@ class Muon(AdamW):
     def stride(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
         """One decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of squares."""
         squares: Tensor = torch.linalg.vector_norm(direction, dtype=torch.float64).square()
-        theta = param.to(state_dtype(param))
+        weight = self.weight(param)
+        theta = weight.to(state_dtype(param))
         decayed_step(theta, direction, lr=self.rate(group), weight_decay=group["weight_decay"])
-        if theta is not param:
-            param.copy_(theta)
+        if theta is not weight:
+            weight.copy_(theta)
+        self.settle(param)
         return squares
 
 

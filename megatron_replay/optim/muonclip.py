@@ -117,4 +117,6 @@ class MuonClip(Muon):
         super().apply(moves, place)
         if self.logits is not None and self.variant == "qk":
             for param, factor in self.logits.factors(self.threshold):
-                param.mul_(factor.to(param.dtype))
+                weight = self.weight(param)
+                weight.mul_(factor.to(weight.dtype))
+                self.settle(param)

@@ -15,6 +15,7 @@ from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.weights import weights
 from megatron_replay.ops import library
+from megatron_replay.optim import kernels as optimizer
 from megatron_replay.parallel import attention, layers, shims
 from megatron_replay.parallel.probe import try_all_reduce
 from megatron_replay.parallel.source import Source
@@ -42,7 +43,8 @@ def _device(device: Device) -> dict[str, Any]:
 
 def kernels(mode: str) -> dict[str, Any]:
     """Which kernel answers for each operator on each device that is here, and what became of the compiled ones."""
-    return {"extension": library.EXTENSION, **{device.name: library.live(device.name, mode) for device in available()}}
+    each = {device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()}
+    return {"extension": optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION, **each}
 
 
 def processor() -> dict[str, Any]:

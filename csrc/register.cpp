@@ -1,0 +1,40 @@
+// megatron_replay._C: importing it registers the compiled operators with torch, under torch.ops.megatron_replay.
+#include <Python.h>
+#include <torch/library.h>
+
+#include "cpu/isa.h"
+#include "cpu/optimizer.h"
+
+TORCH_LIBRARY_FRAGMENT(megatron_replay, library) {
+  library.def("optimizer_sums(Tensor[] grads, Tensor?[] momenta) -> Tensor");
+  library.def(
+      "adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rounded, "
+      "Tensor scalars) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(megatron_replay, CPU, library) {
+  library.impl("optimizer_sums", &megatron_replay::optimizer_sums);
+  library.impl("adam_update", &megatron_replay::adam_update);
+}
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(megatron_replay::isa_name().c_str()); }
+
+PyObject* use_isa(PyObject*, PyObject* argument) {
+  const char* name = PyUnicode_AsUTF8(argument);
+  if (!name) return nullptr;
+  return PyBool_FromLong(megatron_replay::use_isa(name));
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set in use: baseline, avx2 or avx512."},
+    {"use_isa", use_isa, METH_O, "Take another instruction set; False where it is unknown or this processor lacks it."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled operators of megatron_replay.", -1, methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
