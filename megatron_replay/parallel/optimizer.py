@@ -71,7 +71,7 @@ def kind_of(weight: Weight) -> Kind:
     return "attention" if weight.kind in ("qkv", "o_proj") else "matrix"
 
 
-def wrap(model: Model, wrapped: Any, settings: OptimizerConfig) -> tuple[Any, ReplayOptimizer]:
+def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "auto") -> tuple[Any, ReplayOptimizer]:
     """(megatron's optimizer, our inner one) for a model wrapped in megatron's DistributedDataParallel."""
     from megatron.core.optimizer import OptimizerConfig as MegatronConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -93,10 +93,10 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig) -> tuple[Any, Re
     )
     parts = getattr(outer, "chained_optimizers", [outer])
     assert len(parts) == 1, "a dense model has one optimizer"
-    return outer, _exchange(parts[0], model, settings)
+    return outer, _exchange(parts[0], model, settings, kernels)
 
 
-def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOptimizer:
+def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str) -> ReplayOptimizer:
     old = outer.optimizer
     placeholder = [torch.nn.Parameter(torch.zeros(1))]
     betas = (settings.betas[0], settings.betas[1])
@@ -110,6 +110,7 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig) -> ReplayOpti
         betas=betas,
         weight_decay=settings.weight_decay,
         clip_grad=settings.clip_grad,
+        kernels=kernels,
         **settings.options,
     )
     for group in old.param_groups:

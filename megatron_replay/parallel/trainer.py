@@ -56,7 +56,7 @@ class Trainer:
         )
 
 
-def make_trainer(model: Model, settings: OptimizerConfig) -> Trainer:
+def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto") -> Trainer:
     """Wrap a filled model for training with the optimizer of the configuration."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
@@ -64,6 +64,6 @@ def make_trainer(model: Model, settings: OptimizerConfig) -> Trainer:
     zero1 = model.layout.zero1 and model.dtype != torch.float64
     settings_ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.dtype == torch.bfloat16, use_distributed_optimizer=zero1)
     wrapped = DistributedDataParallel(model.config, settings_ddp, model.module)
-    outer, inner = wrap(model, wrapped, settings)
+    outer, inner = wrap(model, wrapped, settings, kernels)
     model.config.finalize_model_grads_func = finalize_model_grads
     return Trainer(model, wrapped, outer, inner)

@@ -127,7 +127,7 @@ def _count(store: CandidateStore | None, sample: Sample) -> int:
 def _loop(active: Session, feed: Feed) -> int:
     config = active.config
     _narrow(active)
-    trainer = make_trainer(active.model, config.optimizer)
+    trainer = make_trainer(active.model, config.optimizer, config.kernels)
     first = 0
     if config.train.load:
         first = int(checkpoint.load(Path(config.train.load), trainer)["iteration"])
