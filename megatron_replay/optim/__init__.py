@@ -22,6 +22,7 @@ from .tam import TAM
 __all__ = [
     "HIDDEN",
     "LOCAL",
+    "OPTIMIZERS",
     "TAM",
     "AdaMuon",
     "AdamAtan2",

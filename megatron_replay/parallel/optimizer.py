@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.errors import ConfigError
 from megatron_replay.models.weights import Weight
-from megatron_replay.optim import HIDDEN, Kind, MuonClip, Placement, ReplayOptimizer, build_optimizer
+from megatron_replay.optim import HIDDEN, OPTIMIZERS, Kind, MuonClip, Placement, ReplayOptimizer, build_optimizer
 from megatron_replay.parallel.model import Model, counted
 from megatron_replay.parallel.qk_clip import WatchedLogits
 from megatron_replay.parallel.whole import Exchange, Part
@@ -96,13 +96,19 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
     return outer, _exchange(parts[0], model, settings, kernels)
 
 
+def foreign_options(settings: OptimizerConfig) -> dict[str, str]:
+    """Options that another optimizer takes, with its name: left out, so that changing `optimizer.name` alone makes a comparison."""
+    return OPTIMIZERS.foreign(settings.name, settings.options)
+
+
 def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str) -> ReplayOptimizer:
     old = outer.optimizer
     placeholder = [torch.nn.Parameter(torch.zeros(1))]
     betas = (settings.betas[0], settings.betas[1])
-    for option in ("shards", "logits"):
+    for option in ("shards", "logits", "kernels", "main_weights"):
         if option in settings.options:
             raise ConfigError(f"optimizer.{option} is given by the trainer, not by a configuration; remove it")
+    foreign = foreign_options(settings)
     inner = build_optimizer(
         settings.name,
         placeholder,
@@ -111,7 +117,7 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
         weight_decay=settings.weight_decay,
         clip_grad=settings.clip_grad,
         kernels=kernels,
-        **settings.options,
+        **{option: value for option, value in settings.options.items() if option not in foreign},
     )
     for group in old.param_groups:
         for key in old.defaults.keys() - inner.defaults.keys():

@@ -63,8 +63,8 @@ def measures(result: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of the demo's table, out of what `evaluate` wrote."""
     return {
         "held-out databases: NLL of a SQL token": result["targets"]["nll"],
-        "held-out databases: right answers": Proportion(*result["nl2sql"]["execution"]),
-        "held-out databases: the very query": Proportion(*result["nl2sql"]["exact"]),
+        "held-out databases: right answers": Proportion(**result["nl2sql"]["execution"]),
+        "held-out databases: the very query": Proportion(**result["nl2sql"]["exact"]),
         "general text: perplexity": result["text"]["perplexity"],
         "distance from the base (relative L2)": result["base"]["relative_l2"],
     }
@@ -72,7 +72,7 @@ def measures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def bars(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Bars]:
     """The picture's measures: two of what was learnt, one of what was kept."""
-    right = [100 * result["nl2sql"]["execution"][0] for result in (before, after)]
+    right = [100 * result["nl2sql"]["execution"]["value"] for result in (before, after)]
     return [
         Bars("held-out databases:\nNLL of the SQL", before["targets"]["nll"], after["targets"]["nll"]),
         Bars("held-out databases:\nright answers", right[0], right[1], form="{:.0f} %", better="higher"),

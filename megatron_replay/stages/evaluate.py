@@ -66,11 +66,18 @@ def _check(config: RunConfig) -> None:
         check_file(asked.output, "evaluate.output")
 
 
+def _plain(value: Any) -> Any:
+    """Named tuples as objects: json would make them lists."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value._asdict() if hasattr(value, "_asdict") else value
+
+
 def _write(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as err:
         with suppress(OSError):

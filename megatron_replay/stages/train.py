@@ -20,6 +20,7 @@ from megatron_replay.parallel.adapter import attach
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
 from megatron_replay.parallel.freeze import freeze_half
 from megatron_replay.parallel.losses import full_task, restricted_task, sets_of
+from megatron_replay.parallel.optimizer import foreign_options
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.torch_dist import is_checkpoint
@@ -39,6 +40,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         samples = load_samples(config.data, active.tokenizer, template=active.template)
         store = check_store(active, config.train.store, samples) if config.train.store else None
         feed = Feed(active, samples, store)
+        feed.rate(0)  # a schedule that cannot be is told before anything is built
         if dry_run:
             active.say(feed.describe())
             return 0
@@ -91,6 +93,18 @@ class Feed:
         train = self.active.config.train
         return train.iters or self.stream.num_steps(train.epochs)
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step; raises ConfigError for a schedule that does not fit the number of steps."""
+        schedule, peak = self.active.config.schedule, self.active.config.optimizer.lr
+        return learning_rate(
+            step,
+            peak=peak,
+            minimum=min(schedule.min_lr, peak),
+            warmup=schedule.warmup_iters,
+            total=self.steps,
+            style=schedule.style,
+        )
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         world = self.active.world
         rows = self.stream.batch(step)
@@ -128,6 +142,8 @@ def _loop(active: Session, feed: Feed) -> int:
     config = active.config
     _narrow(active)
     trainer = make_trainer(active.model, config.optimizer, config.kernels)
+    for option, owner in foreign_options(config.optimizer).items():
+        active.say(f"optimizer.{option} is an option of {owner}, not of {config.optimizer.name}: left out")
     first = 0
     if config.train.load:
         first = int(checkpoint.load(Path(config.train.load), trainer)["iteration"])
@@ -140,14 +156,7 @@ def _loop(active: Session, feed: Feed) -> int:
         for step in range(first, feed.steps):
             began = time.perf_counter()
             batches = feed.micro_batches(step)
-            lr = learning_rate(
-                step,
-                peak=config.optimizer.lr,
-                minimum=min(config.schedule.min_lr, config.optimizer.lr),
-                warmup=config.schedule.warmup_iters,
-                total=feed.steps,
-                style=config.schedule.style,
-            )
+            lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
