@@ -1,5 +1,6 @@
 // The update pass of AdamW, Adam-atan2 and MoClip: moments, direction, decay, step and the rounded copy, everything read and written once.
-// The operations and their order are those of megatron_replay/optim/adam.py, so that only the arctangent can differ from it.
+// The operations and their order are those of megatron_replay/optim/adam.py, each rounded once, so that its moments have the same bits. The
+// directions may differ in the last place: by the arctangent, and because torch's square root (MKL's) is not always the nearest number.
 #include <array>
 
 #include <ATen/ops/zeros.h>
