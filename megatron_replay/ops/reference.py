@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class ReferenceSet:
 
 
 def candidate_set(
-    logits: Tensor, gold: int, *, tau: float, k_max: int, min_set_size: int = 1, vocab_size: int | None = None
+    logits: Tensor, gold: int, *, tau: float, k_max: int, min_set_size: int = 1, vocab_size: int | None = None, always: Sequence[int] = ()
 ) -> ReferenceSet:
     """The rule of `dynamic_topk` for one row of logits [V], read from a full sort (arXiv 2510.09152, section 2)."""
     p = torch.softmax(logits[:vocab_size].double(), 0).tolist()
@@ -30,7 +31,7 @@ def candidate_set(
         if tau < 1 and reached >= tau:
             fewest = place
             break
-    kept = set(ranked[: min(max(fewest, min_set_size), k_max)]) | {gold}
+    kept = set(ranked[: min(max(fewest, min_set_size), k_max)]) | {gold, *always}
     return ReferenceSet(sorted(kept), 1 - sum(p[i] for i in kept))
 
 

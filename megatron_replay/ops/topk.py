@@ -5,6 +5,7 @@ N positions, V vocabulary rows here, R ranks that share the vocabulary, K candid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,8 @@ class _Ranked:
     """[N, K] int32."""
     lse: Tensor
     """[N] float64, over the whole real vocabulary."""
-    gold: Tensor
-    """[N] the gold id's logit."""
+    extra: Tensor
+    """[N, E] logits of the gold id and of those that are always kept."""
 
 
 def dynamic_topk(
@@ -50,14 +51,15 @@ def dynamic_topk(
     shard: VocabShard | None = None,
     *,
     min_set_size: int = 1,
+    always: Sequence[int] = (),
     keep_logits: bool = False,
     kernels: str = "auto",
 ) -> CandidateSets:
     """The fewest most probable ids whose probability reaches `tau`, at most `k_max` of them, and the gold id.
 
     Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau, and
-    K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids.
-    An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
+    K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids
+    (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
     Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets.
 
     Args:
@@ -66,18 +68,21 @@ def dynamic_topk(
         vocab_size: ids from here on are padding rows and never enter a set, nor the softmax.
         shard: the part of the vocabulary in `logits`; None: all of it.
         min_set_size: keep at least so many of the most probable; a set of one has no gradient.
+        always: ids that enter every set, as the gold id does (the token that ends an answer, say).
         keep_logits: also return the logits of the kept ids.
         kernels: "auto" or "reference".
 
     Raises:
-        ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max.
+        ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max, or an id of `always` is no id of the vocabulary.
         DataError: NaN or +inf logits, a row without a finite logit, or a gold id outside the vocabulary; it names the row, on every rank.
     """
     _check_rule(logits, gold, tau, k_max, min_set_size)
     shard = shard_of(logits.shape[1], shard)
-    ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], gold, k_max, shard, kernels)
+    fixed = torch.tensor(sorted(set(always)), dtype=gold.dtype, device=gold.device)
+    extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
+    ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], extra, k_max, shard, kernels)
     count = _num_kept(ranked, tau, min_set_size)
-    return _cut(ranked, count, gold.to(torch.int32), keep_logits)
+    return _cut(ranked, count, extra.to(torch.int32), keep_logits)
 
 
 def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_size: int) -> None:
@@ -91,36 +96,39 @@ def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_si
         raise DataError(f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
 
 
-def _rank(logits: Tensor, gold: Tensor, k_max: int, shard: VocabShard, kernels: str) -> _Ranked:
+def _rank(logits: Tensor, extra: Tensor, k_max: int, shard: VocabShard, kernels: str) -> _Ranked:
     """Local top k_max and log-sum-exp, one gather, merge: each member of the whole top k_max is in its own shard's top k_max."""
     values, columns, lse = choose(kernels).topk_rows(logits, k_max)
     ids = (columns + shard.start).to(torch.int32)
     if not shard.is_whole:
         room = (0, k_max - values.shape[1])
         values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
-    slot = gold - shard.start
+    slot = extra - shard.start
     mine = (slot >= 0) & (slot < logits.shape[1])
     if logits.shape[1]:
-        here = logits.gather(1, slot.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(values.dtype)
-        gold_logit = torch.where(mine, here, 0.0)
+        extra_logits = torch.where(mine, logits.gather(1, slot.clamp(0, logits.shape[1] - 1)).to(values.dtype), 0.0)
     else:
-        gold_logit = values.new_zeros(gold.shape)
-    values, ids, lse, gold_logit, mine = shard.gather(values, ids, lse, gold_logit, mine.to(torch.int32))
+        extra_logits = values.new_zeros(extra.shape)
+    values, ids, lse, extra_logits, mine = shard.gather(values, ids, lse, extra_logits, mine.to(torch.int32))
     lse = torch.logsumexp(lse, 0)
-    _check_rows(lse, gold, mine.sum(0))
+    _check_rows(lse, extra, mine.sum(0))
     values, ids = _merge(values, ids, k_max)
-    return _Ranked(values, ids, lse, gold_logit.sum(0))
+    return _Ranked(values, ids, lse, extra_logits.sum(0))
 
 
-def _check_rows(lse: Tensor, gold: Tensor, holders: Tensor) -> None:
+def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
     unusable = ~lse.isfinite()
     if bool(unusable.any()):
         row = int(unusable.nonzero()[0, 0])
         what = "no finite value" if float(lse[row]) == -torch.inf else "NaN or +inf"
         raise DataError(f"row {row} of the logits holds {what}; the model or its input is broken there")
-    if bool((holders != 1).any()):
-        row = int((holders != 1).nonzero()[0, 0])
-        raise DataError(f"gold id {int(gold[row])} of row {row} is held by {int(holders[row])} ranks; is it an id of this vocabulary?")
+    wrong = (holders != 1).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        id, ranks = int(extra[row, column]), int(holders[row, column])
+        if column:
+            raise ConfigError(f"id {id} is to be in every set, and is held by {ranks} ranks; is it an id of this vocabulary?")
+        raise DataError(f"gold id {id} of row {row} is held by {ranks} ranks; is it an id of this vocabulary?")
 
 
 def _merge(values: Tensor, ids: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
@@ -143,12 +151,14 @@ def _num_kept(ranked: _Ranked, tau: float, min_set_size: int) -> Tensor:
     return fewest.clamp(min=min_set_size).minimum(usable)
 
 
-def _cut(ranked: _Ranked, count: Tensor, gold: Tensor, keep_logits: bool) -> CandidateSets:
+def _cut(ranked: _Ranked, count: Tensor, extra: Tensor, keep_logits: bool) -> CandidateSets:
+    gold = extra[:, 0]
     kept = torch.arange(ranked.ids.shape[1], device=count.device) < count[:, None]
-    missing = ~(kept & (ranked.ids == gold[:, None])).any(1)
-    kept = torch.cat([kept, missing[:, None]], 1)
-    ids = torch.cat([ranked.ids, gold[:, None]], 1).masked_fill(~kept, NOBODY)
-    values = torch.cat([ranked.values, ranked.gold[:, None]], 1)
+    missing = [~(kept & (ranked.ids == column[:, None])).any(1) for column in extra.unbind(1)]
+    missing[1:] = [flag & (column != gold) for flag, column in zip(missing[1:], extra.unbind(1)[1:], strict=True)]
+    kept = torch.cat([kept, torch.stack(missing, 1)], 1)
+    ids = torch.cat([ranked.ids, extra], 1).masked_fill(~kept, NOBODY)
+    values = torch.cat([ranked.values, ranked.extra], 1)
     outside = 1 - _probability(values, ranked.lse[:, None]).masked_fill(~kept, 0.0).sum(1)
     ids, order = ids.sort(1)
     taken = ids != NOBODY

@@ -31,6 +31,8 @@ class SetRule:
     vocab_size: int
     """Ids from here on are padding rows."""
     chunk_rows: int
+    always: tuple[int, ...] = ()
+    """Ids that enter every set."""
     kernels: str = "auto"
 
 
@@ -92,6 +94,7 @@ def candidate_sets(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabSha
                 rule.vocab_size,
                 shard,
                 min_set_size=rule.min_set_size,
+                always=rule.always,
                 keep_logits=True,
                 kernels=rule.kernels,
             )

@@ -57,6 +57,7 @@ class Collection:
             min_set_size=collect.min_set_size,
             vocab_size=self.active.vocab_size,
             chunk_rows=collect.chunk_rows,
+            always=self._always(),
             kernels=self.active.config.kernels,
         )
 
@@ -109,6 +110,14 @@ class Collection:
             f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} samples)"
         )
 
+    def _always(self) -> tuple[int, ...]:
+        if not self.active.config.collect.stop_token:
+            return ()
+        ids = tuple(sorted(set(self.active.tokenizer.eos_ids)))
+        if not ids:
+            raise ConfigError("collect.stop_token=true, but the tokenizer names no eos; set eos_token_id in generation_config.json")
+        return ids
+
     def _plan(self, path: str) -> Manifest:
         """What this store is; bucket edges come from an earlier start of the same collection, or from a first pass."""
         manifest = self._manifest()
@@ -136,6 +145,7 @@ class Collection:
             tau=collect.tau,
             k_max=collect.k_max,
             min_set_size=collect.min_set_size,
+            always=self._always(),
             strategy=collect.strategy,
             fraction=collect.fraction,
             buckets=collect.buckets,

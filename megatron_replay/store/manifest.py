@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Manifest:
     seed: int
     dtype: str
     """Of the base model's forward pass: fp32, bf16, ..."""
+    always: tuple[int, ...] = ()
+    """Ids that are in every set, beside the gold one; not written where there are none."""
     codec: Codec = "zd"
     logits: Logits = "none"
     bucket_edges: tuple[float, ...] = ()
@@ -63,7 +65,7 @@ class Manifest:
 
     @property
     def rule(self) -> Rule:
-        return Rule(Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size)
+        return Rule(Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size, len(self.always))
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be equal for two runs to write one store."""
@@ -133,12 +135,14 @@ def load_manifest(path: str | Path) -> Manifest:
 
 def pack(manifest: Manifest) -> bytes:
     """Canonical JSON, the checksum of all other text as its last key."""
-    plain = json.dumps(_fields(manifest), indent=1, ensure_ascii=True, allow_nan=False).encode()
+    plain = json.dumps(
+        _fields(manifest, leave_out=() if manifest.always else ("always",)), indent=1, ensure_ascii=True, allow_nan=False
+    ).encode()
     return plain[:-2] + _tail(plain)
 
 
-def _fields(manifest: Manifest) -> dict[str, Any]:
-    return {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest)}
+def _fields(manifest: Manifest, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    return {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest) if f.name not in leave_out}
 
 
 def _tail(plain: bytes) -> bytes:
@@ -160,7 +164,7 @@ def load(path: Path) -> Manifest:
 
 
 def _build(path: Path, fields: Mapping[str, Any]) -> Manifest:
-    values = {key: value for key, value in fields.items() if key != "checksum"}
+    values = {"always": (), **{key: value for key, value in fields.items() if key != "checksum"}}
     odd = set(values) ^ {f.name for f in dataclasses.fields(Manifest)}
     if odd:
         raise StoreError(f"{path}: written by another version of this program (keys {', '.join(sorted(odd))}); collect again")

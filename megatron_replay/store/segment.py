@@ -44,6 +44,8 @@ class Rule:
     tau: float
     k_max: int
     min_set_size: int
+    always: int = 0
+    """Ids that are in every set, beside the gold one."""
 
 
 @dataclass

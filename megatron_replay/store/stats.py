@@ -84,6 +84,7 @@ def gold_appended(sets: SampleSets, tau: float, k_max: int, min_set_size: int) -
 
     A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the others, at least
     min_set_size of them, reach tau without it (arXiv 2510.09152 section 2). Without logits a smaller set cannot say, and counts as no.
+    Where ids are in every set, k_max counts them too; then a full set that had some of them anyway counts as no.
     """
     sizes = sets.sizes()
     full = sizes > k_max

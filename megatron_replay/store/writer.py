@@ -139,7 +139,7 @@ class Writer:
         if kind != "none" and sets.logits is not None:
             logits = codec.unpack_logits(codec.pack_logits(sets.logits, kind), kind)
         appended = (
-            gold_appended(sets, self.rule.tau, self.rule.k_max, self.rule.min_set_size)
+            gold_appended(sets, self.rule.tau, self.rule.k_max + self.rule.always, self.rule.min_set_size)
             if sets.gold_appended is None
             else sets.gold_appended
         )

@@ -120,6 +120,17 @@ def test_look_into_the_store(run: Run, tiny: Tiny, folder: Path) -> None:
     assert all(row["gold"] in row["ids"] and row["ids"] == sorted(row["ids"]) for row in rows)
 
 
+def test_the_stop_token_in_every_set(run: Run, tiny: Tiny, folder: Path) -> None:
+    run("collect", "collect.store=stopped", "collect.stop_token=true", "collect.k_max=3")
+    always = json.loads(run("store", "inspect", "stopped", "--json").out)["always"]
+    run("store", "export", "stopped", "--output", "stopped.jsonl")
+    rows = [json.loads(line) for line in (folder / "stopped.jsonl").read_text().splitlines()]
+    assert len(always) == 1 and rows and all(always[0] in row["ids"] for row in rows)
+    assert json.loads(run("store", "verify", "stopped", "--json").out)["ok"] is True
+    run("train", "train.store=stopped", "train.iters=1", "output=stopped-run")
+    assert "always" in run("collect", "collect.store=stopped", "collect.k_max=3", code=2).err
+
+
 def test_a_damaged_store_is_repaired_and_collected_again(run: Run, tiny: Tiny, folder: Path) -> None:
     hurt = Path(shutil.copytree(tiny.store, folder / "hurt"))
     segment = next(hurt.glob("segments/*.mrs"))

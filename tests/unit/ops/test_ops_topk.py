@@ -28,13 +28,17 @@ def draw(kind: str, n: int, v: int, seed: int) -> Tensor:
     st.floats(0.05, 0.999),
     st.integers(1, 250),
     st.integers(1, 4),
+    st.lists(st.integers(0, 699), max_size=3),
     st.integers(0, 99),
 )
-def test_the_sets_are_those_of_the_literal_rule(kind: str, n: int, v: int, tau: float, k_max: int, least: int, seed: int) -> None:
+def test_the_sets_are_those_of_the_literal_rule(
+    kind: str, n: int, v: int, tau: float, k_max: int, least: int, always: list[int], seed: int
+) -> None:
     logits, gold = draw(kind, n, v, seed), torch.randint(v, (n,), generator=torch.Generator().manual_seed(seed))
     least = min(least, k_max)
-    sets = dynamic_topk(logits, gold, tau, k_max, min_set_size=least).check(v)
-    truth = [candidate_set(logits[t], int(gold[t]), tau=tau, k_max=k_max, min_set_size=least) for t in range(n)]
+    always = [id % v for id in always]
+    sets = dynamic_topk(logits, gold, tau, k_max, min_set_size=least, always=always).check(v)
+    truth = [candidate_set(logits[t], int(gold[t]), tau=tau, k_max=k_max, min_set_size=least, always=always) for t in range(n)]
     assert sets.ids.tolist() == [i for row in truth for i in row.ids]
     assert sets.sizes().tolist() == [len(row.ids) for row in truth]
     assert torch.equal(sets.gold(), gold)
@@ -145,3 +149,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         dynamic_topk(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long), shard=VocabShard(0, 8))
     with pytest.raises(LayoutError):
         VocabShard(5, 4)
+
+
+def test_an_id_for_every_set_must_be_one_of_the_vocabulary() -> None:
+    logits, gold = draw("float", 3, 50, 0), torch.tensor([1, 2, 3])
+    assert (dynamic_topk(logits, gold, k_max=2, always=[49]).ids == 49).sum() == 3
+    with pytest.raises(ConfigError, match="id 50 is to be in every set, and is held by 0 ranks"):
+        dynamic_topk(logits, gold, always=[50])
+    with pytest.raises(ConfigError, match="id 45 is to be in every set"):
+        dynamic_topk(logits, gold, always=[45], vocab_size=40)
