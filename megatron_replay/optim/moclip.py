@@ -100,9 +100,10 @@ class MoClip(Atan2Family):
         check_choice("v_source", v_source, get_args(VSource))
         if eps is not None:
             check_number("eps", eps, at_least=0)
-        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay, "eps": eps}
+        defaults = {"lr": lr, "betas": check_betas(betas), "weight_decay": weight_decay}
         super().__init__(params, defaults, shards, common)
         self.max_angle, self.scope, self.obtuse, self.v_source = max_angle, scope, obtuse, v_source
+        self.eps = eps  # not in the groups, where AdamW's checkpoints have theirs
         self._rows: list[tuple[float, float, bool]] = []
 
     def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
@@ -122,16 +123,14 @@ class MoClip(Atan2Family):
         return Mix(keep, (1 - beta1) * a, root * (a if clipped else self._scale), root * b if clipped else 0.0)
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
-        eps = self.setting(group, "eps")
-        if eps is None:
+        if self.eps is None:
             return super().direction(exp_avg, exp_avg_sq, scratch, group)
-        return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=eps)
+        return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=self.eps)
 
     def correction(self, group: Group) -> Correction | None:
-        eps = self.setting(group, "eps")
-        if eps is None:
+        if self.eps is None:
             return super().correction(group)
-        return adamw_correction(group["step"], self.setting(group, "betas"), eps)
+        return adamw_correction(group["step"], self.setting(group, "betas"), self.eps)
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:

@@ -39,7 +39,7 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
     world.barrier()
     try:
         with adam_form(trainer.inner, zero1=_zero1(trainer)):
-            dist_checkpointing.save(_state(trainer, progress, loading=False), str(target))
+            dist_checkpointing.save(_state(trainer, {**progress, "travel": trainer.inner.travel()}, loading=False), str(target))
     except (Exception, CheckpointException) as err:  # the latter is what megatron gathers from all ranks, and no Exception
         said = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
         free = shutil.disk_usage(root).free / 1e9
@@ -142,7 +142,6 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "zero1": _zero1(trainer),
         "layout": [world.tensor_size, world.pipeline_size, world.data_size],
         "skipped": trainer.inner.skipped,
-        "travel": trainer.inner.travel(),
     }
 
 

@@ -120,8 +120,8 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
         **{option: value for option, value in settings.options.items() if option not in foreign},
     )
     for group in old.param_groups:
-        for key in old.defaults.keys() - inner.defaults.keys():
-            group.pop(key, None)  # torch AdamW's own switches
+        for key in old.defaults.keys() - {"lr", "weight_decay"}:
+            group.pop(key, None)  # AdamW's own settings; ours are the inner optimizer's defaults
         group["step"] = 0
         group["base_weight_decay"] = group["weight_decay"]
     inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views

@@ -76,6 +76,13 @@ def test_the_optimizers_differ_from_adamw(folders: dict[str, str], config: dict[
     assert any(not torch.equal(ours.weights[name], adamw.weights[name]) for name in adamw.weights)
 
 
+def test_an_option_reaches_the_optimizer_inside_megatron_s_wrapper(folders: dict[str, str]) -> None:
+    """megatron's own groups carry AdamW's settings, which must not go before ours."""
+    job = Job(folder=folders["llama"], steps=2, optimizer=settings("adamw", eps=1.0))
+    wide, usual = run(job), run(dataclasses.replace(job, optimizer=settings("adamw")))
+    assert wide.steps[1].metrics["optimizer/update_rms"] < 0.1 < 0.5 < usual.steps[1].metrics["optimizer/update_rms"]
+
+
 def round_trip(job: Job) -> tuple[bool, Counter[tuple[int, ...]]]:
     """On a rank: doubling of every hidden matrix through `each_whole`, and the shapes its function was called with here."""
     with opened(job.folder, job.layout, job.dtype) as model:

@@ -69,6 +69,21 @@ def test_adamw_and_moclip_exchange_state() -> None:
     assert middle.param_groups[0]["step"] == 4 and "moclip/angle_mean" in middle.metrics
 
 
+def test_moclip_goes_on_from_adamw_with_its_own_step() -> None:
+    """AdamW's epsilon comes along in the groups and must not turn the arctangent into a quotient."""
+    before = parameters()
+    first = AdamW(before, 0.01)
+    train(first, range(3))
+    ends = []
+    for make in (lambda p: MoClip(p, 0.01, max_angle=90.0), lambda p: AdamAtan2(p, 0.01)):
+        after = [torch.nn.Parameter(p.detach().clone()) for p in before]
+        opt = make(after)
+        opt.load_state_dict(saved(first.state_dict()))
+        train(opt, range(3, 5))
+        ends.append(after)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_torchs_adamw_state_is_taken_over() -> None:
     theirs, ours = parameters(), parameters()
     torchs = torch.optim.AdamW(theirs, 0.01, betas=(0.9, 0.95), weight_decay=0.1)
