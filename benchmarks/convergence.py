@@ -64,7 +64,9 @@ SWEPT = (
     TUNED,
     Method(name="adam_atan2", optimizer="adam_atan2"),
     Method(name="moclip-45", optimizer="moclip"),
+    Method(name="moclip-45-restart", optimizer="moclip", options={"obtuse": "restart"}),
 )
+"""Those compared over the learning rate."""
 GRID = tuple(
     Method(
         name=f"moclip-{angle}" + (f"-{scope}" if scope != "global" else "") + (f"-{obtuse}" if obtuse != "signed" else ""),
@@ -87,7 +89,7 @@ OTHERS = (
     Method(name="muon", optimizer="muon"),
     Method(name="adamuon", optimizer="adamuon"),
 )
-EVERY = (*SWEPT, *(m for m in GRID if m.name != "moclip-45"), *OTHERS)
+EVERY = (*SWEPT, *(m for m in GRID if m.name not in {swept.name for swept in SWEPT}), *OTHERS)
 
 
 class Layered:
@@ -364,7 +366,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="csv; runs that it has are not repeated")
     parser.add_argument("--lr", type=float, default=2e-3, help="a rate that suits AdamW")
     parser.add_argument("--high-lr", type=float, default=2e-2, help="one that is too high for it")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[5e-4, 6e-3, 6e-2], help="more rates, for the four most compared methods")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[5e-4, 6e-3, 6e-2], help="more rates, for the most compared methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
