@@ -6,9 +6,9 @@
 rounds are interleaved (each optimizer once a round), so that neighbours on the machine disturb all alike. With one thread the processor
 time of this process counts, with more the wall clock does. `ratio` is to torch's fused AdamW plus a pass for the gradient norm, which every
 optimizer of ours takes as well: minima over minima, and the median of the rounds' own ratios. `traffic` is counted, not measured: float32
-numbers read and written in the passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one round
-only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many operations of the
-reference forms then costs a time slice, and they look 30 times slower than they are.
+numbers read and written in the passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one
+round only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many operations of
+the reference forms then costs a time slice, and they look 30 times slower than they are.
 """
 
 from __future__ import annotations
@@ -156,8 +156,9 @@ def main() -> None:
 def write(rows: list[tuple[str, int, str, float, str]], args: argparse.Namespace) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     threads = " ".join(map(str, args.threads))
-    command = f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'active')} python benchmarks/optimizers.py --rounds {args.rounds} --threads {threads}"
-    command += " --without-slow" * args.without_slow
+    policy = f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'active')}"
+    slow = " --without-slow" * args.without_slow
+    command = f"{policy} python benchmarks/optimizers.py --rounds {args.rounds} --threads {threads}{slow}"
     common = (datetime.date.today().isoformat(), commit, command, machine())
     new = args.output is not None and not args.output.exists()
     with args.output.open("a", newline="") if args.output else sys.stdout as file:
