@@ -59,12 +59,16 @@ class Method:
 
 
 TUNED = Method(name="adamw-tuned", optimizer="adamw", options={"betas": (0.97, 0.95)}, lr_factor=0.66)
+NO_MOMENTUM = Method(name="adamw-no-momentum", optimizer="adamw", options={"betas": (0.0, 0.95)}, lr_factor=0.1)
+"""What `restart` comes near to: a step that drops the momentum is a tenth (1 - beta1) of the gradient, and here half of them do."""
 SWEPT = (
     Method(name="adamw", optimizer="adamw"),
     TUNED,
+    NO_MOMENTUM,
     Method(name="adam_atan2", optimizer="adam_atan2"),
     Method(name="moclip-45", optimizer="moclip"),
     Method(name="moclip-45-restart", optimizer="moclip", options={"obtuse": "restart"}),
+    Method(name="tam-paper", optimizer="tam", options={"variant": "paper"}),
 )
 """Those compared over the learning rate."""
 GRID = tuple(
@@ -83,7 +87,6 @@ OTHERS = (
     Method(name="moclip-45-v-clipped", optimizer="moclip", options={"v_source": "clipped"}),
     Method(name="moclip-45-eps", optimizer="moclip", options={"eps": 1e-8}),
     Method(name="mofo", optimizer="mofo"),
-    Method(name="tam-paper", optimizer="tam", options={"variant": "paper"}),
     # its momentum lacks the factor 1 - beta1, so its steps are longer by 1 / (1 - beta1)
     Method(name="tam-adatamw", optimizer="tam", options={"variant": "adatamw"}, lr_factor=0.1),
     Method(name="muon", optimizer="muon"),
