@@ -7,8 +7,8 @@ rounds are interleaved (each optimizer once a round), so that neighbours on the 
 time of this process counts, with more the wall clock does. `ratio` is to torch's fused AdamW plus a pass for the gradient norm, which every
 optimizer of ours takes as well: minima over minima, and the median of the rounds' own ratios. `traffic` is counted, not measured: float32
 numbers read and written in the passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one
-round only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many operations of
-the reference forms then costs a time slice, and they look 30 times slower than they are.
+round only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many operations
+of the reference forms then costs a time slice, and they look 30 times slower than they are.
 """
 
 from __future__ import annotations
