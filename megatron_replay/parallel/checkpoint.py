@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
+from megatron_replay.parallel import zero1
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.optimizer import adam_form
 from megatron_replay.parallel.torch_dist import LATEST, Reader, refuse_code, resolve
@@ -76,7 +77,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
             state = dist_checkpointing.load(_state(trainer, saved, loading=True), str(folder))
         trainer.model.module.load_state_dict(state["model"])
         with torch.no_grad():
-            trainer.outer.load_state_dict(state["optimizer"])
+            zero1.load_state(trainer.outer, state["optimizer"])
     trainer.inner.carry(*saved["travel"])
     # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
     # the rank
@@ -110,15 +111,14 @@ def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
 
 def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "distrib_optim_sharding_type": "fully_reshardable",  # the default of 0.16.1 cannot be loaded again
+        "distrib_optim_sharding_type": zero1.FORM,
         "dp_cp_group": trainer.model.world.data_group,
     }
     model = {"model": trainer.model.module.sharded_state_dict(metadata=metadata)}
-    options: dict[str, Any] = {"metadata": metadata} if _zero1(trainer) else {}
     named = model
     if trainer.model.frozen_by is not None:  # some layers train a matrix and some do not: its state cannot be one tensor over all layers
         named = {"model": trainer.model.module.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})}
-    optimizer = trainer.outer.sharded_state_dict(named, is_loading=loading, **options)
+    optimizer = zero1.sharded_state(trainer.outer, named, metadata, loading=loading)
     return {**model, "optimizer": optimizer, "progress": {**progress, **_facts(trainer), "rng": torch.get_rng_state()}}
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_replay.config import Adapter, Layout
+from megatron_replay.errors import LayoutError
 from megatron_replay.models.adapter import A, B, beside, factors, merged
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import OUTPUT, Weight, merge, shard, weight_of, weights
-from megatron_replay.parallel import head
+from megatron_replay.parallel import head, shims
 from megatron_replay.parallel.attention import Cache, segment_attention
 from megatron_replay.parallel.layers import RMSNorm, TokenRotary
 from megatron_replay.parallel.world import World
@@ -110,9 +111,7 @@ def transformer_config(spec: ModelSpec, layout: Layout, dtype: torch.dtype, spli
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif layout.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    if len(set(split)) > 1:
-        stages = [["decoder"] * layers for layers in split]
-        recompute["pipeline_model_parallel_layout"] = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    uneven = uneven_stages(split, TransformerConfig) if len(set(split)) > 1 else {}
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -141,7 +140,39 @@ def transformer_config(spec: ModelSpec, layout: Layout, dtype: torch.dtype, spli
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
         calculate_per_token_loss=True,
         **recompute,
+        **uneven,
     )
+
+
+def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
+    """The fields of megatron's TransformerConfig that give each stage its layers.
+
+    Before 0.13 it knows a first and a last stage that differ from those between; LayoutError for another split names the nearest such one.
+    """
+    if "pipeline_model_parallel_layout" in config.__dataclass_fields__:
+        stages = [["decoder"] * layers for layers in split]
+        return {"pipeline_model_parallel_layout": [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]}
+    near = nearest_split(split)
+    if near != split:
+        raise LayoutError(
+            f"layers per stage {split}: megatron-core {shims.megatron_version()} needs all stages between the first and the last alike; "
+            f"use layout.split={near} or megatron-core>=0.13"
+        )
+    last = {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}  # of two stages it wants one told
+    return {"num_layers_in_first_pipeline_stage": split[0], **last}
+
+
+def nearest_split(split: list[int]) -> list[int]:
+    """As many layers and stages, the stages between the first and the last alike: the one that moves the fewest layers."""
+    layers, between = sum(split), len(split) - 2
+    if between < 1:
+        return split
+    possible = [
+        [first, *[each] * between, layers - first - each * between]
+        for each in range(1, layers // between + 1)
+        for first in range(1, layers - each * between)
+    ]
+    return min(possible, key=lambda other: sum(abs(a - b) for a, b in zip(split, other, strict=True)))
 
 
 def _layer_specs(spec: ModelSpec, layers: int) -> Any:

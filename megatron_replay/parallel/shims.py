@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import queue
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ class Shim:
     """The megatron-core code that needs it."""
     why: str
     versions: str
+    """Of megatron-core; elsewhere the shim is not applied."""
     apply: Callable[[], None]
 
 
@@ -72,9 +75,30 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
     return list(_installed)
 
 
-def table(device: Device) -> list[Shim]:
-    """The shims `install` applies on this device."""
+def table(device: Device, version: str | None = None) -> list[Shim]:
+    """The shims `install` applies on this device with this megatron-core, by default the installed one."""
+    here = version or megatron_version()
+    return [shim for shim in catalog(device) if within(here, shim.versions)]
+
+
+def catalog(device: Device) -> list[Shim]:
+    """The shims of this device for all versions of megatron-core."""
     return [*_CPU_SHIMS, *_COMMON_SHIMS] if device.name == "cpu" else list(_COMMON_SHIMS)
+
+
+def megatron_version() -> str:
+    """Of the megatron-core that is imported, which need not be the one pip knows of."""
+    return str(importlib.import_module("megatron.core").__version__)
+
+
+def within(version: str, versions: str) -> bool:
+    """Whether a version, of which the first two numbers count, is in a range such as ">=0.12,<0.15"."""
+    low, high = (_numbers(bound) for bound in versions.split(","))
+    return low <= _numbers(version) < high
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def adapter(device: Device) -> str:
@@ -161,8 +185,38 @@ def _group_step() -> None:
 def _results_queue() -> None:
     module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     results: queue.Queue[Any] = queue.Queue()
-    if hasattr(module, "_get_write_results_queue"):
-        module._get_write_results_queue = lambda: results
+    module._get_write_results_queue = lambda: results
+
+
+def _save_here() -> None:
+    module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.base")
+
+    def save(self: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        request = self.async_save(sharded_state_dict, checkpoint_dir)
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = request.preload_fn()  # tensors of a device, copied to the host
+        request._replace(async_fn_args=tuple(arguments)).execute_sync()
+
+    module.AsyncSaveShardedStrategy.save = save
+
+
+def _write_format() -> None:
+    filesystem: Any = importlib.import_module("torch.distributed.checkpoint.filesystem")
+    module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if "serialization_format" in inspect.signature(module._write_item).parameters:
+        module._write_item = functools.partial(module._write_item, serialization_format=filesystem.SerializationFormat.TORCH_SAVE)
+
+
+def _no_fp8() -> None:
+    module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    plain = module.quantize_param_shard
+
+    def if_any(model_params: Any, *args: Any, **kwargs: Any) -> None:
+        if len(model_params) > 0:
+            plain(model_params, *args, **kwargs)
+
+    module.quantize_param_shard = if_any
 
 
 _ALL = ">=0.12,<0.17"
@@ -181,6 +235,27 @@ _COMMON_SHIMS = [
         "where a queue inside the process does",
         _ALL,
         _results_queue,
+    ),
+    Shim(
+        "save_here",
+        "dist_checkpointing/strategies/base.py",
+        "a synchronous save forks a process that writes, whose result never comes to a queue inside this one",
+        ">=0.12,<0.15",
+        _save_here,
+    ),
+    Shim(
+        "write_format",
+        "dist_checkpointing/strategies/filesystem_async.py",
+        "it writes by a private function of torch, which since torch 2.7 must be told the format",
+        ">=0.12,<0.13",
+        _write_format,
+    ),
+    Shim(
+        "no_fp8",
+        "optimizer/distrib_optimizer.py, fp8_utils.py",
+        "without transformer-engine ZeRO-1 raises where it would quantize parameters to fp8, though there are none",
+        ">=0.12,<0.13",
+        _no_fp8,
     ),
 ]
 _CPU_SHIMS = [

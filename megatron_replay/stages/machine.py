@@ -55,10 +55,11 @@ def processor() -> dict[str, Any]:
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
     """What lies between megatron-core and the device that this configuration would use, and what runs in place of its own parts."""
     device = asked(config)
+    applied = shims.table(device, versions["megatron-core"] or "none")
     adam = next((name for name in ("transformer-engine", "apex") if versions[name]), "torch")
     return {
         "adapter": shims.adapter(device),
-        "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in shims.table(device)],
+        "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in applied],
         "norm": f"our {layers.RMSNorm.__name__} for megatron's, which wants apex or transformer-engine or a single tensor rank",
         "attention": f"our {attention.segment_attention.__name__} on torch's scaled_dot_product_attention for its DotProductAttention",
         "optimizer": f"our {config.optimizer.name} inside megatron's wrappers for the Adam of {adam}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from pool import fresh
 from torch import Tensor
 
 from megatron_replay.config import Layout
+from megatron_replay.errors import LayoutError
+from megatron_replay.parallel import shims
 from megatron_replay.parallel.batch import flatten, row_length
+from megatron_replay.parallel.model import uneven_stages
 from megatron_replay.parallel.pipeline import forward
 
 EXACT = 1e-4
@@ -72,6 +76,50 @@ def test_qwen3_is_transformers_qwen3(qwen3: tuple[Path, Any], layout: dict[str, 
     row = tokens(LENGTHS, QWEN3["vocab_size"], "qwen3")
     for ours in sharded(folder, Layout(**layout), [row, row], QWEN3["vocab_size"]):
         close(ours, reference(model, row))
+
+
+class Old:
+    """The fields of a TransformerConfig that matter here, as in megatron-core 0.12."""
+
+    __dataclass_fields__ = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+
+
+@pytest.mark.parametrize(
+    ("split", "first", "last"), [([3, 1], 3, None), ([2, 3, 1], 2, 1), ([1, 2, 2, 1], 1, 1), ([2, 1, 1], 2, 1), ([2, 2, 2, 1], 2, 1)]
+)
+def test_uneven_stages_where_megatron_knows_no_layout_of_them(split: list[int], first: int, last: int | None) -> None:
+    expected = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    assert uneven_stages(split, Old) == {key: layers for key, layers in expected.items() if layers is not None}
+
+
+@pytest.mark.parametrize(
+    ("split", "near"), [([3, 3, 2, 2], [3, 2, 2, 3]), ([1, 2, 3, 2, 4], [1, 2, 2, 2, 5]), ([1, 1, 9, 1], [1, 5, 5, 1])]
+)
+def test_a_split_megatron_cannot_make_is_refused_with_one_it_can(split: list[int], near: list[int]) -> None:
+    shims.import_megatron()
+    with pytest.raises(LayoutError, match=f"{re.escape(str(split))}: megatron-core .*use layout.split={re.escape(str(near))} or") as caught:
+        uneven_stages(split, Old)
+    assert shims.megatron_version() in str(caught.value)
+    assert sum(near) == sum(split) and uneven_stages(near, Old), "what is offered is taken"
+
+
+def build_uneven(folder: str, layout: Layout) -> str:
+    """On a rank: the name of what a model with this split ends in."""
+    try:
+        with opened(folder, layout) as model:
+            return str(len(model.module.decoder.layers))
+    except LayoutError as err:
+        return str(err)
+
+
+def test_a_split_of_four_unlike_stages_is_built_or_refused_on_all_ranks(tmp_path: Path) -> None:
+    write_folder(tmp_path, {**QWEN3, "num_hidden_layers": 7})
+    shims.import_megatron()
+    answers = fresh(4, build_uneven, str(tmp_path), Layout(pipeline=4, split=(2, 3, 1, 1)))
+    if shims.within(shims.megatron_version(), ">=0.12,<0.13"):
+        assert len(set(answers)) == 1 and "use layout.split=" in answers[0]
+    else:
+        assert answers == ["2", "3", "1", "1"]
 
 
 @pytest.mark.parametrize(("tensor", "head_multiple"), [(1, 1), (3, 1), (2, 4), (4, 4)])
