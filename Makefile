@@ -6,11 +6,14 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 INSTALLED := $(VENV)/.installed
 PINNED := $(VENV)/.pinned
 CSRC := $(shell find csrc -type f 2>/dev/null)
+MEGATRON_OLD := 0.12.1
+OLD := $(VENV)/megatron-0.12
+RANKS := tests/ranks
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv check test demo demo-tiny clean
+.PHONY: venv check test test-megatron-0.12 demo demo-tiny clean
 
 venv: $(INSTALLED)
 
@@ -32,6 +35,25 @@ check: venv
 
 test: venv
 	$(BIN)/python -m pytest -q
+
+# the oldest megatron-core that is supported (MindSpeed pins it), beside the environment and found before it: what depends on the version
+test-megatron-0.12: $(OLD)/.$(MEGATRON_OLD)
+	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import megatron.core as m; assert m.__version__ == "$(MEGATRON_OLD)", m.__file__'
+	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -m pytest -q $(RANKS)/test_shims.py $(RANKS)/test_zero1.py \
+		$(RANKS)/test_golden.py \
+		$(RANKS)/test_model_parity.py \
+		$(RANKS)/test_training_layouts.py::test_bf16_with_fp32_main_weights \
+		$(RANKS)/test_training_layouts.py::test_ten_steps_are_those_of_one_process \
+		$(RANKS)/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit \
+		$(RANKS)/test_resume.py::test_a_checkpoint_goes_on_on_any_layout \
+		$(RANKS)/test_resume.py::test_without_zero1_too \
+		$(RANKS)/test_torch_dist.py::test_the_reader_reads_what_megatron_saves \
+		$(RANKS)/test_torch_dist.py::test_megatron_loads_what_the_writer_writes
+
+$(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
+	rm -rf $(OLD)
+	$(PIP) install --no-deps --target $(OLD) megatron-core==$(MEGATRON_OLD)
+	@touch $@
 
 demo: venv
 	$(BIN)/megatron-replay demo
