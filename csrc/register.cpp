@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/optimizer.h"
+#include "cpu/restricted.h"
 
 TORCH_LIBRARY_FRAGMENT(megatron_replay, library) {
   library.def("optimizer_sums(Tensor[] grads, Tensor?[] momenta) -> Tensor");
@@ -15,6 +16,12 @@ TORCH_LIBRARY_FRAGMENT(megatron_replay, library) {
 TORCH_LIBRARY_IMPL(megatron_replay, CPU, library) {
   library.impl("optimizer_sums", &megatron_replay::optimizer_sums);
   library.impl("adam_update", &megatron_replay::adam_update);
+  // megatron_replay/ops/library.py defines these
+  library.impl("restricted_fwd", &megatron_replay::restricted_fwd);
+  library.impl("restricted_bwd_dh", &megatron_replay::restricted_bwd_dh);
+  library.impl("restricted_bwd_dw", &megatron_replay::restricted_bwd_dw);
+  library.impl("restricted_bwd_rows", &megatron_replay::restricted_bwd_rows);
+  library.impl("topk_rows", &megatron_replay::topk_rows);
 }
 
 namespace {

@@ -21,13 +21,22 @@ bool use_isa(const std::string& name);
 
 }  // namespace megatron_replay
 
+// PER_WIDTH is the same for a body that is a template over the bytes of a vector.
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define PER_WIDTH(name, parameters, arguments)                                                                                        \
+  static void name##_baseline parameters { name##_body<16> arguments; }                                                                \
+  __attribute__((target("avx2"))) static void name##_avx2 parameters { name##_body<32> arguments; }                                    \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) static void name##_avx512 parameters { name##_body<64> arguments; }     \
+  static void(*const name[]) parameters = {name##_baseline, name##_avx2, name##_avx512}
 #define PER_ISA(name, parameters, arguments)                                                                                 \
   static void name##_baseline parameters { name##_body arguments; }                                                           \
   __attribute__((target("avx2"))) static void name##_avx2 parameters { name##_body arguments; }                               \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) static void name##_avx512 parameters { name##_body arguments; } \
   static void(*const name[]) parameters = {name##_baseline, name##_avx2, name##_avx512}
 #else
+#define PER_WIDTH(name, parameters, arguments)                          \
+  static void name##_baseline parameters { name##_body<16> arguments; } \
+  static void(*const name[]) parameters = {name##_baseline, name##_baseline, name##_baseline}
 #define PER_ISA(name, parameters, arguments)                        \
   static void name##_baseline parameters { name##_body arguments; } \
   static void(*const name[]) parameters = {name##_baseline, name##_baseline, name##_baseline}

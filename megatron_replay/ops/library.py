@@ -23,9 +23,10 @@ from megatron_replay.ops.shard import accumulator
 NAMESPACE = "megatron_replay"
 
 SCHEMAS = {
-    "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold) -> (Tensor, Tensor)",
-    "restricted_bwd_dh": "(Tensor weight, Tensor offsets, Tensor columns, Tensor coefficient) -> Tensor",
+    "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix) -> (Tensor, Tensor, Tensor)",
+    "restricted_bwd_dh": "(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale) -> ()",
     "restricted_bwd_dw": "(Tensor hidden, Tensor offsets, Tensor columns, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
+    "restricted_bwd_rows": "(Tensor hidden, Tensor offsets, Tensor columns, Tensor coefficient, int vocab) -> (Tensor, Tensor)",
     "topk_rows": "(Tensor logits, int k) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -36,9 +37,10 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
 class Kernels:
     """The operators to call: compiled where a kernel is registered for the tensors' device, or always plain torch."""
 
-    restricted_fwd: Callable[..., tuple[Tensor, Tensor]]
-    restricted_bwd_dh: Callable[..., Tensor]
+    restricted_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    restricted_bwd_dh: Callable[..., None]
     restricted_bwd_dw: Callable[..., None]
+    restricted_bwd_rows: Callable[..., tuple[Tensor, Tensor]]
     topk_rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -64,17 +66,22 @@ def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
     return {name: answer(name) for name in SCHEMAS}
 
 
-def _fake_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool) -> tuple[Tensor, Tensor, Tensor]:
     z = hidden.new_empty(columns.shape[0], dtype=accumulator(hidden.dtype))
-    return z, z.new_empty(3, gold.shape[0])
+    return z, z.new_empty(3, gold.shape[0]), z.new_empty(gold.shape[0] if mix else 0, hidden.shape[1])
 
 
-def _fake_dh(weight: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> Tensor:
-    return coefficient.new_empty(offsets.shape[0] - 1, weight.shape[1])
+def _fake_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
+    return None
 
 
 def _fake_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
     return None
+
+
+def _fake_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    num = torch.library.get_ctx().new_dynamic_size()
+    return columns.new_empty(num, dtype=torch.int64), coefficient.new_empty(num, hidden.shape[1])
 
 
 def _fake_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +97,7 @@ def _register() -> Any:
         "restricted_fwd": _fake_fwd,
         "restricted_bwd_dh": _fake_dh,
         "restricted_bwd_dw": _fake_dw,
+        "restricted_bwd_rows": _fake_rows,
         "topk_rows": _fake_topk,
     }
     for name, schema in SCHEMAS.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -27,6 +28,7 @@ def restricted_linear_cross_entropy(
     shard: VocabShard | None = None,
     *,
     main_grad: Tensor | None = None,
+    sparse: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
     """The restricted loss of each position, [N], without ever building [N, V] logits; differentiable in `hidden` and `weight`.
@@ -40,6 +42,7 @@ def restricted_linear_cross_entropy(
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
         sets: N candidate sets, the same on every rank.
         main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for `weight`.
+        sparse: return the weight's gradient as a sparse tensor of its touched rows, as torch.nn.Embedding(sparse=True) does.
         kernels: "auto" or "reference".
 
     Raises:
@@ -48,7 +51,7 @@ def restricted_linear_cross_entropy(
     """
     shard = shard_of(weight.shape[0], shard)
     sets = _matched(sets, hidden)
-    loss: Tensor = _RestrictedLinear.apply(hidden, weight, sets.local(shard), shard, main_grad, choose(kernels))
+    loss: Tensor = _RestrictedLinear.apply(hidden, weight, sets.local(shard), shard, main_grad, sparse, choose(kernels))
     return loss
 
 
@@ -63,28 +66,46 @@ def restricted_cross_entropy(logits: Tensor, sets: CandidateSets, shard: VocabSh
 class _RestrictedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, here: LocalSets, shard: VocabShard, main_grad: Tensor | None, ops: Kernels
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        here: LocalSets,
+        shard: VocabShard,
+        main_grad: Tensor | None,
+        sparse: bool,
+        ops: Kernels,
     ) -> Tensor:
-        z, stats = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold)
+        z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0])
         loss, peak, total = _combine(stats, shard)
-        ctx.save_for_backward(hidden, weight, here.offsets, here.columns, here.gold, z, peak, total)
-        ctx.ops, ctx.main_grad = ops, main_grad
+        ctx.save_for_backward(hidden, weight, here.offsets, here.columns, here.gold, z, stats[0], peak, total)
+        ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = ops, main_grad, sparse, mixture
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, offsets, columns, gold, z, peak, total = ctx.saved_tensors
-        coefficient = _coefficient(z, offsets, gold, peak, total, grad)
+        hidden, weight, offsets, columns, gold, z, top, peak, total = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = ctx.ops.restricted_bwd_dh(weight, offsets, columns, coefficient).to(hidden.dtype)
-        if ctx.main_grad is not None:
-            ctx.ops.restricted_bwd_dw(hidden, offsets, columns, coefficient, ctx.main_grad)
-        elif ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-            ctx.ops.restricted_bwd_dw(hidden, offsets, columns, coefficient, grad_weight)
-        return grad_hidden, grad_weight, None, None, None, None
+            mixture, ctx.mixture = ctx.mixture, None  # becomes the gradient in place
+            if mixture is None:  # backward came before, through a retained graph
+                mixture = ctx.ops.restricted_fwd(hidden, weight, offsets, columns, gold, True)[2]
+            scale = torch.stack([(top - peak).exp_().mul_(grad).div_(total), grad])
+            ctx.ops.restricted_bwd_dh(mixture, weight, columns, gold, scale)
+            grad_hidden = mixture.to(hidden.dtype)
+        if ctx.main_grad is not None or ctx.needs_input_grad[1]:
+            entries = (hidden, offsets, columns, _coefficient(z, offsets, gold, peak, total, grad))
+            if ctx.main_grad is not None:
+                ctx.ops.restricted_bwd_dw(*entries, ctx.main_grad)
+            elif ctx.sparse:
+                rows, values = ctx.ops.restricted_bwd_rows(*entries, weight.shape[0])
+                grad_weight = torch.sparse_coo_tensor(
+                    rows[None], values.to(weight.dtype), weight.shape, is_coalesced=True, check_invariants=False
+                )
+            else:
+                grad_weight = _zeros_like(weight)
+                ctx.ops.restricted_bwd_dw(*entries, grad_weight)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class _RestrictedLogits(torch.autograd.Function):
@@ -121,6 +142,16 @@ def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: 
     out = (z - peak[rows]).exp_().div_(total[rows])
     out[gold[gold >= 0]] -= 1
     return out.mul_(grad[rows])
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    """Zeros for a gradient of which few rows will be written. On the CPU, memory that the system has cleared but not yet handed out."""
+    if weight.device.type != "cpu":
+        return torch.zeros_like(weight)
+    size = weight.numel() * weight.element_size()
+    flat = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    start = -flat.data_ptr() % 64
+    return flat[start : start + size].view(weight.dtype).view(weight.shape)
 
 
 def _matched(sets: CandidateSets, rows: Tensor) -> CandidateSets:

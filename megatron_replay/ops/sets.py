@@ -23,8 +23,6 @@ class LocalSets:
     """[m] int32: row of this rank's weight."""
     gold: Tensor
     """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
-    index: Tensor
-    """[m] int64: where in the whole table each column comes from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +130,16 @@ class CandidateSets:
 
         Raises DataError for an id outside a shard that is the whole vocabulary.
         """
-        mine = (self.ids >= shard.start) & (self.ids < shard.stop)
-        index = mine.nonzero()[:, 0]
-        if shard.is_whole and index.shape[0] != self.ids.shape[0]:
+        columns = self.ids - shard.start
+        mine = (columns >= 0) & (columns < shard.size)
+        at = self.offsets[:-1] + self.gold_slot
+        if bool(mine.all()):
+            return LocalSets(self.offsets, columns, at)
+        if shard.is_whole:
             bad = int(self.ids[~mine][0])
             raise DataError(f"candidate id {bad} lies outside the vocabulary rows {shard.start}..{shard.stop} of the model")
         before = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.cumsum(0)])
-        at = self.offsets[:-1] + self.gold_slot
-        gold = torch.where(mine[at], before[at], -1)
-        return LocalSets(before[self.offsets], self.ids[index] - shard.start, gold, index)
+        return LocalSets(before[self.offsets], columns[mine], torch.where(mine[at], before[at], -1))
 
 
 def _refuse(bad: Tensor, message: str) -> None:

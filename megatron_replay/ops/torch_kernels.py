@@ -1,10 +1,12 @@
 """The operators in plain torch: right on every device, and what a compiled kernel must equal.
 
 N positions, H hidden, V vocabulary rows here, m candidate ids here. Ragged tables are `offsets [N+1] int64`, `columns [m] int32`.
-The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two sparse products backward.
+The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two sparse products for the gradients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,26 +27,30 @@ _ROWS = 32
 _LSE_ROWS = 2  # float64 copies of two rows of 50k to 150k columns stay in a core's cache
 
 
-def restricted_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the candidates here, z [m], and their (max, sum exp(z - max), gold logit) per position, stats [3, N].
+def restricted_fwd(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the candidates here, z [m]; (max, sum exp(z - max), gold logit) per position, stats [3, N]; and their mixture.
 
     hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1. A position without candidates here has (-3e38, 0, 0).
+    The mixture is sum over the candidates j of t of exp(z_tj - max_t) W[j], [N, H] in z's dtype, which `restricted_bwd_dh` makes the
+    gradient of `hidden`: a kernel has each row of the weight at hand once, here. [0, H] without `mix`.
     """
     z = sampled_product(hidden, weight, offsets, columns)
-    return z, set_stats(z, offsets, gold)
+    stats = set_stats(z, offsets, gold)
+    if not mix:
+        return z, stats, z.new_empty(0, hidden.shape[1])
+    share = (z - stats[0][row_of(offsets, z.shape[0])]).exp_()
+    return z, stats, weighted_rows(weight, offsets, columns, share)
 
 
-def restricted_bwd_dh(weight: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> Tensor:
-    """dH[t] = sum over the candidates j of t of coefficient_tj W[j], [N, H] in the coefficient's dtype."""
-    if _has_bag(weight):
-        return embedding_bag(
-            columns, weight, offsets.to(columns.dtype), mode="sum", per_sample_weights=coefficient, include_last_offset=True
-        )
-    rows = row_of(offsets, columns.shape[0])
-    out = coefficient.new_zeros(offsets.shape[0] - 1, weight.shape[1])
-    for part in _parts(columns.shape[0], 2 * weight.shape[1] * coefficient.element_size()):
-        out.index_add_(0, rows[part], weight[columns[part]].to(out.dtype) * coefficient[part, None])
-    return out
+def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
+    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here; scale [2, N]."""
+    mixture.mul_(scale[0][:, None])
+    rows = (gold >= 0).nonzero()[:, 0]
+    for part in _parts(rows.shape[0], 2 * weight.shape[1] * mixture.element_size()):
+        some = rows[part]
+        mixture.index_add_(0, some, weight[columns[gold[some]]].to(mixture.dtype).mul_(-scale[1][some, None]))
 
 
 def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
@@ -52,15 +58,42 @@ def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coeffici
 
     The order of the sum is that of the positions, whatever the number of threads.
     """
+    touched, parts = _by_column(hidden, offsets, columns, coefficient)
+    for part, rows in parts:
+        grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
+
+
+def restricted_bwd_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """The same gradient of a weight of `vocab` rows as its touched rows: ([U] int64 ascending, [U, H] in the coefficient's dtype)."""
+    touched, parts = _by_column(hidden, offsets, columns, coefficient)
+    return touched.long(), torch.cat([coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in parts)])
+
+
+def _by_column(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+    """The columns that occur, ascending, and the weight gradient's rows of them, a part at a time."""
     order = torch.sort(columns, stable=True).indices
     touched, counts = torch.unique_consecutive(columns[order], return_counts=True)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    tokens, coefficient, source = row_of(offsets, columns.shape[0])[order], coefficient[order], hidden.to(coefficient.dtype)
-    for part in _parts(touched.shape[0], 2 * hidden.shape[1] * coefficient.element_size()):
-        first, last = int(ends[part.start]), int(ends[part.stop])
-        starts = ends[part.start : part.stop] - first
-        rows = embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=coefficient[first:last])
-        grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
+    tokens, factors, source = row_of(offsets, columns.shape[0])[order], coefficient[order], hidden.to(coefficient.dtype)
+
+    def parts() -> Iterator[tuple[slice, Tensor]]:
+        for part in _parts(touched.shape[0], 2 * hidden.shape[1] * coefficient.element_size()):
+            first, last = int(ends[part.start]), int(ends[part.stop])
+            starts = ends[part.start : part.stop] - first
+            yield part, embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=factors[first:last])
+
+    return touched, parts()
+
+
+def weighted_rows(weight: Tensor, offsets: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
+    """sum over the candidates j of t of factor_tj W[j], [N, H] in the factor's dtype."""
+    if _has_bag(weight):
+        return embedding_bag(columns, weight, offsets.to(columns.dtype), mode="sum", per_sample_weights=factor, include_last_offset=True)
+    rows = row_of(offsets, columns.shape[0])
+    out = factor.new_zeros(offsets.shape[0] - 1, weight.shape[1])
+    for part in _parts(columns.shape[0], 2 * weight.shape[1] * factor.element_size()):
+        out.index_add_(0, rows[part], weight[columns[part]].to(out.dtype) * factor[part, None])
+    return out
 
 
 def sampled_product(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:

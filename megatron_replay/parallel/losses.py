@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
@@ -30,9 +31,23 @@ def restricted_task(model: Model, kernels: str = "auto") -> TaskOf:
     shard = vocab_shard(model)
 
     def task_of(batch: MicroBatch) -> Task:
-        return lambda hidden, weight: restricted_linear_cross_entropy(hidden, weight, batch.notes["sets"], shard, kernels=kernels)
+        def task(hidden: Tensor, weight: Tensor) -> Tensor:
+            return restricted_linear_cross_entropy(
+                hidden, weight, batch.notes["sets"], shard, main_grad=_main_grad(weight), kernels=kernels
+            )
+
+        return task
 
     return task_of
+
+
+def _main_grad(weight: Tensor) -> Tensor | None:
+    """Where megatron accumulates the gradient of a weight that is trained, over the micro-batches of a step.
+
+    The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight. megatron's hook
+    finds no `weight.grad`, or that of a tied embedding alone, and adds nothing twice.
+    """
+    return getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
 
 
 def full_task(model: Model, vocab_size: int) -> TaskOf:

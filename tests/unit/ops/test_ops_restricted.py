@@ -88,11 +88,12 @@ def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_a_rank_without_a_candidate_adds_nothing() -> None:
     hidden, weight, sets = problem(3, 12, 4)
     here = sets.local(VocabShard(12, 12, group=object()))  # type: ignore[arg-type]
-    z, stats = torch_kernels.restricted_fwd(hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold)
+    z, stats, mixture = torch_kernels.restricted_fwd(hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold, True)
     assert z.shape == (0,)
+    assert mixture.shape == (3, 4) and not mixture.any()
     assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
     some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(VocabShard(0, 4, group=object()))  # type: ignore[arg-type]
-    _, stats = torch_kernels.restricted_fwd(hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold)
+    _, stats, _ = torch_kernels.restricted_fwd(hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False)
     assert stats[:, 1].tolist() == [-3e38, 0.0, 0.0]
     assert stats[1, 0] >= 1
     assert stats.isfinite().all()
@@ -140,6 +141,22 @@ def test_the_weight_gradient_can_go_into_the_main_gradient() -> None:
     torch.testing.assert_close(main - 1, wanted.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_weight_gradient_can_be_its_touched_rows() -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    (wanted,) = torch.autograd.grad(restricted_linear_cross_entropy(hidden, weight, sets).sum(), weight)
+    (rows,) = torch.autograd.grad(restricted_linear_cross_entropy(hidden, weight, sets, sparse=True).sum(), weight)
+    assert rows.is_sparse and rows.is_coalesced()
+    assert rows.indices()[0].tolist() == sorted(set(sets.ids.tolist()))
+    assert torch.equal(rows.to_dense(), wanted)
+
+
+def test_backward_may_run_again_over_a_retained_graph() -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    loss = restricted_linear_cross_entropy(hidden, weight, sets).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight))))
+
+
 def test_a_frozen_weight_or_hidden_needs_no_gradient() -> None:
     hidden, weight, sets = problem(3, 20, 4)
     restricted_linear_cross_entropy(hidden, weight.detach(), sets).sum().backward()
@@ -177,11 +194,13 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
     hidden, weight, sets = problem(5, 40, 6)
     hidden, weight, here = hidden.detach().to(dtype), weight.detach().to(dtype), sets.local(VocabShard(0, 40))
     ops = torch.ops.megatron_replay
-    z, _ = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold)
+    z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)
     for op, args in (
-        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold)),
-        (ops.restricted_bwd_dh, (weight, here.offsets, here.columns, z)),
+        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, True)),
+        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, False)),
+        (ops.restricted_bwd_dh, (mixture, weight, here.columns, here.gold, stats[:2].contiguous())),
         (ops.restricted_bwd_dw, (hidden, here.offsets, here.columns, z, torch.zeros_like(weight))),
+        (ops.restricted_bwd_rows, (hidden, here.offsets, here.columns, z, 40)),
         (ops.topk_rows, (hidden @ weight.t(), 7)),
     ):
         torch.library.opcheck(op.default, args)

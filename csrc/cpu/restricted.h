@@ -1,0 +1,24 @@
+// The operators of the restricted loss and of the selection; megatron_replay/ops/torch_kernels.py says what they mean.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace megatron_replay {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& offsets,
+                                                              const at::Tensor& columns, const at::Tensor& gold, bool mix);
+
+void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::Tensor& columns, const at::Tensor& gold,
+                       const at::Tensor& scale);
+
+void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& coefficient,
+                       at::Tensor grad_weight);
+
+std::tuple<at::Tensor, at::Tensor> restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns,
+                                                       const at::Tensor& coefficient, int64_t vocab);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t k);
+
+}  // namespace megatron_replay
