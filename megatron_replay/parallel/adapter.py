@@ -10,6 +10,7 @@ T tokens in the flat micro-batch (T / tensor ranks here under sequence paralleli
 
 from __future__ import annotations
 
+import inspect
 from functools import reduce
 from typing import Any
 
@@ -121,7 +122,8 @@ def _sharded(linear: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[s
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     state = linear.state_dict(prefix="", keep_vars=True)
-    groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+    told = "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters  # older versions know their groups
+    groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]} if told else {}
     found = make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
     if linear.halves:  # the weight's own halves are megatron's affair
         found[prefix + B] = apply_swiglu_sharded_factory(found[prefix + B], offsets)

@@ -219,6 +219,18 @@ def _no_fp8() -> None:
     module.quantize_param_shard = if_any
 
 
+def _frozen_embedding() -> None:
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    plain, inside = module._allreduce_word_embedding_grads, module.get_attr_wrapped_model
+
+    def unless_frozen(model: Any, *args: Any, **kwargs: Any) -> None:
+        weight = inside(model[0], "shared_embedding_or_output_weight")()
+        if weight is None or weight.requires_grad:
+            plain(model, *args, **kwargs)
+
+    module._allreduce_word_embedding_grads = unless_frozen
+
+
 _ALL = ">=0.12,<0.17"
 _COMMON_SHIMS = [
     Shim(
@@ -249,6 +261,13 @@ _COMMON_SHIMS = [
         "it writes by a private function of torch, which since torch 2.7 must be told the format",
         ">=0.12,<0.13",
         _write_format,
+    ),
+    Shim(
+        "frozen_embedding",
+        "distributed/finalize_model_grads.py",
+        "the gradient of an embedding tied to the head of another stage is reduced, though beside an adapter it is frozen and has none",
+        ">=0.12,<0.13",
+        _frozen_embedding,
     ),
     Shim(
         "no_fp8",

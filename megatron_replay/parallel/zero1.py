@@ -48,8 +48,9 @@ def load_state(outer: Any, state: Any) -> None:
 def in_order(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved parameter groups in the order of this rank's.
 
-    megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number, so that what the first stage
-    saved, which begins with a matrix, would give a later stage's norms a weight decay and take it from its matrices.
+    megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number: what the first stage saved,
+    which begins with a matrix, goes to a later stage's norms. All that differs between our groups is wd_mult, which nothing reads, so this
+    is here for the day when one gets settings of its own.
     """
     known = {_identity(group): group for group in saved}
     ordered = []

@@ -22,6 +22,7 @@ from pool import fresh
 
 from megatron_replay.config import Layout
 from megatron_replay.device import CPU
+from megatron_replay.models.weights import EMBEDDING
 from megatron_replay.parallel import checkpoint, shims, world
 from megatron_replay.parallel.trainer import make_trainer
 
@@ -38,6 +39,7 @@ NEEDED: dict[str, tuple[dict[str, Any], bool, str]] = {
     "results_queue": ({}, True, "a process was left behind"),
     "save_here": ({}, True, "results_queue should not be empty"),
     "write_format": ({}, True, "missing 1 required positional argument: 'serialization_format'"),
+    "frozen_embedding": (FOUR, False, "Expected parameter `tensor` of type torch.Tensor"),
     "no_fp8": ({"replicas": 2}, False, "Invalid Transformer Engine version for FP8 distributed optimizer"),
 }
 """Shim -> layout of the job, whether it saves and loads, and what goes wrong without the shim."""
@@ -59,6 +61,8 @@ def attempt(job: Job, without: str, saved: str) -> Outcome:
     """On a rank: the job with one shim missing; saved: then save into this folder, and load into a new trainer."""
     shims.install(CPU, skip={without})
     with opened(job.folder, job.layout) as model:
+        if without == "frozen_embedding":
+            model.freeze([EMBEDDING])
         trainer = make_trainer(model, job.optimizer)
         outcome = advance(job, trainer)
         if saved:
@@ -151,9 +155,10 @@ def test_the_table_is_complete() -> None:
     catalog = shims.catalog(CPU)
     assert {shim.name for shim in catalog} == NEEDED.keys() and len(catalog) == len(NEEDED)
     assert all(shim.where and shim.why for shim in catalog)
-    only_old = {"0.12.1": {"save_here", "write_format", "no_fp8"}, "0.13.1": {"save_here"}, "0.14.0": {"save_here"}, "0.15.3": set()}
+    only_old: dict[str, set[str]] = {"0.12.1": {"save_here", "write_format", "frozen_embedding", "no_fp8"}}
+    only_old |= {"0.13.1": {"save_here"}, "0.14.0": {"save_here"}, "0.15.3": set(), "0.16.1": set()}
     always = NEEDED.keys() - only_old["0.12.1"]
-    for version, added in [*only_old.items(), ("0.16.1", set())]:
+    for version, added in only_old.items():
         assert {shim.name for shim in shims.table(CPU, version)} == always | added, version
     assert not shims.table(CPU, "0.17.0") and not shims.table(CPU, "0.11.0")
 
@@ -176,6 +181,7 @@ changed = [key for key, value in before.items() if after.get(key) != value]
 assert not changed, f"changed by importing: {changed}"
 assert not any(name.split(".")[0] in ("megatron", "torch_npu") for name in sys.modules), "megatron was imported before its shims"
 from megatron_replay.device import CPU
+from megatron_replay.models.weights import EMBEDDING
 from megatron_replay.parallel import shims
 shims.install(CPU)
 now = seen()
