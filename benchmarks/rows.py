@@ -1,0 +1,107 @@
+"""What the benchmarks of operators share: synthetic logits, interleaved rounds, memory, and rows of a table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+
+
+def language_logits(num: int, vocab: int, *, sigma: float = 2.5, exponent: float = 1.05, rank: int = 64, seed: int = 0) -> Iterator[Tensor]:
+    """Logits of a log-bilinear language model, 128 rows at a time: Zipf's law over shuffled ids, and a direction of each document and
+    position that lifts some of them; rows differ in sharpness. sigma and exponent give sets like those of real text."""
+    gen = torch.Generator().manual_seed(seed)
+    base = -exponent * (torch.arange(vocab) + 2.7).log()[torch.randperm(vocab, generator=gen)]
+    embedding = torch.randn(vocab, rank, generator=gen)
+    context = torch.randn(rank, generator=gen) / math.sqrt(rank)
+    for start in range(0, num, 128):
+        if start % 256 == 0:
+            topic = torch.randn(rank, generator=gen) / math.sqrt(rank)
+        rows = []
+        for _ in range(min(128, num - start)):
+            context = 0.6 * context + 0.8 * torch.randn(rank, generator=gen) / math.sqrt(rank)
+            rows.append(0.5 * topic + 0.87 * context)
+        sharpness = (0.35 * torch.randn(len(rows), 1, generator=gen)).exp()
+        yield (base + sigma * torch.stack(rows) @ embedding.t()) * sharpness
+
+
+def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int) -> dict[str, list[float]]:
+    """Seconds of each step in each of its rounds, the steps in turn; a first round does not count, and is left out for those that run once.
+
+    With one thread processor time counts, so that neighbours on the machine do not; with more the wall clock does.
+    """
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(max(rounds.values()) + 1):
+        for name, step in steps.items():
+            if turn > rounds[name] or (turn == 0 and rounds[name] == 1):
+                continue
+            start = clock()
+            step()
+            if turn:
+                found[name].append(clock() - start)
+    return found
+
+
+def temporary_bytes(step: Step) -> int:
+    """Peak resident memory of a step above what is held when it is over; only where freed memory is returned at once, see `frugal`."""
+    Path("/proc/self/clear_refs").write_text("5")
+    result = step()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    del result
+    return 1024 * (int(status["VmHWM"].split()[0]) - int(status["VmRSS"].split()[0]))
+
+
+def frugal(arguments: list[str]) -> str:
+    """The output of this program with other arguments, in a process whose allocator maps and returns every block of 64 KB or more."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    return {"min_ms": f"{min(seconds) * 1e3:.2f}", "median_ms": f"{statistics.median(seconds) * 1e3:.2f}", "rounds": len(seconds)}
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="of methods that take seconds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="these methods, beside ours")
+    parser.add_argument("--output", type=Path, help="append rows to this file; without it they are printed")
+    return parser
+
+
+def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    command = " ".join(["python benchmarks/run.py", table, *(a for a in sys.argv[1:] if a != "--output" and a != str(output))])
+    common = {"date": datetime.date.today().isoformat(), "commit": commit, "command": command, "machine": machine()}
+    new = output is None or not output.exists()
+    with output.open("a", newline="") if output else sys.stdout as file:
+        out = csv.DictWriter(file, [*common, *rows[0]], lineterminator="\n")
+        if new:
+            out.writeheader()
+        out.writerows({**common, **row} for row in rows)
+
+
+def machine() -> str:
+    """The processor's model and instruction set, as far as the kernel tells, and torch's version."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
