@@ -21,13 +21,13 @@ from megatron_replay.stages.picture import Bars, draw
 BEFORE = {
     "text": {"perplexity": 42.7},
     "targets": {"nll": 2.32},
-    "nl2sql": {"execution": [0.0, 0.0, 0.09], "exact": [0.0, 0.0, 0.09]},
+    "nl2sql": {"execution": {"value": 0.0, "low": 0.0, "high": 0.09}, "exact": {"value": 0.0, "low": 0.0, "high": 0.09}},
     "base": {"relative_l2": 0.0},
 }
 AFTER = {
     "text": {"perplexity": 44.1},
     "targets": {"nll": 0.41},
-    "nl2sql": {"execution": [0.35, 0.2, 0.5], "exact": [0.3, 0.2, 0.45]},
+    "nl2sql": {"execution": {"value": 0.35, "low": 0.2, "high": 0.5}, "exact": {"value": 0.3, "low": 0.2, "high": 0.45}},
     "base": {"relative_l2": 0.0123},
 }
 
