@@ -24,7 +24,11 @@ COMMON = "common.pt"
 
 
 class Placeholder:
-    """Stands for the two empty classes that megatron-core 0.15 put into its metadata."""
+    """Stands for the plan that megatron-core 0.15 put into its metadata."""
+
+
+class MegatronMetadata(Metadata):
+    """Stands for the metadata of megatron-core 0.15: torch's, and fields of its own that nothing here reads."""
 
 
 _CLASSES: tuple[Any, ...] = (
@@ -50,7 +54,8 @@ _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(known.__module__, known.__name__): known for known in _CLASSES},
     **{(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")},
-    **{(_MEGATRON, name): Placeholder for name in ("MCoreMetadata", "MCoreSavePlan")},
+    (_MEGATRON, "MCoreMetadata"): MegatronMetadata,
+    (_MEGATRON, "MCoreSavePlan"): Placeholder,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import pickle
 import queue
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from pool import fresh
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, shard, weights
-from megatron_replay.parallel import torch_dist, world
+from megatron_replay.parallel import shims, torch_dist, world
 from megatron_replay.parallel.model import build
 
 CONFIG: dict[str, Any] = {
@@ -242,6 +243,18 @@ def test_truncated_description_is_told(broken: Path, name: str) -> None:
     for length in (0, 1, len(content) // 2, len(content) - 1):
         (broken / name).write_bytes(content[:length])
         refused(broken, name, "damaged")
+
+
+def test_metadata_of_megatron_0_15_is_read(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is a class of megatron's own, with a field more."""
+    shims.import_megatron()
+    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")
+    theirs = type("MCoreMetadata", (Metadata,), {"__module__": module.__name__})
+    monkeypatch.setattr(module, "MCoreMetadata", theirs, raising=False)
+    made = theirs(**vars(torch_dist.read_metadata(broken)))
+    made.mcore_data = {}
+    (broken / ".metadata").write_bytes(pickle.dumps(made))
+    read_all(broken)
 
 
 class Touches:
