@@ -21,22 +21,28 @@ bool use_isa(const std::string& name);
 
 }  // namespace megatron_replay
 
-// PER_WIDTH is the same for a body that is a template over the bytes of a vector.
+// PER_WIDTH(run, (class A), (A), (int n, A* x), (n, x)) does the same for a body that is a template over the bytes of a vector and over
+// types, run_body<kBytes, A>, and makes a table for each choice of types: run<float>[level](n, x).
+#define UNWRAP(...) __VA_ARGS__
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define PER_WIDTH(name, parameters, arguments)                                                                                        \
-  static void name##_baseline parameters { name##_body<16> arguments; }                                                                \
-  __attribute__((target("avx2"))) static void name##_avx2 parameters { name##_body<32> arguments; }                                    \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) static void name##_avx512 parameters { name##_body<64> arguments; }     \
-  static void(*const name[]) parameters = {name##_baseline, name##_avx2, name##_avx512}
-#define PER_ISA(name, parameters, arguments)                                                                                 \
-  static void name##_baseline parameters { name##_body arguments; }                                                           \
-  __attribute__((target("avx2"))) static void name##_avx2 parameters { name##_body arguments; }                               \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) static void name##_avx512 parameters { name##_body arguments; } \
+#define FOR_AVX2 __attribute__((target("avx2")))
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define PER_WIDTH(name, types, names, parameters, arguments)                                                                        \
+  template <UNWRAP types> static void name##_baseline parameters { name##_body<16, UNWRAP names> arguments; }                       \
+  template <UNWRAP types> FOR_AVX2 static void name##_avx2 parameters { name##_body<32, UNWRAP names> arguments; }                  \
+  template <UNWRAP types> FOR_AVX512 static void name##_avx512 parameters { name##_body<64, UNWRAP names> arguments; }              \
+  template <UNWRAP types> static void(*const name[]) parameters = {name##_baseline<UNWRAP names>, name##_avx2<UNWRAP names>,        \
+                                                                   name##_avx512<UNWRAP names>}
+#define PER_ISA(name, parameters, arguments)                                        \
+  static void name##_baseline parameters { name##_body arguments; }                 \
+  FOR_AVX2 static void name##_avx2 parameters { name##_body arguments; }            \
+  FOR_AVX512 static void name##_avx512 parameters { name##_body arguments; }        \
   static void(*const name[]) parameters = {name##_baseline, name##_avx2, name##_avx512}
 #else
-#define PER_WIDTH(name, parameters, arguments)                          \
-  static void name##_baseline parameters { name##_body<16> arguments; } \
-  static void(*const name[]) parameters = {name##_baseline, name##_baseline, name##_baseline}
+#define PER_WIDTH(name, types, names, parameters, arguments)                                                                        \
+  template <UNWRAP types> static void name##_baseline parameters { name##_body<16, UNWRAP names> arguments; }                       \
+  template <UNWRAP types> static void(*const name[]) parameters = {name##_baseline<UNWRAP names>, name##_baseline<UNWRAP names>,    \
+                                                                   name##_baseline<UNWRAP names>}
 #define PER_ISA(name, parameters, arguments)                        \
   static void name##_baseline parameters { name##_body arguments; } \
   static void(*const name[]) parameters = {name##_baseline, name##_baseline, name##_baseline}

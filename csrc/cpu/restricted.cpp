@@ -75,8 +75,8 @@ ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixtur
   so_far.started = true;
 }
 
-template <class A, int kBytes, class T>
-ALWAYS_INLINE void forward_positions(const Forward& f, int64_t first, int64_t last, A* h) {
+template <int kBytes, class A, class T>
+ALWAYS_INLINE void forward_body(const Forward& f, int64_t first, int64_t last, A* h) {
   for (int64_t t = first; t < last; ++t) {
     const T* hidden = static_cast<const T*>(f.hidden) + t * f.hidden_stride;
     for (int64_t k = 0; k < f.width; ++k) h[k] = load_one<A>(hidden + k);
@@ -95,21 +95,7 @@ ALWAYS_INLINE void forward_positions(const Forward& f, int64_t first, int64_t la
   }
 }
 
-template <int kBytes>
-ALWAYS_INLINE void forward32_body(const Forward& f, int64_t first, int64_t last, float* h) {
-  forward_positions<float, kBytes, float>(f, first, last, h);
-}
-template <int kBytes>
-ALWAYS_INLINE void forward16_body(const Forward& f, int64_t first, int64_t last, float* h) {
-  forward_positions<float, kBytes, uint16_t>(f, first, last, h);
-}
-template <int kBytes>
-ALWAYS_INLINE void forward64_body(const Forward& f, int64_t first, int64_t last, double* h) {
-  forward_positions<double, kBytes, double>(f, first, last, h);
-}
-PER_WIDTH(forward32, (const Forward& f, int64_t first, int64_t last, float* h), (f, first, last, h));
-PER_WIDTH(forward16, (const Forward& f, int64_t first, int64_t last, float* h), (f, first, last, h));
-PER_WIDTH(forward64, (const Forward& f, int64_t first, int64_t last, double* h), (f, first, last, h));
+PER_WIDTH(forward, (class A, class T), (A, T), (const Forward& f, int64_t first, int64_t last, A* h), (f, first, last, h));
 
 // The entries of a ragged table by column: column touched[u] has the entries begins[u] .. begins[u + 1], in the order of the positions.
 template <class A>
@@ -186,8 +172,8 @@ ALWAYS_INLINE void add_low(uint16_t* out, const float* sum, int64_t width) {
   }
 }
 
-template <class A, int kBytes, class T>
-ALWAYS_INLINE void gradient_columns(const Gradient& g, int64_t first, int64_t last, A* sum) {
+template <int kBytes, class A, class T>
+ALWAYS_INLINE void gradient_body(const Gradient& g, int64_t first, int64_t last, A* sum) {
   for (int64_t u = first; u < last; ++u) {
     const int64_t row = (g.compact ? u : g.touched[u]) * g.out_stride;
     A* out = static_cast<A*>(g.out) + row;
@@ -220,34 +206,14 @@ ALWAYS_INLINE void gradient_columns(const Gradient& g, int64_t first, int64_t la
   }
 }
 
-template <int kBytes>
-ALWAYS_INLINE void gradient32_body(const Gradient& g, int64_t first, int64_t last, float* sum) {
-  gradient_columns<float, kBytes, float>(g, first, last, sum);
-}
-template <int kBytes>
-ALWAYS_INLINE void gradient16_body(const Gradient& g, int64_t first, int64_t last, float* sum) {
-  gradient_columns<float, kBytes, uint16_t>(g, first, last, sum);
-}
-template <int kBytes>
-ALWAYS_INLINE void gradient64_body(const Gradient& g, int64_t first, int64_t last, double* sum) {
-  gradient_columns<double, kBytes, double>(g, first, last, sum);
-}
-PER_WIDTH(gradient32, (const Gradient& g, int64_t first, int64_t last, float* sum), (g, first, last, sum));
-PER_WIDTH(gradient16, (const Gradient& g, int64_t first, int64_t last, float* sum), (g, first, last, sum));
-PER_WIDTH(gradient64, (const Gradient& g, int64_t first, int64_t last, double* sum), (g, first, last, sum));
+PER_WIDTH(gradient, (class A, class T), (A, T), (const Gradient& g, int64_t first, int64_t last, A* sum), (g, first, last, sum));
 
 template <class A, class T>
 void run_forward(const Forward& f) {
   const int level = static_cast<int>(isa());
   for_each_share(f.positions, kPositions, [&](int64_t first, int64_t last) {
     std::vector<A> h(f.width);
-    if constexpr (std::is_same_v<A, double>) {
-      forward64[level](f, first, last, h.data());
-    } else if constexpr (std::is_same_v<T, float>) {
-      forward32[level](f, first, last, h.data());
-    } else {
-      forward16[level](f, first, last, h.data());
-    }
+    forward<A, T>[level](f, first, last, h.data());
   });
 }
 
@@ -256,13 +222,7 @@ void run_gradient(const Gradient& g) {
   const int level = static_cast<int>(isa());
   for_each_share(g.num, kColumns, [&](int64_t first, int64_t last) {
     std::vector<A> sum(g.width);
-    if constexpr (std::is_same_v<A, double>) {
-      gradient64[level](g, first, last, sum.data());
-    } else if constexpr (std::is_same_v<T, float>) {
-      gradient32[level](g, first, last, sum.data());
-    } else {
-      gradient16[level](g, first, last, sum.data());
-    }
+    gradient<A, T>[level](g, first, last, sum.data());
   });
 }
 

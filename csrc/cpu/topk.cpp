@@ -102,8 +102,8 @@ struct Top {
   double* lse;
 };
 
-template <class A, int kBytes>
-ALWAYS_INLINE void maxima(const A* row, int64_t blocks, A* tops, A& top, bool& usable) {
+template <int kBytes, class A>
+ALWAYS_INLINE void maxima_body(const A* row, int64_t blocks, A* tops, A& top, bool& usable) {
   Vector<A, kBytes> check = {};
   for (int64_t b = 0; b < blocks; ++b) {
     tops[b] = largest<A, kBytes>(row + b * kBlockWidth, check);
@@ -117,33 +117,15 @@ ALWAYS_INLINE void maxima(const A* row, int64_t blocks, A* tops, A& top, bool& u
   for (int64_t i = 0; i < blocks * kBlockWidth; ++i) usable &= row[i] < std::numeric_limits<A>::infinity();
 }
 
-template <class A, int kBytes>
-ALWAYS_INLINE void total(const A* row, int64_t blocks, const A* tops, double top, double* sums) {
+template <int kBytes, class A>
+ALWAYS_INLINE void total_body(const A* row, int64_t blocks, const A* tops, double top, double* sums) {
   for (int64_t b = 0; b < blocks; ++b) {
     if (static_cast<double>(tops[b]) - top >= kNothing) add_block<A, kBytes>(row + b * kBlockWidth, top, sums);
   }
 }
 
-template <int kBytes>
-ALWAYS_INLINE void maxima32_body(const float* row, int64_t blocks, float* tops, float& top, bool& usable) {
-  maxima<float, kBytes>(row, blocks, tops, top, usable);
-}
-template <int kBytes>
-ALWAYS_INLINE void maxima64_body(const double* row, int64_t blocks, double* tops, double& top, bool& usable) {
-  maxima<double, kBytes>(row, blocks, tops, top, usable);
-}
-template <int kBytes>
-ALWAYS_INLINE void total32_body(const float* row, int64_t blocks, const float* tops, double top, double* sums) {
-  total<float, kBytes>(row, blocks, tops, top, sums);
-}
-template <int kBytes>
-ALWAYS_INLINE void total64_body(const double* row, int64_t blocks, const double* tops, double top, double* sums) {
-  total<double, kBytes>(row, blocks, tops, top, sums);
-}
-PER_WIDTH(maxima32, (const float* row, int64_t blocks, float* tops, float& top, bool& usable), (row, blocks, tops, top, usable));
-PER_WIDTH(maxima64, (const double* row, int64_t blocks, double* tops, double& top, bool& usable), (row, blocks, tops, top, usable));
-PER_WIDTH(total32, (const float* row, int64_t blocks, const float* tops, double top, double* sums), (row, blocks, tops, top, sums));
-PER_WIDTH(total64, (const double* row, int64_t blocks, const double* tops, double top, double* sums), (row, blocks, tops, top, sums));
+PER_WIDTH(maxima, (class A), (A), (const A* row, int64_t blocks, A* tops, A& top, bool& usable), (row, blocks, tops, top, usable));
+PER_WIDTH(total, (class A), (A), (const A* row, int64_t blocks, const A* tops, double top, double* sums), (row, blocks, tops, top, sums));
 
 // The columns of the first k blocks that are not below the least of their maxima.
 template <class A>
@@ -193,15 +175,9 @@ void select_row(const T* x, int64_t width, int64_t k, Scratch<A>& s, const Top<A
   A top = -std::numeric_limits<A>::infinity();
   bool usable = true;
   double sums[8] = {};
-  if constexpr (std::is_same_v<A, double>) {
-    maxima64[level](row, width / kBlockWidth, s.tops.data(), top, usable);
-    last_block(row, width, s.tops.data(), top, usable);
-    if (usable) total64[level](row, blocks, s.tops.data(), top, sums);
-  } else {
-    maxima32[level](row, width / kBlockWidth, s.tops.data(), top, usable);
-    last_block(row, width, s.tops.data(), top, usable);
-    if (usable) total32[level](row, blocks, s.tops.data(), static_cast<double>(top), sums);
-  }
+  maxima<A>[level](row, width / kBlockWidth, s.tops.data(), top, usable);
+  last_block(row, width, s.tops.data(), top, usable);
+  if (usable) total<A>[level](row, blocks, s.tops.data(), static_cast<double>(top), sums);
   const bool empty = top == -std::numeric_limits<A>::infinity();
   *out.lse = !usable ? std::numeric_limits<double>::quiet_NaN() : empty ? static_cast<double>(top) : static_cast<double>(top) + std::log(fold(sums));
   if (usable) {
