@@ -50,6 +50,7 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
     world.barrier()
     if world.is_main:
         _replace(root / LATEST, str(iteration))
+    world.barrier()  # a rank that loads at once finds what was saved
     return target
 
 

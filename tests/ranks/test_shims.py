@@ -73,7 +73,6 @@ def attempt(job: Job, without: str, saved: str) -> Outcome:
                 for process in left:
                     process.kill()
             assert not left, "a process was left behind"
-            model.world.barrier()  # the first rank notes last that the save is finished
             checkpoint.load(Path(saved), make_trainer(model, job.optimizer))
         return outcome
 
