@@ -154,9 +154,9 @@ def _num_kept(ranked: _Ranked, tau: float, min_set_size: int) -> Tensor:
 def _cut(ranked: _Ranked, count: Tensor, extra: Tensor, keep_logits: bool) -> CandidateSets:
     gold = extra[:, 0]
     kept = torch.arange(ranked.ids.shape[1], device=count.device) < count[:, None]
-    missing = [~(kept & (ranked.ids == column[:, None])).any(1) for column in extra.unbind(1)]
-    missing[1:] = [flag & (column != gold) for flag, column in zip(missing[1:], extra.unbind(1)[1:], strict=True)]
-    kept = torch.cat([kept, torch.stack(missing, 1)], 1)
+    missing = torch.stack([~(kept & (ranked.ids == column[:, None])).any(1) for column in extra.unbind(1)], 1)
+    missing[:, 1:] &= extra[:, 1:] != gold[:, None]
+    kept = torch.cat([kept, missing], 1)
     ids = torch.cat([ranked.ids, extra], 1).masked_fill(~kept, NOBODY)
     values = torch.cat([ranked.values, ranked.extra], 1)
     outside = 1 - _probability(values, ranked.lse[:, None]).masked_fill(~kept, 0.0).sum(1)

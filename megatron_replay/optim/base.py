@@ -280,13 +280,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             add(table[:, :3], [row for _, _, row in moving], sums)
         moved = [(p, row) for p, row in held if p in self._travelled]
         if moved:
-            add(table[:, 3:], [row for _, row in moved], torch.stack([self._trace(p) for p, _ in moved]))
+            trace = [torch.stack([self._travelled[p], torch.full_like(self._travelled[p], p.numel())]) for p, _ in moved]
+            add(table[:, 3:], [row for _, row in moved], torch.stack(trace))
         return table
-
-    def _trace(self, param: Tensor) -> Tensor:
-        squares = self._travelled.get(param)
-        elements = torch.full((), 0 if squares is None else param.numel(), dtype=torch.float64, device=param.device)
-        return torch.stack([torch.zeros_like(elements) if squares is None else squares, elements])
 
     def _moves(self, place: Placement) -> list[Move]:
         moves = []

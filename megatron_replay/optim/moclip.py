@@ -48,7 +48,7 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
     one, zero = torch.ones_like(c), torch.zeros_like(c)
     known = (mm > 0) & (gg > 0)
     m_norm, g_norm = mm.where(known, one).sqrt(), gg.where(known, one).sqrt()
-    cosine = cosines(torch.stack([c, mm, gg], 1))
+    cosine = cosines(c, mm, gg)
     x = cosine.where(known, one)
     if max_angle >= 90:  # the tangent would be infinite, or negative
         return Cap(one, zero, torch.zeros_like(known), cosine)

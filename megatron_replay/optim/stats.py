@@ -53,9 +53,8 @@ def grouped(sums: Tensor, layers: Sequence[int], *, scope: Scope) -> tuple[Tenso
     return torch.zeros(num_groups, 3, dtype=sums.dtype).index_add_(0, labels, sums), labels
 
 
-def cosines(groups: Tensor) -> Tensor:
-    """Cosine between momentum and gradient of each group's sums [groups, 3]; nan where one of them is zero. [groups]"""
-    c, mm, gg = groups.unbind(1)
+def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
+    """Cosine between momentum and gradient of each group, from its sums as in `COLUMNS`; nan where one of them is zero. [groups]"""
     known = (mm > 0) & (gg > 0)
     one = torch.ones_like(c)
     x = (c / (mm.where(known, one).sqrt() * gg.where(known, one).sqrt())).clamp(-1, 1)

@@ -62,7 +62,7 @@ class TAM(AdamW):
     def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
         super().plan(sums, place, scale)
         groups, label = grouped(sums[:, :3], place.layers, scope=self.scope)
-        cosine = cosines(groups)
+        cosine = cosines(*groups.unbind(1))
         if self.variant == "paper":
             # before there is a momentum nothing says that the gradient is wrong
             factor = cosine.clamp(min=0).nan_to_num(1.0)
