@@ -7,8 +7,6 @@ under the same schema takes precedence there. Collectives stay in Python between
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
+from megatron_replay import compiled
 from megatron_replay.ops import torch_kernels as plain
 from megatron_replay.ops.shard import accumulator
 
@@ -46,12 +44,9 @@ class Kernels:
 
 def kernels(mode: str = "auto") -> Kernels:
     """`auto`: through the dispatcher, which prefers a compiled kernel; `reference`: plain torch. Raises ConfigError for another mode."""
-    if mode == "auto":
-        return Kernels(**{name: getattr(torch.ops.megatron_replay, name) for name in SCHEMAS})
-    if mode == "reference":
-        return Kernels(**{name: getattr(plain, name) for name in SCHEMAS})
-    near = difflib.get_close_matches(mode, ["auto", "reference"], n=1)
-    raise ConfigError(f"unknown kernels {mode!r}; {f'did you mean {near[0]!r}?' if near else 'choose auto or reference'}")
+    compiled.check_mode(mode)
+    source = torch.ops.megatron_replay if mode == "auto" else plain
+    return Kernels(**{name: getattr(source, name) for name in SCHEMAS})
 
 
 def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
@@ -60,8 +55,8 @@ def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
     key = _DISPATCH_KEYS.get(device_type)
 
     def answer(name: str) -> str:
-        compiled = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
-        return "compiled" if compiled and mode == "auto" else "reference"
+        registered = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+        return "compiled" if registered and mode == "auto" else "reference"
 
     return {name: answer(name) for name in SCHEMAS}
 
@@ -110,19 +105,8 @@ def _register() -> Any:
     return library
 
 
-def _load() -> str:
-    """Load the compiled kernels, which register themselves; says why not where they cannot be had."""
-    try:
-        importlib.import_module("megatron_replay._C")
-    except ModuleNotFoundError:
-        return "not built"
-    except ImportError as err:  # built for another torch
-        return f"cannot be loaded: {err}"
-    return "loaded"
-
-
 LIBRARY = globals().get("LIBRARY") or _register()
 """Kept alive: the registrations last as long as this object."""
 
-EXTENSION = _load()
+EXTENSION = compiled.load()
 """What became of the compiled kernels: "loaded", "not built", or "cannot be loaded: ..."."""

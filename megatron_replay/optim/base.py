@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from megatron_replay import compiled
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.registry import Registry
 
 from . import kernels
-from .kernels import Mode
 from .options import check_choice, check_number
 from .pull import Pull
 from .shards import Kind, Placement, Shards
@@ -43,7 +43,7 @@ class Common(TypedDict, total=False):
     pull_t0: float
     main_weights: bool
     """Keep a float32 copy of each bfloat16 parameter (state "main"), which is what moves; False when not given."""
-    kernels: Mode
+    kernels: compiled.Mode
     """"auto", the default: compiled kernels where they are live (`optim.kernels`); "reference": plain torch."""
 
 
@@ -87,7 +87,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         check_number("clip_grad", clip_grad, at_least=0)
         self.pull = Pull(common.get("pull", 0.0), common.get("pull_k", 0.5), common.get("pull_t0", 250.0))
         self.main_weights, self.kernels = common.get("main_weights", False), common.get("kernels", "auto")
-        kernels.check_mode(self.kernels)
+        compiled.check_mode(self.kernels)
         super().__init__(params, {**defaults, "step": 0})
         self.clip_grad = clip_grad
         self.shards = shards

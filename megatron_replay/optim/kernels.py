@@ -15,19 +15,15 @@ instruction set. float64 parameters are left to the reference: the kernel's arct
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
+from megatron_replay import compiled
 
 from .stats import tensor_sums
-
-Mode = Literal["auto", "reference"]
 
 OPERATORS = ("optimizer_sums", "adam_update")
 _LOW = (torch.float32, torch.bfloat16)
@@ -73,18 +69,11 @@ class Piece(NamedTuple):
     scalars: Scalars
 
 
-def check_mode(mode: str) -> None:
-    """Raise ConfigError, with the nearest name, unless `mode` is one."""
-    if mode not in ("auto", "reference"):
-        near = difflib.get_close_matches(str(mode), ["auto", "reference"], n=1)
-        raise ConfigError(f"unknown kernels {mode!r}; {f'did you mean {near[0]!r}?' if near else 'choose auto or reference'}")
-
-
 def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
     """Which kernel answers on tensors of a device type, for each operator: "compiled" or "reference"."""
-    check_mode(mode)
-    compiled = EXTENSION == "loaded" and device_type == "cpu" and mode == "auto"
-    return dict.fromkeys(OPERATORS, "compiled" if compiled else "reference")
+    compiled.check_mode(mode)
+    usable = EXTENSION == "loaded" and device_type == "cpu" and mode == "auto"
+    return dict.fromkeys(OPERATORS, "compiled" if usable else "reference")
 
 
 def sums(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
@@ -139,12 +128,9 @@ def _fake_update(
 
 def _load() -> str:
     """Load the compiled kernels, which register themselves; says why not where they cannot be had."""
-    try:
-        importlib.import_module("megatron_replay._C")
-    except ModuleNotFoundError:
-        return "not built"
-    except ImportError as err:  # built for another torch
-        return f"cannot be loaded: {err}"
+    state = compiled.load()
+    if state != "loaded":
+        return state
     fakes: dict[str, Callable[..., Tensor]] = {"optimizer_sums": _fake_sums, "adam_update": _fake_update}
     for name, fake in fakes.items():
         if not hasattr(torch.ops.megatron_replay, name):
