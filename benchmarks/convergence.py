@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import about, processor
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -354,13 +352,6 @@ def study(model: LlamaForCausalLM, task: Task, plan: Plan, output: Path, *, abou
     write_rows(output, [row | {"steps_to_target": steps_to(curve_of(row), target)} for row in rows])
 
 
-def cpu_model() -> str:
-    """The processor's name and nothing else of the machine."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder of a Llama")
@@ -376,13 +367,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     plan = Plan(lr=args.lr, high_lr=args.high_lr, sweep=tuple(args.sweep), seeds=args.seeds, steps=args.steps)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
-        "command": "python benchmarks/convergence.py " + shlex.join(_without_folders(sys.argv[1:])),
-        "machine": cpu_model(),
-    }
-    study(model, make_task(model, args.model, args.domain, args.fields), plan, args.output, about=about)
+    common = about("python benchmarks/convergence.py " + shlex.join(_without_folders(sys.argv[1:])), processor())
+    study(model, make_task(model, args.model, args.domain, args.fields), plan, args.output, about=common)
 
 
 def _without_folders(arguments: Sequence[str]) -> list[str]:

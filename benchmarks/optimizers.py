@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rows import about, machine
 from torch import Tensor
 
 from megatron_replay.optim import ReplayOptimizer, build_optimizer, kernels
@@ -154,26 +153,17 @@ def main() -> None:
 
 
 def write(rows: list[tuple[str, int, str, float, str]], args: argparse.Namespace) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     threads = " ".join(map(str, args.threads))
     policy = f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'active')}"
     slow = " --without-slow" * args.without_slow
     command = f"{policy} python benchmarks/optimizers.py --rounds {args.rounds} --threads {threads}{slow}"
-    common = (datetime.date.today().isoformat(), commit, command, machine())
+    common = about(command, machine()).values()
     new = args.output is not None and not args.output.exists()
     with args.output.open("a", newline="") if args.output else sys.stdout as file:
         out = csv.writer(file, lineterminator="\n")
         if new or not args.output:
             out.writerow(HEADER)
         out.writerows((*common, name, threads or "", metric, f"{value:.4g}", unit) for name, threads, metric, value, unit in rows)
-
-
-def machine() -> str:
-    """The processor's model and instruction set, as far as the kernel tells, and torch's version."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import csv
 import datetime
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -88,9 +89,8 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     command = " ".join(["python benchmarks/run.py", table, *(a for a in sys.argv[1:] if a != "--output" and a != str(output))])
-    common = {"date": datetime.date.today().isoformat(), "commit": commit, "command": command, "machine": machine()}
+    common = about(command, machine())
     new = output is None or not output.exists()
     with output.open("a", newline="") if output else sys.stdout as file:
         out = csv.DictWriter(file, [*common, *rows[0]], lineterminator="\n")
@@ -99,9 +99,20 @@ def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
         out.writerows({**common, **row} for row in rows)
 
 
-def machine() -> str:
-    """The processor's model and instruction set, as far as the kernel tells, and torch's version."""
+def about(command: str, machine: str) -> dict[str, str]:
+    """The first columns of every table."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return {"date": datetime.date.today().isoformat(), "commit": commit, "command": command, "machine": machine}
+
+
+def processor() -> str:
+    """The processor's model, as far as it is told, and nothing else of the machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    told = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return told or "unknown processor"
+
+
+def machine() -> str:
+    """The processor, the instruction set that torch takes, and torch's version."""
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"

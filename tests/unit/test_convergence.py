@@ -30,6 +30,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("rows")
 convergence, report = load("convergence"), load("convergence_report")
 
 
