@@ -68,6 +68,11 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
+def tied_and_untied(root: Path, config: dict[str, Any]) -> dict[bool, str]:
+    """Whether the output layer is the embedding -> a folder of such a model."""
+    return {tied: str(write_folder(root / str(tied), {**config, "tie_word_embeddings": tied})) for tied in (True, False)}
+
+
 def with_transformers(folder: Path, config: dict[str, Any]) -> Any:
     """transformers' own model of a configuration, filled by name and saved; the test is skipped where transformers is missing."""
     transformers = pytest.importorskip("transformers")

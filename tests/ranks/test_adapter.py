@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import LR, Job, Outcome, Whole, advance, batch_of, opened, run, same
-from models import LLAMA, QWEN3, value, write_folder
+from models import LLAMA, QWEN3, tied_and_untied, value, write_folder
 from pool import fresh
 from torch import Tensor
 
@@ -43,8 +43,7 @@ TRUTHS: dict[Any, Whole] = {}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
     root = tmp_path_factory.mktemp("adapted")
-    made = {tied: str(write_folder(root / str(tied), {**SMALL, "tie_word_embeddings": tied})) for tied in (True, False)}
-    return {**made, "llama": str(write_folder(root / "llama", LLAMA))}
+    return {**tied_and_untied(root, SMALL), "llama": str(write_folder(root / "llama", LLAMA))}
 
 
 @contextmanager

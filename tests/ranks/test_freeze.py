@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import LR, Job, Outcome, Whole, advance, opened, run, same
-from models import LLAMA, QWEN3, write_folder
+from models import LLAMA, QWEN3, tied_and_untied, write_folder
 from pool import fresh
 
 from megatron_replay.config import Optimizer
@@ -30,8 +30,7 @@ TRUTHS: dict[Any, Whole] = {}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
     root = tmp_path_factory.mktemp("half")
-    made = {tied: str(write_folder(root / str(tied), {**QWEN3, "tie_word_embeddings": tied})) for tied in (True, False)}
-    return {**made, "llama": str(write_folder(root / "llama", LLAMA))}
+    return {**tied_and_untied(root, QWEN3), "llama": str(write_folder(root / "llama", LLAMA))}
 
 
 @contextmanager

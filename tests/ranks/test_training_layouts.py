@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import LR, Job, Outcome, Whole, advance, batch_of, differences, opened, run, same, task, train, whole
-from models import QWEN3, write_folder
+from models import QWEN3, tied_and_untied
 from pool import fresh
 
 from megatron_replay.models.llama2c import import_llama2c
@@ -52,8 +52,7 @@ CASES = [("restricted", *case) for case in RESTRICTED] + [("full", *case) for ca
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    root = tmp_path_factory.mktemp("tiny")
-    return {tied: str(write_folder(root / str(tied), {**SMALL, "tie_word_embeddings": tied})) for tied in (True, False)}
+    return tied_and_untied(tmp_path_factory.mktemp("tiny"), SMALL)
 
 
 def truth(folders: dict[bool, str], loss: str, tied: bool) -> Whole:

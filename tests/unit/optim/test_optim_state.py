@@ -11,7 +11,7 @@ import torch
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.optim import AdamAtan2, AdamW, MoClip, build_optimizer
 
-KINDS = {"adamw": AdamW, "adam_atan2": AdamAtan2, "moclip": MoClip}
+KINDS = ["adamw", "adam_atan2", "moclip", "mofo", "tam", "muon", "adamuon"]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
