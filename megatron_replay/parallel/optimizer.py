@@ -123,7 +123,6 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
         for key in old.defaults.keys() - {"lr", "weight_decay"}:
             group.pop(key, None)  # AdamW's own settings; ours are the inner optimizer's defaults
         group["step"] = 0
-        group["base_weight_decay"] = group["weight_decay"]
     inner.param_groups = old.param_groups  # a constructor refuses fp32 shards, which are views
     inner.state.clear()  # of the placeholder
     inner.remember_base()
@@ -192,7 +191,11 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
             inner.state[param]["base"] = base
 
 
-def set_rates(inner: ReplayOptimizer, lr: float) -> None:
-    """Give every parameter group its learning rate for the next step."""
+def set_rates(inner: ReplayOptimizer, lr: float, weight_decay: float) -> None:
+    """Give every parameter group its learning rate and its weight decay for the next step, as megatron's own scheduler would.
+
+    megatron puts norms and biases into a group with wd_mult = 0.
+    """
     for group in inner.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -38,13 +38,14 @@ class Trainer:
     outer: Any
     """megatron's optimizer wrapper."""
     inner: ReplayOptimizer
+    weight_decay: float
 
     def step(self, batches: Sequence[MicroBatch], task_of: TaskOf, lr: float) -> StepResult:
         """One update from this replica's micro-batches."""
         self.wrapped.zero_grad_buffer()
         self.outer.zero_grad()
         loss, positions = forward_backward(self.model, self.wrapped, batches, task_of)
-        set_rates(self.inner, lr)
+        set_rates(self.inner, lr, self.weight_decay)
         self.outer.step()
         total, count = self.model.world.total(loss, positions)
         return StepResult(
@@ -66,4 +67,4 @@ def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto")
     wrapped = DistributedDataParallel(model.config, settings_ddp, model.module)
     outer, inner = wrap(model, wrapped, settings, kernels)
     model.config.finalize_model_grads_func = finalize_model_grads
-    return Trainer(model, wrapped, outer, inner)
+    return Trainer(model, wrapped, outer, inner, settings.weight_decay)

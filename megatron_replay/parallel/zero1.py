@@ -49,8 +49,7 @@ def in_order(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[di
     """The saved parameter groups in the order of this rank's.
 
     megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number: what the first stage saved,
-    which begins with a matrix, goes to a later stage's norms. All that differs between our groups is wd_mult, which nothing reads, so this
-    is here for the day when one gets settings of its own.
+    which begins with a matrix, goes to a later stage's norms, which have no weight decay.
     """
     known = {_identity(group): group for group in saved}
     ordered = []

@@ -83,6 +83,16 @@ def test_an_option_reaches_the_optimizer_inside_megatron_s_wrapper(folders: dict
     assert wide.steps[1].metrics["optimizer/update_rms"] < 0.1 < 0.5 < usual.steps[1].metrics["optimizer/update_rms"]
 
 
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_norms_do_not_decay(folders: dict[str, str], layout: dict[str, Any]) -> None:
+    """megatron's groups say which weights do; a pipeline stage may meet a norm before it meets a matrix."""
+    job = Job(folder=folders["qwen3"], steps=1, optimizer=settings("adamw")).on(**layout)
+    plain = run(dataclasses.replace(job, optimizer=dataclasses.replace(job.optimizer, weight_decay=0.0))).weights
+    decayed = run(dataclasses.replace(job, optimizer=dataclasses.replace(job.optimizer, weight_decay=100.0))).weights
+    for name, before in plain.items():
+        assert torch.equal(decayed[name], before) == (before.dim() == 1), name
+
+
 def round_trip(job: Job) -> tuple[bool, Counter[tuple[int, ...]]]:
     """On a rank: doubling of every hidden matrix through `each_whole`, and the shapes its function was called with here."""
     with opened(job.folder, job.layout, job.dtype) as model:
