@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.ops.library import kernels as choose
 from megatron_replay.ops.sets import CandidateSets
-from megatron_replay.ops.shard import VocabShard, num_real, shard_of
+from megatron_replay.ops.shard import VocabShard, has_float64, num_real, shard_of
 
 SLACK = 1e-12
 """A cumulative probability this close below tau (relative) counts as tau.
@@ -60,7 +60,8 @@ def dynamic_topk(
     Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau, and
     K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids
     (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
-    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets.
+    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets. Where the logits' device has
+    no float64 (an NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done, and the sets returned, on the cpu.
 
     Args:
         logits: [N, V] floating, the columns shard.start..shard.stop of the vocabulary.
@@ -82,7 +83,7 @@ def dynamic_topk(
     extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
     ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], extra, k_max, shard, kernels)
     count = _num_kept(ranked, tau, min_set_size)
-    return _cut(ranked, count, extra.to(torch.int32), keep_logits)
+    return _cut(ranked, count, extra.to(ranked.ids.device, torch.int32), keep_logits)
 
 
 def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_size: int) -> None:
@@ -109,7 +110,10 @@ def _rank(logits: Tensor, extra: Tensor, k_max: int, shard: VocabShard, kernels:
         extra_logits = torch.where(mine, logits.gather(1, slot.clamp(0, logits.shape[1] - 1)).to(values.dtype), 0.0)
     else:
         extra_logits = values.new_zeros(extra.shape)
-    values, ids, lse, extra_logits, mine = shard.gather(values, ids, lse, extra_logits, mine.to(torch.int32))
+    gathered = shard.gather(values, ids, lse, extra_logits, mine.to(torch.int32))
+    if not has_float64(values.device):
+        gathered = tuple(t.cpu() for t in gathered)
+    values, ids, lse, extra_logits, mine = gathered
     lse = torch.logsumexp(lse, 0)
     _check_rows(lse, extra, mine.sum(0))
     values, ids = _merge(values, ids, k_max)

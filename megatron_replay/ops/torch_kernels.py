@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from megatron_replay.ops.shard import accumulator, rows_within
+from megatron_replay.ops.shard import accumulator, has_float64, rows_within
 
 EMPTY = -3e38
 """Maximum of no candidates: finite, so that a rank without one adds exp(EMPTY - max) = 0 instead of a NaN."""
@@ -116,8 +116,13 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
     """(max, sum exp(z - max), gold logit) of each position: [3, N]."""
     if not z.shape[0]:
         return torch.stack([z.new_full(gold.shape, EMPTY), z.new_zeros(gold.shape), z.new_zeros(gold.shape)])
-    top = torch.segment_reduce(z, "max", offsets=offsets, initial=EMPTY)
-    total = torch.segment_reduce((z - top[row_of(offsets, z.shape[0])]).exp_(), "sum", offsets=offsets, initial=0.0)
+    rows = row_of(offsets, z.shape[0])
+    if has_float64(z.device):
+        top = torch.segment_reduce(z, "max", offsets=offsets, initial=EMPTY)
+        total = torch.segment_reduce((z - top[rows]).exp_(), "sum", offsets=offsets, initial=0.0)
+    else:  # an NPU has no segment_reduce either
+        top = z.new_full(gold.shape, EMPTY).scatter_reduce(0, rows, z, "amax")
+        total = z.new_zeros(gold.shape).index_add_(0, rows, (z - top[rows]).exp_())
     return torch.stack([top, total, torch.where(gold >= 0, z[gold.clamp(min=0)], 0.0)])
 
 
@@ -174,6 +179,10 @@ def _ordered(rows: Tensor, k: int) -> Tensor:
 
 
 def _lse(rows: Tensor) -> Tensor:
+    if not has_float64(rows.device):
+        top = rows.amax(1).clamp_(min=torch.finfo(rows.dtype).min)
+        total = (rows - top[:, None]).exp_().sum(1)
+        return (total.cpu().double().log_() + top.cpu().double()).to(rows.device)
     parts = []
     for some in rows.split(_LSE_ROWS):
         top = some.amax(1, keepdim=True).clamp_(min=torch.finfo(some.dtype).min).double()
@@ -188,7 +197,7 @@ def row_of(offsets: Tensor, count: int) -> Tensor:
 
 def _has_bag(weight: Tensor) -> bool:
     # torch has no sampled product of bfloat16 rows, and embedding_bag would sum them in bfloat16
-    return weight.dtype in (torch.float32, torch.float64) and weight.device.type in ("cpu", "cuda")
+    return weight.dtype in (torch.float32, torch.float64) and has_float64(weight.device)
 
 
 def _parts(count: int, row_bytes: int) -> list[slice]:

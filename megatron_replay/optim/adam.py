@@ -15,6 +15,7 @@ from . import kernels
 from .base import Group, Move, ReplayOptimizer, state_dtype
 from .blocks import Scratch, cuts
 from .shards import Placement
+from .stats import home, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class AdamFamily(ReplayOptimizer):
         theta, g = weight.reshape(-1), move.grad.reshape(-1)
         m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         scratch = Scratch(param.numel(), dtype, param.device)
-        squares = torch.zeros((), dtype=torch.float64, device=param.device)
+        squares = torch.zeros((), dtype=torch.float64, device=home(param.device))
         for cut in cuts(param.numel(), param.device):
             pair = scratch.vectors(cut.stop - cut.start)
             exact = (pair[0][: cut.stop - cut.start], pair[1][: cut.stop - cut.start])
@@ -142,7 +143,7 @@ class AdamFamily(ReplayOptimizer):
             if descend:
                 step = self.direction(m[cut], v[cut], pair, group)
                 self.filter(step, m[cut], move.row)
-                squares += torch.linalg.vector_norm(step, dtype=torch.float64).square()
+                squares += sum_of_squares(step)
                 block = theta[cut].to(dtype)  # a view, unless the parameter is bfloat16
                 decayed_step(block, step, lr=self.rate(group), gain=gain, weight_decay=group["weight_decay"])
                 if dtype != theta.dtype:

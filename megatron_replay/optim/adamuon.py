@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import OPTIMIZERS, Move
 from .muon import Muon
+from .stats import sum_of_squares
 
 
 def adamuon_direction(
@@ -22,7 +23,7 @@ def adamuon_direction(
     o = orthogonal(blend.sign())
     second = second.mul(momentum).add_(o.square(), alpha=1 - momentum)
     scaled = o.div_(second.sqrt().add_(eps))
-    norm = float(torch.linalg.vector_norm(scaled, dtype=torch.float64))
+    norm = math.sqrt(float(sum_of_squares(scaled)))
     return (scaled.mul_(0.2 * math.sqrt(scaled.numel()) / norm) if norm else scaled), second
 
 

@@ -266,12 +266,11 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
                 state[name] = value.to(param.device, state_dtype(param)).contiguous()
 
     def _table(self, params: Sequence[Tensor], place: Placement) -> Tensor:
-        device = params[0].device if params else torch.device("cpu")
         held = [(p, row) for p, row, counted in zip(params, place.rows, place.counted, strict=True) if counted]
-        table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64, device=device)
+        table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64)
 
         def add(columns: Tensor, rows: list[int], values: Tensor) -> None:
-            columns.index_add_(0, torch.tensor(rows, device=device), values)
+            columns.index_add_(0, torch.tensor(rows), values.cpu())
 
         moving = [(p, _dense(p.grad), row) for p, row in held if p.grad is not None]
         if moving:

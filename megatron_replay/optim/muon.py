@@ -16,6 +16,7 @@ from .base import OPTIMIZERS, Group, Move, state_dtype
 from .newton_schulz import PRECISIONS, Precision, orthogonalised
 from .options import check_beta, check_choice, check_number
 from .shards import Kind, Placement
+from .stats import sum_of_squares
 
 
 class MuonOptions(AdamWOptions, total=False):
@@ -98,7 +99,7 @@ class Muon(AdamW):
 
     def stride(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
         """One decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of squares."""
-        squares: Tensor = torch.linalg.vector_norm(direction, dtype=torch.float64).square()
+        squares = sum_of_squares(direction)
         weight = self.weight(param)
         theta = weight.to(state_dtype(param))
         decayed_step(theta, direction, lr=self.rate(group), weight_decay=group["weight_decay"])

@@ -57,8 +57,8 @@ class Shards(Protocol):
         """Add [rows, C] float64 tables over every rank that holds a part of the model; the result must be the same bits on every rank.
 
         Every rank calls it equally often a step (once, but for optimizers that say so), also when it holds no parameter. Where no
-        all-reduce of float64 exists, gather the tables and add them in rank order. The table lies on the parameters' device; the
-        result may lie anywhere.
+        all-reduce of float64 exists, gather the tables and add them in rank order. The table lies on the cpu; the result may
+        lie anywhere.
         """
         ...
 

@@ -150,13 +150,9 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
     value, column = logits.max(1)
     if shard.group is None:
         return column + shard.start
-    pairs = torch.stack([value.double(), (column + shard.start).double()], 1)
-    parts = [torch.empty_like(pairs) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, pairs, group=shard.group)
-    best = parts[0]
-    for part in parts[1:]:  # shards in rank order hold rising ids: only a larger value wins
-        best = torch.where((part[:, 0] > best[:, 0])[:, None], part, best)
-    return best[:, 1].long()
+    values, ids = shard.gather(value, column + shard.start)
+    rank = values.cpu().argmax(0).to(ids.device)  # shards in rank order hold rising ids: the first of equals wins
+    return ids.gather(0, rank[None])[0]
 
 
 def fill(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -171,7 +171,7 @@ class Collection:
         with self.active.progress("bucket edges", sum(map(len, picked)), "tokens") as advance:
 
             def keep(batch: MicroBatch, out: Tensor) -> None:
-                values.append(out.double().cpu().numpy())
+                values.append(out.cpu().double().numpy())
                 advance(sum(map(len, batch.notes["samples"])) * world.data_size)
 
             self._run(mine, lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
