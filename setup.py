@@ -1,14 +1,21 @@
-"""Compiles what lies in csrc/ where a C++ compiler is there; where none is, the package installs all the same and runs the Python twins.
+"""Compiles what lies in csrc/. Everything else about the project stands in pyproject.toml.
 
-Everything else about the project stands in pyproject.toml.
+MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default), `npu` or `cuda`. What is for the CPU is compiled where
+a C++ compiler is there; where none is, the package installs all the same and runs the Python twins. What is for the NPU was asked for:
+without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. There is nothing to compile for CUDA: plain torch serves it.
 """
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+DEVICES = ("cpu", "npu", "cuda")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -39,6 +46,39 @@ def cpu_kernels(files: list[str]) -> Extension:
     return CppExtension("megatron_replay._C", files, extra_compile_args=[*flags, "-DTORCH_EXTENSION_NAME=_C"], depends=headers)
 
 
+def npu_kernels() -> Extension:
+    """Built by csrc/ascend/CMakeLists.txt with the AscendC compiler; `soc` is the device they are for."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if not home or not Path(home).is_dir():
+        where = f"is {home!r}, which is no folder" if home else "is not set"
+        sys.exit(
+            f"error: MEGATRON_REPLAY_BUILD=npu needs CANN, but ASCEND_HOME_PATH {where}; source CANN's set_env.sh (it sets the variable) "
+            "in the shell that builds, or leave MEGATRON_REPLAY_BUILD out to build for the CPU"
+        )
+    if shutil.which("cmake") is None:
+        sys.exit("error: MEGATRON_REPLAY_BUILD=npu needs cmake, which is not here; pip install cmake")
+    return Extension("megatron_replay._npu", ["csrc/ascend/CMakeLists.txt"], depends=sources("ascend/**/*.h", "ascend/**/*.cpp"))
+
+
+class Build(build_ext):
+    """Hands the NPU's extension to CMake and takes the module it makes."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if not ext.sources[0].endswith("CMakeLists.txt"):
+            super().build_extension(ext)
+            return
+        folder, target = (Path(self.build_temp) / "ascend").absolute(), Path(self.get_ext_fullpath(ext.name)).absolute()
+        configure = ["cmake", "-S", str(ROOT / "csrc" / "ascend"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
+        configure += ["-DMEGATRON_REPLAY_NPU=ON", f"-DSOC_VERSION={os.environ.get('SOC_VERSION', 'Ascend910B3')}"]
+        configure += [f"-DPython3_EXECUTABLE={sys.executable}", f"-DASCEND_HOME_PATH={os.environ['ASCEND_HOME_PATH']}"]
+        for command in (configure, ["cmake", "--build", str(folder), "--target", "_npu", "--parallel", str(os.cpu_count() or 1)]):
+            if subprocess.run(command).returncode:
+                sys.exit(f"error: the NPU's kernels do not build: {' '.join(command)}")
+        (built,) = folder.rglob("_npu*.so")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built, target)
+
+
 def extensions() -> list[Extension]:
     found = []
     for make, files in ((store_codec, sources("store/*.cpp")), (cpu_kernels, sources("register.cpp", "cpu/*.cpp"))):
@@ -51,7 +91,10 @@ def extensions() -> list[Extension]:
             continue
         extension.optional = True  # a compiler that is missing or fails leaves a warning and the Python twin
         found.append(extension)
-    return found
+    device = os.environ.get("MEGATRON_REPLAY_BUILD", "cpu")
+    if device not in DEVICES:
+        sys.exit(f"error: MEGATRON_REPLAY_BUILD={device!r} is not a device; choose {', '.join(DEVICES)}")
+    return [*found, npu_kernels()] if device == "npu" else found
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -102,3 +102,53 @@ def test_a_source_that_does_not_compile_does_not_stop_the_other(project: Path) -
     done = build(project)
     assert done.returncode == 0, done.stderr
     assert compiled(project) == ["_C"]
+
+
+CMAKE = """
+cmake_minimum_required(VERSION 3.18)
+project(trial C)
+file(WRITE ${CMAKE_BINARY_DIR}/npu.c "const char* soc(void) { return \\"${SOC_VERSION} ${MEGATRON_REPLAY_NPU}\\"; }")
+add_library(_npu MODULE ${CMAKE_BINARY_DIR}/npu.c)
+set_target_properties(_npu PROPERTIES PREFIX "")
+"""
+"""A stand-in for csrc/ascend/CMakeLists.txt, which needs CANN's compiler."""
+
+
+def test_the_npu_build_without_cann_says_what_is_missing(project: Path) -> None:
+    add(project, "ascend/CMakeLists.txt", CMAKE)
+    done = build(project, MEGATRON_REPLAY_BUILD="npu", ASCEND_HOME_PATH="")
+    assert done.returncode != 0
+    assert "ASCEND_HOME_PATH is not set; source CANN's set_env.sh" in done.stderr and "Traceback" not in done.stderr
+    wrong = build(project, MEGATRON_REPLAY_BUILD="npu", ASCEND_HOME_PATH="/no/such/cann")
+    assert wrong.returncode != 0 and "ASCEND_HOME_PATH is '/no/such/cann', which is no folder" in wrong.stderr
+
+
+def test_a_device_that_is_none(project: Path) -> None:
+    done = build(project, MEGATRON_REPLAY_BUILD="gpu")
+    assert done.returncode != 0 and "MEGATRON_REPLAY_BUILD='gpu' is not a device; choose cpu, npu, cuda" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake here")
+def test_the_npu_build_goes_through_cmake(project: Path, tmp_path: Path) -> None:
+    add(project, "ascend/CMakeLists.txt", CMAKE)
+    done = build(project, MEGATRON_REPLAY_BUILD="npu", ASCEND_HOME_PATH=str(tmp_path), SOC_VERSION="Ascend910B1")
+    assert done.returncode == 0, done.stderr
+    assert compiled(project) == ["_npu"]
+    (module,) = (project / "megatron_replay").glob("_npu*.so")
+    call = f"import ctypes; f = ctypes.CDLL({str(module)!r}).soc; f.restype = ctypes.c_char_p; print(f().decode())"
+    answer = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "Ascend910B1 ON"
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake here")
+def test_an_npu_build_that_fails_fails(project: Path, tmp_path: Path) -> None:
+    add(project, "ascend/CMakeLists.txt", 'message(FATAL_ERROR "no AscendC compiler")\n')
+    done = build(project, MEGATRON_REPLAY_BUILD="npu", ASCEND_HOME_PATH=str(tmp_path))
+    assert done.returncode != 0 and "the NPU's kernels do not build" in done.stderr
+
+
+def test_for_cuda_there_is_nothing_more(project: Path) -> None:
+    done = build(project, MEGATRON_REPLAY_BUILD="cuda")
+    assert done.returncode == 0 and compiled(project) == []
