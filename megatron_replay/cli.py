@@ -94,7 +94,10 @@ class Verb:
 
 VERBS = {
     "doctor": Verb(
-        "doctor:run", "Say what this machine can run: devices, kernels, packages, and what is missing.", ("layout",), flags={"json": JSON}
+        "doctor:run",
+        "Say what this machine can run: devices, kernels, packages, and what is missing.",
+        ("layout",),
+        flags={"json": JSON, "ops": Flag("Run a tiny collect and train too, and list each operator and where it ran.")},
     ),
     "convert": Verb(
         "convert:run",

@@ -1,4 +1,4 @@
-"""The extension of compiled kernels, which registers itself with torch when it is loaded, and the choice whether to use it."""
+"""The extensions of compiled kernels, which register themselves with torch when they are loaded, and the choice whether to use them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.registry import nearest
+
+NPU = "_npu"
+"""The extension with the NPU's kernels; the other one has the CPU's."""
 
 Mode = Literal["auto", "reference"]
 """auto: compiled kernels where they are live; reference: plain torch."""
@@ -18,10 +21,10 @@ def check_mode(mode: str) -> None:
         raise ConfigError(f"unknown kernels {mode!r}; {nearest(str(mode), get_args(Mode), otherwise='choose auto or reference')}")
 
 
-def load() -> str:
-    """Load the kernels, once torch is imported: "loaded", or why they cannot be had ("not built", "cannot be loaded: ...")."""
+def load(extension: str = "_C") -> str:
+    """Load the kernels, once torch is imported (the NPU's: torch-npu): "loaded", or why not ("not built", "cannot be loaded: ...")."""
     try:
-        importlib.import_module("megatron_replay._C")
+        importlib.import_module(f"megatron_replay.{extension}")
     except ModuleNotFoundError:
         return "not built"
     except ImportError as err:  # built for another torch

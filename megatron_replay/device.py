@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from megatron_replay import compiled
 from megatron_replay.errors import DeviceError
 
 _VARIABLES = (
@@ -130,6 +132,7 @@ def _npu_present() -> bool:
         importlib.import_module("torch_npu")
     except (ImportError, OSError):  # the wheel is here but CANN's libraries are not
         return False
+    compiled.load(compiled.NPU)
     return bool(NPU.module.is_available())
 
 
@@ -153,6 +156,11 @@ def launcher_ranks() -> tuple[int, int, int] | None:
 def environment() -> dict[str, str]:
     """The variables that are set and change how ranks run, find each other or use their device."""
     return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def fused_operator(name: str, device_type: str) -> Callable[..., Any] | None:
+    """torch-npu's fused operator of this name, for tensors on an NPU; None elsewhere, and where this torch-npu lacks it."""
+    return getattr(torch.ops.npu, name, None) if device_type == "npu" else None
 
 
 def cores() -> int:

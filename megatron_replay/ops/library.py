@@ -110,3 +110,6 @@ LIBRARY = globals().get("LIBRARY") or _register()
 
 EXTENSION = compiled.load()
 """What became of the compiled kernels: "loaded", "not built", or "cannot be loaded: ..."."""
+
+NPU_EXTENSION = compiled.load(compiled.NPU) if hasattr(torch, "npu") else "torch-npu is not loaded"
+"""The same of the NPU's; `device.choose` loads torch-npu and them where torch did not by itself."""

@@ -25,7 +25,13 @@ from megatron_replay import compiled
 
 from .stats import tensor_sums
 
-OPERATORS = ("optimizer_sums", "adam_update")
+SCHEMAS = {
+    "optimizer_sums": "(Tensor[] grads, Tensor?[] momenta) -> Tensor",
+    "adam_update": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rounded, "
+    "Tensor scalars) -> Tensor",
+}
+OPERATORS = tuple(SCHEMAS)
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
 _LOW = (torch.float32, torch.bfloat16)
 
 
@@ -72,12 +78,17 @@ class Piece(NamedTuple):
 def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
     """Which kernel answers on tensors of a device type, for each operator: "compiled" or "reference"."""
     compiled.check_mode(mode)
-    usable = EXTENSION == "loaded" and device_type == "cpu" and mode == "auto"
-    return dict.fromkeys(OPERATORS, "compiled" if usable else "reference")
+
+    def answer(name: str) -> str:
+        known = hasattr(torch.ops.megatron_replay, name) and device_type in DISPATCH_KEYS
+        there = known and torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_replay::{name}", DISPATCH_KEYS[device_type])
+        return "compiled" if there and mode == "auto" else "reference"
+
+    return {name: answer(name) for name in OPERATORS}
 
 
 def sums(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
-    """`stats.tensor_sums` of each pair, [n, 3] float64 on their device; n is at least 1."""
+    """`stats.tensor_sums` of each pair, [n, 3] float64, where that puts them; n is at least 1."""
     pairs = list(zip(grads, momenta, strict=True))
     if live(grads[0].device.type, mode)["optimizer_sums"] == "compiled" and all(_summable(g, m) for g, m in pairs):
         flat = [None if m is None else m.contiguous() for m in momenta]
@@ -127,17 +138,23 @@ def _fake_update(
 
 
 def _load() -> str:
-    """Load the compiled kernels, which register themselves; says why not where they cannot be had."""
+    """Load the compiled kernels, which register themselves; says why not where they cannot be had.
+
+    Without them the schemas are defined here, for the kernels of another device.
+    """
     state = compiled.load()
-    if state != "loaded":
-        return state
     fakes: dict[str, Callable[..., Tensor]] = {"optimizer_sums": _fake_sums, "adam_update": _fake_update}
     for name, fake in fakes.items():
         if not hasattr(torch.ops.megatron_replay, name):
-            return f"cannot be used: built before {name} was there; build it again"
+            if state == "loaded":
+                return f"cannot be used: built before {name} was there; build it again"
+            LIBRARY.define(name + SCHEMAS[name])
         torch.library.register_fake(f"megatron_replay::{name}", fake, allow_override=True)
-    return "loaded"
+    return state
 
+
+LIBRARY = torch.library.Library("megatron_replay", "FRAGMENT")
+"""Kept alive: a schema defined in it lasts as long."""
 
 EXTENSION = _load()
 """What became of the compiled kernels: "loaded", "not built", or why they cannot be used."""

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_replay.device import fused_operator
+from megatron_replay.parallel.fused import causal_within
+
 
 def import_base() -> Any:
     """megatron's module base class; imported late because the shims must come first."""
@@ -29,6 +32,11 @@ def import_base() -> Any:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float | None = None) -> Tensor:
     """Causal self-attention within each segment. query [T, Hq, D], key and value [T, Hk, D] -> [T, Hq, D]."""
+    fused = fused_operator("npu_fusion_attention", query.device.type)
+    if fused is not None and len(segments):
+        end = int(segments[-1].sum())
+        out = fused(query[:end], key[:end], value[:end], **causal_within(segments, query, scale))[0]
+        return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - end))
     parts = []
     end = 0
     for start, count, length in runs(segments):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_replay.device import fused_operator
 from megatron_replay.models.spec import ModelSpec
 
 
@@ -28,6 +29,10 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        fused = fused_operator("npu_rms_norm", x.device.type)
+        if fused is not None:
+            out: Tensor = fused(x, self.weight, self.eps)[0]
+            return out
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)

@@ -1,9 +1,10 @@
 """Every change we make to megatron-core's surroundings, in one table: what, where it is needed, why, and for which versions.
 
-megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; `torch_npu.contrib.transfer_to_npu` does the same for the
-NPU, which is why the NPU column of this table is short. Importing this module changes nothing: `install` does, once per process, and only
-processes that run a model call it. `tests/ranks/test_shims.py` runs training without each shim in turn, and fails when one is not needed
-any more.
+megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; on the NPU an adapter does that: MindSpeed or
+MegatronAdaptor where one made for this megatron-core is installed, else torch-npu's own `transfer_to_npu` and the NPU's part of this table.
+Importing this module changes nothing: `install` does, once per process, and only processes that run a model call it.
+`tests/ranks/test_shims.py` runs training without each shim of the cpu in turn, tests/npu without each of the NPU, and they fail when one is
+not needed any more.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import queue
 import re
+import runpy
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_replay.device import Device
+from megatron_replay.device import Device, fused_operator
+from megatron_replay.errors import DeviceError
+from megatron_replay.parallel.fused import rotary
 
 log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -38,6 +46,23 @@ class Shim:
     versions: str
     """Of megatron-core; elsewhere the shim is not applied."""
     apply: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What leads megatron's CUDA names to the NPU. It is imported before megatron.core, of which it replaces parts."""
+
+    name: str
+    module: str
+    package: str = ""
+    """As pip knows it; its version is that of the megatron-core it is made for (0.12.1 of MindSpeed 26.1.0)."""
+
+
+NONE = Adapter("none", "torch_npu.contrib.transfer_to_npu")
+ADAPTERS = (
+    Adapter("mindspeed", "mindspeed.megatron_adaptor", "mindspeed"),
+    Adapter("megatron_adaptor", "megatron_adaptor", "megatron-adaptor"),
+)
 
 
 def import_megatron() -> None:
@@ -63,27 +88,32 @@ def install(device: Device, *, skip: Collection[str] = ()) -> list[str]:
     """
     if _installed:
         return list(_installed)
+    chosen, _ = adapter(device)
     if device.name == "npu":
-        importlib.import_module(adapter(device))
+        _adapt(chosen)
     _quiet()
-    if device.name == "cpu":
+    if device.name in ("cpu", "npu"):
         import_megatron()
-    for shim in table(device):
+    for shim in table(device, adapter=chosen):
         if shim.name not in skip:
             shim.apply()
             _installed.append(shim.name)
     return list(_installed)
 
 
-def table(device: Device, version: str | None = None) -> list[Shim]:
-    """The shims `install` applies on this device with this megatron-core, by default the installed one."""
+def table(device: Device, version: str | None = None, adapter: Adapter = NONE) -> list[Shim]:
+    """The shims `install` applies on this device with this megatron-core, by default the imported one."""
     here = version or megatron_version()
-    return [shim for shim in catalog(device) if within(here, shim.versions)]
+    return [shim for shim in catalog(device, adapter) if within(here, shim.versions)]
 
 
-def catalog(device: Device) -> list[Shim]:
-    """The shims of this device for all versions of megatron-core."""
-    return [*_CPU_SHIMS, *_COMMON_SHIMS] if device.name == "cpu" else list(_COMMON_SHIMS)
+def catalog(device: Device, adapter: Adapter = NONE) -> list[Shim]:
+    """The shims of this device for all versions of megatron-core; MindSpeed and MegatronAdaptor bring some of the NPU's themselves."""
+    if device.name == "cpu":
+        return [*_CPU_SHIMS, *_COMMON_SHIMS]
+    if device.name == "npu":
+        return [*(_NPU_SHIMS if adapter == NONE else ()), *_NPU_ALWAYS, *_COMMON_SHIMS]
+    return list(_COMMON_SHIMS)
 
 
 def megatron_version() -> str:
@@ -101,9 +131,57 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-def adapter(device: Device) -> str:
-    """What leads megatron's CUDA names to the device before our shims do; none where they already do, or our shims do it alone."""
-    return "torch_npu.contrib.transfer_to_npu" if device.name == "npu" else "none"
+def adapter(device: Device) -> tuple[Adapter, list[str]]:
+    """What leads megatron's CUDA names to this device, and why not another adapter that is installed.
+
+    Chosen is the first of ADAPTERS that is made for the megatron-core that is here: its first two numbers. Nothing is imported.
+    """
+    core, chosen, notes = _core_version(), NONE, []
+    for candidate in ADAPTERS:
+        version = _package_version(candidate)
+        unused = f"{candidate.package} {version} is installed and not used"
+        if version is None:
+            if importlib.util.find_spec(candidate.module.partition(".")[0]) is not None:
+                notes.append(f"{candidate.package} is here and not used: pip does not know its version; install it with pip install -e")
+        elif device.name != "npu" or chosen != NONE:
+            notes.append(unused)
+        elif core is None or _numbers(version) != _numbers(core):
+            notes.append(f"{unused}: it is made for megatron-core {version}, here is {core or 'none'}")
+        else:
+            chosen = candidate
+    return chosen, notes
+
+
+def _package_version(adapter: Adapter) -> str | None:
+    try:
+        return importlib.metadata.version(adapter.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _core_version() -> str | None:
+    """Of the megatron-core that would be imported, without importing it: what it says itself, since a checkout has no metadata."""
+    spec = importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") else None
+    if spec is None or spec.origin is None:
+        return None
+    info = Path(spec.origin).with_name("package_info.py")
+    return str(runpy.run_path(str(info))["__version__"]) if info.is_file() else None
+
+
+def _adapt(adapter: Adapter) -> None:
+    """Import it, before megatron.core and with the command line out of its sight: MindSpeed reads options there. Raises DeviceError."""
+    if "megatron.core" in sys.modules:
+        raise DeviceError(f"megatron.core was imported before {adapter.module}, which must come first; import megatron_replay first")
+    words, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        importlib.import_module(adapter.module)
+    except Exception as err:
+        cause = f"{type(err).__name__}: {' '.join(str(err).split())}"
+        way_out = "install torch-npu again" if adapter == NONE else f"repair or uninstall {adapter.package}"
+        raise DeviceError(f"{adapter.module} cannot be imported ({cause}); {way_out}") from err
+    finally:
+        sys.argv = words
+    log.info("adapter between megatron-core and the NPU: %s", adapter.name)
 
 
 def _quiet() -> None:
@@ -171,9 +249,18 @@ def _tensor_type() -> None:
 
     def named_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = plain(self, *args, **kwargs)
-        return "torch.cuda." + name[6:] if isinstance(name, str) and not name.startswith("torch.cuda") else name
+        return "torch.cuda." + name.rpartition(".")[2] if isinstance(name, str) else name
 
     torch.Tensor.type = named_as_cuda  # type: ignore[method-assign, assignment]
+
+
+def _capability() -> None:
+    torch.cuda.get_device_capability = lambda device=None: (0, 0)
+
+
+def _rotary() -> None:
+    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    rope._apply_rotary_pos_emb_bshd = rotary(rope._apply_rotary_pos_emb_bshd, fused_operator)
 
 
 def _group_step() -> None:
@@ -277,6 +364,30 @@ _COMMON_SHIMS = [
         _no_fp8,
     ),
 ]
+_TENSOR_TYPE = Shim(
+    "tensor_type",
+    "optimizer/optimizer.py, distrib_optimizer.py",
+    "parameters are sorted by comparing param.type() with 'torch.cuda.FloatTensor'",
+    _ALL,
+    _tensor_type,
+)
+_NPU_SHIMS = [_TENSOR_TYPE]
+_NPU_ALWAYS = [
+    Shim(
+        "capability",
+        "distributed/finalize_model_grads.py",
+        "its broadcast: torch's asks tensors that say they are CUDA's for a capability, which transfer_to_npu leaves None",
+        _ALL,
+        _capability,
+    ),
+    Shim(
+        "rotary",
+        "models/common/embeddings/rope_utils.py",
+        "five elementwise operators a rotation; the NPU has one (megatron knows transformer-engine's only)",
+        _ALL,
+        _rotary,
+    ),
+]
 _CPU_SHIMS = [
     Shim(
         "current_device",
@@ -314,11 +425,5 @@ _CPU_SHIMS = [
         _ALL,
         _tensor_cuda,
     ),
-    Shim(
-        "tensor_type",
-        "optimizer/optimizer.py, distrib_optimizer.py",
-        "parameters are sorted by comparing param.type() with 'torch.cuda.FloatTensor'",
-        _ALL,
-        _tensor_type,
-    ),
+    _TENSOR_TYPE,
 ]

@@ -34,28 +34,33 @@ REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 """Packages without which no model runs, and their versions: at least the first, below the second."""
 OPTIONAL = ("torch-npu", "mindspeed", "megatron-adaptor", "apex", "transformer-engine", "transformers")
 """Used where they are present."""
-PARTS = ("devices", "kernels", "processor", "megatron", "all_reduce", "model")
+PARTS = ("devices", "kernels", "processor", "megatron", "all_reduce", "model", "operators")
 """Of the report: what the functions of `stages.machine` found; None where one could not look."""
 GIB = 2**30
 
 
-def run(config: RunConfig, *, as_json: bool) -> int:
-    """Print the report; returns 0 when the main job can run with this configuration, 1 when it cannot."""
-    report = examine(config)
+def run(config: RunConfig, *, as_json: bool, ops: bool = False) -> int:
+    """Print the report; returns 0 when the main job can run with this configuration, 1 when it cannot.
+
+    ops: also run Stage 0 and training on a tiny model, and list their operators.
+    """
+    report = examine(config, ops=ops)
     if as_json:
         print(json.dumps(report))
     else:
         show(_table(report), "megatron-replay doctor")
+        if report["operators"]:
+            show(report["operators"], "operators of a tiny collect and train, and how often")
         print("\n".join(_lines(report)))
     return 0 if report["ok"] else 1
 
 
-def examine(config: RunConfig) -> dict[str, Any]:
+def examine(config: RunConfig, *, ops: bool = False) -> dict[str, Any]:
     """The report. Its keys are always the same: ok, verdict, problems, notes, versions, PARTS, disk."""
     versions, problems = _versions()
     found: dict[str, Any] = dict.fromkeys(PARTS)
     if not problems:  # nothing is imported that is known not to work
-        found, problems = _look(config, versions)
+        found, problems = _look(config, versions, ops)
     report = {"versions": versions, **found, "disk": _disk(Path(config.output))}
     return {
         "ok": not problems,
@@ -100,7 +105,7 @@ def _range(name: str, low: tuple[int, ...], high: tuple[int, ...] | None) -> str
     return f"{name}>={'.'.join(map(str, low))}" + (f",<{'.'.join(map(str, high))}" if high else "")
 
 
-def _look(config: RunConfig, versions: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
+def _look(config: RunConfig, versions: dict[str, str | None], ops: bool) -> tuple[dict[str, Any], list[str]]:
     """Every part of the report, each looked at even where another cannot be."""
     found: dict[str, Any] = dict.fromkeys(PARTS)
     problems: list[str] = []
@@ -126,6 +131,8 @@ def _look(config: RunConfig, versions: dict[str, str | None]) -> tuple[dict[str,
     part("device", lambda: device.dtype(config.precision, device.choose(config.device)))
     if config.model:
         part("model", lambda: machine.model(config))
+    if ops:
+        part("operators", lambda: machine.operators(config))
     trial = found["all_reduce"]
     if trial and not trial["ok"]:
         problems.append(f"{trial['ranks']} ranks over {trial['backend']} cannot add up a tensor: {trial['error']}")
@@ -149,11 +156,14 @@ def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
         notes.append(f"{processor['threads']} threads in every rank: with --ranks N set OMP_NUM_THREADS to {processor['cores']} / N")
     if kernels and kernels["extension"] != "loaded":
         notes.append(f"compiled kernels: {kernels['extension']}; every operator runs in plain torch")
+    if kernels and kernels.get("npu_extension", "loaded") != "loaded":
+        notes.append(f"NPU kernels: {kernels['npu_extension']}; on the NPU our operators run in plain torch (docs/ascend.md builds them)")
     if versions["torch-npu"] and report["devices"] and "npu" not in report["devices"]:
         notes.append(f"torch-npu {versions['torch-npu']} is installed but finds no device (CANN missing, or no driver)")
-    for name in ("mindspeed", "megatron-adaptor"):
-        if versions[name]:
-            notes.append(f"{name} {versions[name]} is installed and not used")
+    notes += (report["megatron"] or {}).get("adapters_not_used", [])
+    for place, operators in (report["operators"] or {}).items():
+        if place.startswith("cpu instead"):
+            notes.append(f"{len(operators)} operators run on the {place}: {', '.join(operators)}")
     return notes
 
 
@@ -166,7 +176,7 @@ def _disk(output: Path) -> dict[str, Any]:
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
     """The short values of the report: bytes in GiB, absent packages as such."""
-    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key != "megatron" and report[key] is not None}
+    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key not in ("megatron", "operators") and report[key] is not None}
     rows["versions"] = {name: version or "not installed" for name, version in report["versions"].items()}
     return {key: _plain(key, value) for key, value in rows.items()}
 
@@ -174,7 +184,8 @@ def _table(report: dict[str, Any]) -> dict[str, Any]:
 def _lines(report: dict[str, Any]) -> list[str]:
     """What follows the table: sentences, the verdict last."""
     parts = report["megatron"] or {}
-    lines = [f"{key}: {', '.join(s['name'] for s in said) if key == 'shims' else said}" for key, said in parts.items()]
+    told = {key: said for key, said in parts.items() if key != "adapters_not_used"}  # those are among the notes
+    lines = [f"{key}: {', '.join(s['name'] for s in said) if key == 'shims' else said}" for key, said in told.items()]
     return [*lines, *report["notes"], *report["problems"], report["verdict"]]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from megatron_replay import compiled
 from megatron_replay.config import RunConfig
-from megatron_replay.device import Device, available, choose, cores, environment
+from megatron_replay.device import Device, available, choose, cores, environment, fused_operator
 from megatron_replay.errors import DeviceError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
@@ -20,6 +21,7 @@ from megatron_replay.parallel import attention, layers, shims
 from megatron_replay.parallel.probe import try_all_reduce
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.torch_dist import Reader
+from megatron_replay.stages.operators import Seen, steps
 
 Versions = Mapping[str, str | None]
 
@@ -44,7 +46,8 @@ def _device(device: Device) -> dict[str, Any]:
 def kernels(mode: str) -> dict[str, Any]:
     """Which kernel answers for each operator on each device that is here, and what became of the compiled ones."""
     each = {device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()}
-    return {"extension": optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION, **each}
+    extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
+    return {"extension": extension, **({"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}), **each}
 
 
 def processor() -> dict[str, Any]:
@@ -55,13 +58,17 @@ def processor() -> dict[str, Any]:
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
     """What lies between megatron-core and the device that this configuration would use, and what runs in place of its own parts."""
     device = asked(config)
-    applied = shims.table(device, versions["megatron-core"] or "none")
+    adapter, not_used = shims.adapter(device)
+    applied = shims.table(device, versions["megatron-core"] or "none", adapter)
+    norm = " on npu_rms_norm" if fused_operator("npu_rms_norm", device.name) else ""
+    core = "npu_fusion_attention" if fused_operator("npu_fusion_attention", device.name) else "torch's scaled_dot_product_attention"
     adam = next((name for name in ("transformer-engine", "apex") if versions[name]), "torch")
     return {
-        "adapter": shims.adapter(device),
+        "adapter": adapter.name,
+        "adapters_not_used": not_used,
         "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in applied],
-        "norm": f"our {layers.RMSNorm.__name__} for megatron's, which wants apex or transformer-engine or a single tensor rank",
-        "attention": f"our {attention.segment_attention.__name__} on torch's scaled_dot_product_attention for its DotProductAttention",
+        "norm": f"our {layers.RMSNorm.__name__}{norm} for megatron's, which wants apex or transformer-engine or a single tensor rank",
+        "attention": f"our {attention.segment_attention.__name__} on {core} for its DotProductAttention",
         "optimizer": f"our {config.optimizer.name} inside megatron's wrappers for the Adam of {adam}",
     }
 
@@ -77,6 +84,14 @@ def asked(config: RunConfig) -> Device:
 def all_reduce(config: RunConfig) -> dict[str, Any]:
     """`probe.try_all_reduce` on the device of the configuration."""
     return try_all_reduce(asked(config))
+
+
+def operators(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Where -> operator -> calls, of Stage 0 and training on a tiny model, on the device of the configuration."""
+    seen = Seen()
+    with seen:
+        steps(config, asked(config))
+    return seen.places()
 
 
 def model(config: RunConfig) -> dict[str, Any]:

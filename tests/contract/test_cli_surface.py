@@ -156,8 +156,8 @@ def test_optimizer_options_pass_through(stage: Stage) -> None:
 
 def test_each_verb_calls_its_function_as_agreed(stage: Stage) -> None:
     for argv, positional, kwargs in [
-        (["doctor"], (), {"as_json": False}),
-        (["doctor", "--json"], (), {"as_json": True}),
+        (["doctor"], (), {"as_json": False, "ops": False}),
+        (["doctor", "--json", "--ops"], (), {"as_json": True, "ops": True}),
         (["convert", "hf", "out", "--verify"], ("hf", "out"), {"verify": True}),
         (["collect", "--dry-run"], (), {"dry_run": True}),
         (["train"], (), {"dry_run": False}),

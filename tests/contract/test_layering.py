@@ -23,7 +23,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ISLANDS = LAYERS[1]
 WITHOUT_TORCH = LAYERS[0] | {"data", "store", "scoring"} | LAYERS[-1]
-DEVICE_WORDS = ("torch.cuda", "torch_npu", "nccl", "hccl")
+DEVICE_WORDS = ("torch.cuda", "torch_npu", "torch.npu", "torch.ops.npu", "nccl", "hccl")
 NAMES_DEVICES = {"device.py", "parallel/shims.py"}
 READS_ENVIRONMENT = {"device.py", "parallel/world.py"}
 
@@ -171,6 +171,7 @@ def test_the_package_keeps_to_the_layers(rule: object) -> None:
         (import_offences, "store/a.py", "import torch", "does without torch"),
         (import_offences, "helpers.py", "", "stands in no layer"),
         (word_offences, "optim/a.py", "x = 'nccl'", "says 'nccl'"),
+        (word_offences, "parallel/trainer.py", "y = torch.ops.npu.npu_rms_norm(x)", "says 'torch.ops.npu'"),
         (state_offences, "ops/a.py", "def f():\n    global x\n    x = 1", "a.py:2: a global statement"),
         (state_offences, "cli.py", "import os\nx = os.environ['A']", "cli.py:2: reads"),
         (state_offences, "cli.py", "from os import environ", "reads"),

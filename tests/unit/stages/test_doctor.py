@@ -120,11 +120,11 @@ def test_the_json_has_these_keys(two_ranks: dict[str, Any], capsys: pytest.Captu
     assert set(found["kernels"]) == {"extension", *found["devices"]}
     assert set(found["kernels"]["cpu"].values()) <= {"compiled", "reference"}
     assert set(found["processor"]) == {"cores", "threads", "variables"}
-    assert set(found["megatron"]) == {"adapter", "shims", "norm", "attention", "optimizer"}
+    assert set(found["megatron"]) == {"adapter", "adapters_not_used", "shims", "norm", "attention", "optimizer"}
     here = shims.table(CPU, found["versions"]["megatron-core"])
     assert here and [shim["name"] for shim in found["megatron"]["shims"]] == [shim.name for shim in here]
     assert set(found["all_reduce"]) == set(WORKING) and set(found["disk"]) == {"path", "free_bytes", "total_bytes"}
-    assert found["model"] is None and found["problems"] == []
+    assert found["model"] is None and found["operators"] is None and found["problems"] == []
     installed(torch=None)
     assert list(report(capsys, code=1)) == keys
 

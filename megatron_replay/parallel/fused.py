@@ -1,0 +1,64 @@
+"""What the NPU's fused operators are to be asked for in place of our torch forms: argument mappings, from torch-npu's documentation.
+
+The operators themselves come from `device.fused_operator`. Sources: the pages of `npu_fusion_attention`, `npu_rms_norm` and
+`npu_rotary_mul` in the API reference of Ascend Extension for PyTorch.
+
+T tokens in the flat micro-batch, Hq query heads, D head size, B batch (1), S sequence (T, or this rank's part of it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MASK = 2048
+"""Side of the triangle that stands for the whole causal mask in the compressed mask modes."""
+_RIGHT_DOWN_CAUSAL = 3
+
+
+def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
+    """Arguments of `npu_fusion_attention` after query, key and value [T, heads, D] for causal attention within each segment.
+
+    segments [n, 2] (start, length; int64, on the cpu) follow each other from token 0 to the end of the three tensors.
+    """
+    ends = segments.sum(1).tolist()
+    assert segments[:, 0].tolist() == [0, *ends[:-1]], "segments must follow each other"
+    return {
+        "head_num": query.shape[1],
+        "input_layout": "TND",
+        "scale": scale or 1 / math.sqrt(query.shape[2]),
+        "atten_mask": _later(query.device),
+        "sparse_mode": _RIGHT_DOWN_CAUSAL,
+        "actual_seq_qlen": ends,
+        "actual_seq_kvlen": ends,
+    }
+
+
+@cache
+def _later(device: torch.device) -> Tensor:
+    """True where a key is later than the query: what is masked. 4 MiB, once a device."""
+    return torch.ones(_MASK, _MASK, dtype=torch.bool, device=device).triu(1)
+
+
+def rotary(plain: Callable[..., Tensor], operator: Callable[[str, str], Callable[..., Any] | None]) -> Callable[..., Tensor]:
+    """megatron's `_apply_rotary_pos_emb_bshd` with `npu_rotary_mul` where `operator` has it; `plain` is megatron's own.
+
+    The fused operator rotates halves of the whole head of [S, B, heads, D] by cosines and sines [S, 1, 1, D] (its SBND layout).
+    """
+
+    def apply(
+        t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, multi_latent_attention: bool = False, mscale: float = 1.0
+    ) -> Tensor:
+        whole_halves = t.dim() == 4 and freqs.shape[-1] == t.shape[-1] and not rotary_interleaved and not multi_latent_attention
+        fused = operator("npu_rotary_mul", t.device.type) if whole_halves else None
+        if fused is None:
+            return plain(t, freqs, rotary_interleaved=rotary_interleaved, multi_latent_attention=multi_latent_attention, mscale=mscale)
+        out: Tensor = fused(t, (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype))
+        return out
+
+    return apply
