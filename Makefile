@@ -8,12 +8,14 @@ PINNED := $(VENV)/.pinned
 CSRC := $(shell find csrc -type f 2>/dev/null)
 MEGATRON_OLD := 0.12.1
 OLD := $(VENV)/megatron-0.12
+TORCH_NPU := 2.13.0
+NPU := $(VENV)/torch-npu-$(TORCH_NPU)
 RANKS := tests/ranks
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv check test test-megatron-0.12 demo demo-tiny clean
+.PHONY: venv check test test-megatron-0.12 test-npu demo demo-tiny clean
 
 venv: $(INSTALLED)
 
@@ -53,6 +55,16 @@ test-megatron-0.12: $(OLD)/.$(MEGATRON_OLD)
 $(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
 	rm -rf $(OLD)
 	$(PIP) install --no-deps --target $(OLD) megatron-core==$(MEGATRON_OLD)
+	@touch $@
+
+# torch-npu's wheel, in a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests' child processes find it
+# there; on machines that the wheel is not for they are skipped.
+test-npu: $(NPU)/.installed
+	$(BIN)/python -m pytest -q tests/npu
+
+$(NPU)/.installed: | $(INSTALLED)
+	rm -rf $(NPU)
+	$(PIP) install --no-deps --target $(NPU) torch-npu==$(TORCH_NPU) || mkdir -p $(NPU)
 	@touch $@
 
 demo: venv

@@ -1,0 +1,78 @@
+"""What the wheel has of the names in our code (given as JSON), and what our device seam makes of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from typing import Any
+
+import torch
+
+from megatron_replay import device
+from megatron_replay.ops import library
+from megatron_replay.optim import kernels
+from megatron_replay.parallel import fused
+from megatron_replay.stages.operators import place
+
+asked: dict[str, list[str]] = json.loads(sys.argv[1])
+
+
+def refused(operation: Any) -> str:
+    try:
+        operation()
+    except RuntimeError as err:
+        return str(err)
+    return ""
+
+
+def on_meta() -> dict[str, Any]:
+    """The fused operators' own meta kernels, called with our arguments."""
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    q, k, x = torch.empty(10, 4, 16, **meta), torch.empty(10, 2, 16, **meta), torch.empty(10, 1, 64, **meta)
+    angles = torch.empty(10, 1, 1, 16, **meta)
+    arguments = fused.causal_within(torch.tensor([[0, 4], [4, 6]]), q, None)
+    ops = torch.ops.npu
+    return {
+        "npu_fusion_attention": list(ops.npu_fusion_attention(q, k, k, **arguments)[0].shape),
+        "npu_rms_norm": list(ops.npu_rms_norm(x, torch.empty(64, **meta), 1e-6)[0].shape),
+        "npu_rotary_mul": list(ops.npu_rotary_mul(q[:, None], angles, angles).shape),
+    }
+
+
+here = device.available()
+npu = here[0]
+npu.select(0)
+tensor = torch.arange(6.0).view(2, 3).to(npu.at())
+
+print(
+    json.dumps(
+        {
+            "version": importlib.metadata.version("torch-npu"),
+            "devices": [found.name for found in here],
+            "default": device.choose().name,
+            "precision": str(device.dtype("auto", npu)),
+            "count": npu.count(),
+            "model": npu.model_name(),
+            "memory": npu.memory(),
+            "peak": npu.peak_memory(),
+            "tensor": [str(tensor.device), tensor.view(3, 2).cpu().tolist()],
+            "attributes": [name for name in asked["attributes"] if not hasattr(torch.npu, name)],
+            "operators": [name for name in asked["operators"] if not hasattr(torch.ops.npu, name)],
+            "differentiable": [
+                name
+                for name in asked["operators"]
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{name}", "AutogradPrivateUse1")
+            ],
+            "modules": [name for name in asked["modules"] if importlib.util.find_spec(name) is None],
+            "meta": on_meta(),
+            "ours": {**library.live("npu"), **kernels.live("npu")},
+            "places": {
+                name: place(name, "npu") for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")
+            },
+            "add": refused(lambda: tensor + tensor),
+            "second device": refused(lambda: torch.npu.set_device(1)),
+        }
+    )
+)

@@ -1,0 +1,105 @@
+"""A child process with the real torch-npu wheel and no CANN: the memory-only runtime stands for every CANN library the wheel links to.
+
+The wheel lies in a folder of its own, where `make test-npu` puts it, or where MEGATRON_REPLAY_TORCH_NPU says: with it on the path a plain
+`import torch` fails on a machine without CANN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ASCEND = ROOT / "csrc" / "ascend"
+VERSION = "2.13.0"
+WHEEL = Path(os.environ.get("MEGATRON_REPLAY_TORCH_NPU", Path(sys.prefix) / f"torch-npu-{VERSION}"))
+CANN = ("hccl", "ascendcl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
+"""What the wheel's libraries are linked to (readelf -d)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a child needs to find."""
+
+    libraries: Path
+    """The memory-only runtime under CANN's names."""
+
+    def run(self, child: str, *words: str, path: Sequence[Path] = (), **variables: str) -> Any:
+        """What children/`child`.py prints last, read as JSON; AssertionError with its output when it fails."""
+        places = [*path, HERE, WHEEL, ROOT]
+        env = {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(self.libraries),
+            "PYTHONPATH": os.pathsep.join(map(str, places)),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch would import torch_npu on its own, and hide why it cannot
+            "TASK_QUEUE_ENABLE": "0",  # errors where the operator was called
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        command = [sys.executable, str(HERE / "children" / f"{child}.py"), *words]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{child} {words} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def make(folder: Path) -> Runtime:
+    """Compile the memory-only runtime into a folder; skips where the wheel or a compiler is missing."""
+    require_wheel()
+    require_compiler()
+    first = folder / f"lib{CANN[0]}.so"
+    compile_cpp([ASCEND / "sim" / "memory_acl.cpp"], first, ["-O1", "-std=c++17"], [WHEEL / "torch_npu" / "include"])
+    for name in CANN[1:]:
+        (folder / f"lib{name}.so").symlink_to(first)
+    return Runtime(folder)
+
+
+def make_binding(runtime: Runtime, folder: Path) -> Path:
+    """Compile megatron_replay._npu with the kernels on the host stand-in into a folder; returns the module's file."""
+    kernels, target = folder / "libkernels.so", folder / f"_npu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stand_in = [path for path in sorted((ASCEND / "sim").glob("*.cpp")) if path.name != "memory_acl.cpp"]
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ASCEND / 'sim'}", f"-I{ASCEND / 'op_host'}"]
+    compile_cpp([*stand_in, *sorted((ASCEND / "op_host").glob("*.cpp"))], kernels, flags, [])
+    torch_folder, npu_folder = Path(torch.__file__).parent, WHEEL / "torch_npu"
+    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", npu_folder / "include"]
+    flags = ["-O0", "-std=c++20", "-Wno-missing-field-initializers", f"-I{ASCEND}"]
+    compile_cpp([ASCEND / "torch_binding.cpp", kernels], target, flags, [*includes, Path(sysconfig.get_path("include"))], [
+        *(f"-L{place}" for place in (npu_folder / "lib", torch_folder / "lib", runtime.libraries)),
+        *(f"-l{name}" for name in ("torch_npu", "torch_cpu", "c10", "ascendcl")),
+        f"-Wl,-rpath-link,{torch_folder / 'lib'}",
+        f"-Wl,-rpath-link,{runtime.libraries}",
+    ])  # fmt: skip
+    return target
+
+
+def compile_cpp(sources: Sequence[Path], target: Path, flags: Sequence[str], includes: Sequence[Path], links: Sequence[str] = ()) -> None:
+    system = [word for include in includes for word in ("-isystem", str(include))]
+    command = ["c++", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, *system, *map(str, sources), *links, "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def require_wheel() -> None:
+    found = sorted(WHEEL.glob("torch_npu-*.dist-info"))
+    if not found:
+        pytest.skip(f"torch-npu {VERSION} is not in {WHEEL}; make test-npu installs it (a wheel for Linux and Python 3.9 to 3.13)")
+    if found[0].name != f"torch_npu-{VERSION}.dist-info":
+        pytest.skip(f"{found[0].name} lies in {WHEEL}, these tests are for torch-npu {VERSION}")
+    if not torch.__version__.startswith(VERSION):
+        pytest.skip(f"torch {torch.__version__} is here, torch-npu {VERSION} is for torch {VERSION}")
+
+
+def require_compiler() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
