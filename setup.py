@@ -5,11 +5,14 @@ a C++ compiler is there; where none is, the package installs all the same and ru
 without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. There is nothing to compile for CUDA: plain torch serves it.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,8 +38,12 @@ def cpu_kernels(files: list[str]) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    standard = "-std=c++20" if torch.torch_version.TorchVersion(torch.__version__) >= "2.10" else "-std=c++17"
-    flags = ["-O3", "-fvisibility=hidden", standard, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags = [
+        "-O3",
+        "-fvisibility=hidden",
+        f"-std=c++{cxx_standard(torch)}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     # Every instruction set, tail and thread must give the same bits, so no fused multiply-add where a compiler sees fit. The other two let
     # square roots and selections be vectorised, and change no bits.
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -60,6 +67,25 @@ def npu_kernels() -> Extension:
     return Extension("megatron_replay._npu", ["csrc/ascend/CMakeLists.txt"], depends=sources("ascend/**/*.h", "ascend/**/*.cpp"))
 
 
+def python_settings() -> dict[str, str]:
+    """What csrc/ascend/binding.cmake wants to know of the Python that will load the module; torch-npu is found without importing it."""
+    import torch
+
+    npu = importlib.util.find_spec("torch_npu")
+    return {
+        "REPLAY_TORCH": str(Path(torch.__file__).parent),
+        "REPLAY_TORCH_NPU": str(Path(npu.origin).parent) if npu and npu.origin else "",
+        "REPLAY_PYTHON_INCLUDE": sysconfig.get_path("include"),
+        "REPLAY_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        "REPLAY_STANDARD": cxx_standard(torch),
+    }
+
+
+def cxx_standard(torch: ModuleType) -> str:
+    """The C++ that torch's headers are written in."""
+    return "20" if torch.torch_version.TorchVersion(torch.__version__) >= "2.10" else "17"
+
+
 class Build(build_ext):
     """Hands the NPU's extension to CMake and takes the module it makes."""
 
@@ -69,8 +95,11 @@ class Build(build_ext):
             return
         folder, target = (Path(self.build_temp) / "ascend").absolute(), Path(self.get_ext_fullpath(ext.name)).absolute()
         configure = ["cmake", "-S", str(ROOT / "csrc" / "ascend"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
-        configure += ["-DMEGATRON_REPLAY_NPU=ON", f"-DSOC_VERSION={os.environ.get('SOC_VERSION', 'Ascend910B3')}"]
-        configure += [f"-DPython3_EXECUTABLE={sys.executable}", f"-DASCEND_HOME_PATH={os.environ['ASCEND_HOME_PATH']}"]
+        configure += [
+            f"-DSOC_VERSION={os.environ.get('SOC_VERSION', 'Ascend910B3')}",
+            f"-DASCEND_HOME_PATH={os.environ['ASCEND_HOME_PATH']}",
+        ]
+        configure += [f"-D{name}={value}" for name, value in python_settings().items()]
         for command in (configure, ["cmake", "--build", str(folder), "--target", "_npu", "--parallel", str(os.cpu_count() or 1)]):
             if subprocess.run(command).returncode:
                 sys.exit(f"error: the NPU's kernels do not build: {' '.join(command)}")

@@ -58,36 +58,39 @@ def make(folder: Path) -> Runtime:
     """Compile the memory-only runtime into a folder; skips where the wheel or a compiler is missing."""
     require_wheel()
     require_compiler()
-    first = folder / f"lib{CANN[0]}.so"
-    compile_cpp([ASCEND / "sim" / "memory_acl.cpp"], first, ["-O1", "-std=c++17"], [WHEEL / "torch_npu" / "include"])
+    libraries = folder / "lib64"  # where CANN has its own
+    libraries.mkdir()
+    first, headers = libraries / f"lib{CANN[0]}.so", WHEEL / "torch_npu" / "include"
+    flags = ["-shared", "-fPIC", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", str(headers)]
+    build("c++", *flags, str(ASCEND / "sim" / "memory_acl.cpp"), "-o", str(first))
     for name in CANN[1:]:
-        (folder / f"lib{name}.so").symlink_to(first)
-    return Runtime(folder)
+        (libraries / f"lib{name}.so").symlink_to(first)
+    return Runtime(libraries)
 
 
 def make_binding(runtime: Runtime, folder: Path) -> Path:
-    """Compile megatron_replay._npu with the kernels on the host stand-in into a folder; returns the module's file."""
-    kernels, target = folder / "libkernels.so", folder / f"_npu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    stand_in = [path for path in sorted((ASCEND / "sim").glob("*.cpp")) if path.name != "memory_acl.cpp"]
-    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{ASCEND / 'sim'}", f"-I{ASCEND / 'op_host'}"]
-    compile_cpp([*stand_in, *sorted((ASCEND / "op_host").glob("*.cpp"))], kernels, flags, [])
-    torch_folder, npu_folder = Path(torch.__file__).parent, WHEEL / "torch_npu"
-    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", npu_folder / "include"]
-    flags = ["-O0", "-std=c++20", "-Wno-missing-field-initializers", f"-I{ASCEND}"]
-    compile_cpp([ASCEND / "torch_binding.cpp", kernels], target, flags, [*includes, Path(sysconfig.get_path("include"))], [
-        *(f"-L{place}" for place in (npu_folder / "lib", torch_folder / "lib", runtime.libraries)),
-        *(f"-l{name}" for name in ("torch_npu", "torch_cpu", "c10", "ascendcl")),
-        f"-Wl,-rpath-link,{torch_folder / 'lib'}",
-        f"-Wl,-rpath-link,{runtime.libraries}",
-    ])  # fmt: skip
-    return target
+    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in; returns the module's file."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake here")
+    settings = {
+        "REPLAY_STAND_IN": "ON",
+        "REPLAY_TORCH": str(Path(torch.__file__).parent),
+        "REPLAY_TORCH_NPU": str(WHEEL / "torch_npu"),
+        "REPLAY_PYTHON_INCLUDE": sysconfig.get_path("include"),
+        "REPLAY_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        "REPLAY_STANDARD": "20",
+        "ASCEND_HOME_PATH": str(runtime.libraries.parent),
+        "CMAKE_CXX_FLAGS": "-O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers",
+    }
+    build("cmake", "-S", str(ASCEND), "-B", str(folder), *(f"-D{name}={value}" for name, value in settings.items()))
+    build("cmake", "--build", str(folder), "--target", "_npu")
+    (module,) = folder.glob("_npu*.so")
+    return module
 
 
-def compile_cpp(sources: Sequence[Path], target: Path, flags: Sequence[str], includes: Sequence[Path], links: Sequence[str] = ()) -> None:
-    system = [word for include in includes for word in ("-isystem", str(include))]
-    command = ["c++", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, *system, *map(str, sources), *links, "-o", str(target)]
+def build(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def require_wheel() -> None:

@@ -107,7 +107,7 @@ def test_a_source_that_does_not_compile_does_not_stop_the_other(project: Path) -
 CMAKE = """
 cmake_minimum_required(VERSION 3.18)
 project(trial C)
-file(WRITE ${CMAKE_BINARY_DIR}/npu.c "const char* soc(void) { return \\"${SOC_VERSION} ${MEGATRON_REPLAY_NPU}\\"; }")
+file(WRITE ${CMAKE_BINARY_DIR}/npu.c "const char* soc(void) { return \\"${SOC_VERSION} ${REPLAY_STANDARD}\\"; }")
 add_library(_npu MODULE ${CMAKE_BINARY_DIR}/npu.c)
 set_target_properties(_npu PROPERTIES PREFIX "")
 """
@@ -138,7 +138,7 @@ def test_the_npu_build_goes_through_cmake(project: Path, tmp_path: Path) -> None
     (module,) = (project / "megatron_replay").glob("_npu*.so")
     call = f"import ctypes; f = ctypes.CDLL({str(module)!r}).soc; f.restype = ctypes.c_char_p; print(f().decode())"
     answer = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "Ascend910B1 ON"
+    assert answer.stdout.strip() in ("Ascend910B1 17", "Ascend910B1 20")
 
 
 @needs_compiler
