@@ -197,9 +197,17 @@ class Layout:
     head_multiple: int = 1
     """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on
     export."""
+    stripe: bool | None = None
+    """Deal the vocabulary's rows out in stripes, so that every tensor rank holds its share of the frequent tokens; exact, undone on export.
+    When unset: where layout.tensor is above 1."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor", "pipeline", "head_multiple")
+
+    @property
+    def striped(self) -> bool:
+        """Whether vocabulary rows lie in stripes."""
+        return self.tensor > 1 if self.stripe is None else self.stripe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,8 +130,8 @@ class CandidateSets:
 
         Raises DataError for an id outside a shard that is the whole vocabulary.
         """
-        columns = self.ids - shard.start
-        mine = (columns >= 0) & (columns < shard.size)
+        columns = shard.columns(self.ids)
+        mine = columns >= 0
         at = self.offsets[:-1] + self.gold_slot
         if bool(mine.all()):
             return LocalSets(self.offsets, columns, at)

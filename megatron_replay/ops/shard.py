@@ -13,31 +13,78 @@ from megatron_replay.errors import LayoutError
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """Vocabulary rows `start <= id < stop` of this rank; the other rows are on the other ranks of `group` (None: nobody else).
+class Stripes:
+    """A fixed order of `rows` vocabulary rows: id v lies in row (v mod count) (rows / count) + v div count.
 
-    Every operator has one code path for a whole and for a sharded vocabulary: without a group the collectives are the identity.
+    Tokenizers number their tokens by frequency, so contiguous shards leave nearly all of a text's ids on the first rank; stripes deal
+    neighbouring ids to different ranks. One order serves every number of ranks that divides `count`, and is right for any other.
+    """
+
+    rows: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.rows % self.count:
+            raise LayoutError(f"{self.rows} vocabulary rows do not divide into {self.count} stripes; pad the vocabulary to a multiple")
+
+    @property
+    def width(self) -> int:
+        """Rows of a stripe."""
+        return self.rows // self.count
+
+    def row_of(self, ids: Tensor) -> Tensor:
+        """The row of each id in 0..rows-1, in the ids' dtype."""
+        return ids % self.count * self.width + ids // self.count
+
+    def id_of(self, rows: Tensor) -> Tensor:
+        """The id in each row: the inverse of `row_of`."""
+        return rows % self.width * self.count + rows // self.width
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring columns of a shard whose ids rise by a fixed step, none of them padding."""
+
+    columns: slice
+    first: int
+    """Id of the first column."""
+    step: int = 1
+
+    def ids(self, columns: Tensor) -> Tensor:
+        """Ids of columns counted from the span's first."""
+        return columns * self.step + self.first
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Vocabulary rows `start <= row < stop` of this rank; the other rows are on the other ranks of `group` (None: nobody else).
+
+    A row's number is its id, unless `stripes` says otherwise. Every operator has one code path for a whole and for a sharded vocabulary
+    in either order: without a group the collectives are the identity, and rows in the order of their ids are one span.
     """
 
     start: int
     stop: int
     group: dist.ProcessGroup | None = None
+    stripes: Stripes | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop:
             raise LayoutError(f"a vocabulary shard needs 0 <= start <= stop, got start {self.start}, stop {self.stop}")
+        if self.stripes is not None and self.stop > self.stripes.rows:
+            raise LayoutError(f"a vocabulary shard up to row {self.stop} needs as many rows, the stripes have {self.stripes.rows}")
 
     @classmethod
-    def of_rank(cls, rows: int, group: dist.ProcessGroup) -> VocabShard:
-        """The even contiguous share of `rows` vocabulary rows that this rank of `group` holds.
+    def of_rank(cls, rows: int, group: dist.ProcessGroup, *, stripes: int = 1) -> VocabShard:
+        """The even contiguous share of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out in stripes.
 
-        Raises LayoutError when the ranks do not divide the rows.
+        Raises LayoutError when the ranks or the stripes do not divide the rows.
         """
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if rows % ranks:
             raise LayoutError(f"{rows} vocabulary rows do not divide over {ranks} ranks; pad the vocabulary to a multiple of {ranks}")
         share = rows // ranks
-        return cls(rank * share, (rank + 1) * share, group)
+        return cls(rank * share, (rank + 1) * share, group, Stripes(rows, stripes) if stripes > 1 else None)
 
     @property
     def size(self) -> int:
@@ -47,6 +94,32 @@ class VocabShard:
     def is_whole(self) -> bool:
         """Nobody else holds vocabulary rows."""
         return self.group is None
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """The column of each id in this shard, -1 where it is not here; in the ids' shape and dtype."""
+        rows = ids
+        if self.stripes is not None:  # no row lies below 0
+            rows = torch.where((ids >= 0) & (ids < self.stripes.rows), self.stripes.row_of(ids), -1)
+        return torch.where((rows >= self.start) & (rows < self.stop), rows - self.start, -1)
+
+    def spans(self, vocab_size: int | None = None) -> list[Span]:
+        """The columns of the real ids (below `vocab_size`; None: all), one span a stripe, in column order; one span at least."""
+        if self.stripes is None:
+            return [Span(slice(0, _below(vocab_size, self.start, 1, self.size)), self.start)]
+        width, step = self.stripes.width, self.stripes.count
+        found = []
+        for stripe in range(self.start // width, max(self.start // width + 1, -(-self.stop // width))):
+            low, high = max(self.start, stripe * width), min(self.stop, (stripe + 1) * width)
+            first = (low - stripe * width) * step + stripe
+            begin = low - self.start
+            found.append(Span(slice(begin, begin + _below(vocab_size, first, step, max(high - low, 0))), first, step))
+        return found
+
+    def padding(self, vocab_size: int | None = None) -> list[slice]:
+        """The columns that belong to no real id: what `spans` leaves out."""
+        ends = [0, *(span.columns.stop for span in self.spans(vocab_size))]
+        starts = [*(span.columns.start for span in self.spans(vocab_size)), self.size]
+        return [slice(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Elementwise maximum over the group, in place."""
@@ -89,9 +162,9 @@ def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
     return shard
 
 
-def num_real(shard: VocabShard, vocab_size: int | None) -> int:
-    """How many of this shard's columns are real ids, that is below `vocab_size`."""
-    return shard.size if vocab_size is None else min(max(vocab_size - shard.start, 0), shard.size)
+def _below(vocab_size: int | None, first: int, step: int, count: int) -> int:
+    """How many of the `count` ids first, first + step, ... are real, that is below `vocab_size`."""
+    return count if vocab_size is None else min(max(-(-(vocab_size - first) // step), 0), count)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

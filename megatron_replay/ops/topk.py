@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.ops.library import kernels as choose
 from megatron_replay.ops.sets import CandidateSets
-from megatron_replay.ops.shard import VocabShard, num_real, shard_of
+from megatron_replay.ops.shard import VocabShard, shard_of
 
 SLACK = 1e-12
 """A cumulative probability this close below tau (relative) counts as tau.
@@ -80,7 +80,7 @@ def dynamic_topk(
     shard = shard_of(logits.shape[1], shard)
     fixed = torch.tensor(sorted(set(always)), dtype=gold.dtype, device=gold.device)
     extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
-    ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], extra, k_max, shard, kernels)
+    ranked = _rank(logits.detach(), extra, k_max, vocab_size, shard, kernels)
     count = _num_kept(ranked, tau, min_set_size)
     return _cut(ranked, count, extra.to(torch.int32), keep_logits)
 
@@ -96,17 +96,13 @@ def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_si
         raise DataError(f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
 
 
-def _rank(logits: Tensor, extra: Tensor, k_max: int, shard: VocabShard, kernels: str) -> _Ranked:
+def _rank(logits: Tensor, extra: Tensor, k_max: int, vocab_size: int | None, shard: VocabShard, kernels: str) -> _Ranked:
     """Local top k_max and log-sum-exp, one gather, merge: each member of the whole top k_max is in its own shard's top k_max."""
-    values, columns, lse = choose(kernels).topk_rows(logits, k_max)
-    ids = (columns + shard.start).to(torch.int32)
-    if not shard.is_whole:
-        room = (0, k_max - values.shape[1])
-        values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
-    slot = extra - shard.start
-    mine = (slot >= 0) & (slot < logits.shape[1])
+    values, ids, lse = _rank_here(logits, k_max, vocab_size, shard, kernels)
+    slot = shard.columns(extra)
+    mine = (slot >= 0) if vocab_size is None else (slot >= 0) & (extra < vocab_size)
     if logits.shape[1]:
-        extra_logits = torch.where(mine, logits.gather(1, slot.clamp(0, logits.shape[1] - 1)).to(values.dtype), 0.0)
+        extra_logits = torch.where(mine, logits.gather(1, slot.clamp(min=0)).to(values.dtype), 0.0)
     else:
         extra_logits = values.new_zeros(extra.shape)
     values, ids, lse, extra_logits, mine = shard.gather(values, ids, lse, extra_logits, mine.to(torch.int32))
@@ -114,6 +110,21 @@ def _rank(logits: Tensor, extra: Tensor, k_max: int, shard: VocabShard, kernels:
     _check_rows(lse, extra, mine.sum(0))
     values, ids = _merge(values, ids, k_max)
     return _Ranked(values, ids, lse, extra_logits.sum(0))
+
+
+def _rank_here(logits: Tensor, k_max: int, vocab_size: int | None, shard: VocabShard, kernels: str) -> tuple[Tensor, Tensor, Tensor]:
+    """This shard's most probable ids, values and ids [N, K], and the log-sum-exp of its real ids [N].
+
+    Span by span: within one the order of the columns is that of the ids, so a kernel's order of equal values is the right one.
+    """
+    spans = shard.spans(vocab_size)
+    found = [choose(kernels).topk_rows(logits[:, span.columns], k_max) for span in spans]
+    values = [values for values, _, _ in found]
+    ids = [span.ids(columns).to(torch.int32) for span, (_, columns, _) in zip(spans, found, strict=True)]
+    if len(spans) > 1 or not shard.is_whole:
+        values = [pad(some, (0, k_max - some.shape[1]), value=-torch.inf) for some in values]
+        ids = [pad(some, (0, k_max - some.shape[1]), value=NOBODY) for some in ids]
+    return *_merge(torch.stack(values), torch.stack(ids), k_max), torch.logsumexp(torch.stack([lse for _, _, lse in found]), 0)
 
 
 def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
@@ -132,7 +143,7 @@ def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
 
 
 def _merge(values: Tensor, ids: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
-    """[R, N, K] of each rank -> the first k_max of all, [N, K']."""
+    """[R, N, K] of each rank or span -> the first k_max of all, [N, K']."""
     if values.shape[0] == 1:
         return values[0], ids[0]
     values, ids = (t.transpose(0, 1).flatten(1) for t in (values, ids))

@@ -14,20 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.ops import VocabShard, linear_cross_entropy
+from megatron_replay.ops.shard import Span
 from megatron_replay.parallel.attention import Cache
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
 from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model, vocab_range
+from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-
-
-def vocab_shard(model: Model) -> VocabShard:
-    """The vocabulary rows of this rank, and the group that holds the others."""
-    start, stop = vocab_range(model)
-    return VocabShard(start, stop, model.world.tensor_group if model.world.tensor_size > 1 else None)
 
 
 def token_nll(
@@ -145,18 +140,24 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
 
 def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
     """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank."""
-    logits = (hidden @ weight.t()).float()
-    logits[:, max(0, vocab_size - shard.start) :] = -torch.inf
+    logits = (hidden @ weight.t()).float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    parts = [_first_largest(logits[:, span.columns], span, vocab_size) for span in shard.spans(vocab_size)]
+    value, id = _best(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    return _best(*shard.gather(value, id))[1]
+
+
+def _best(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, N] each -> the largest value and the lowest id that has it, [N]."""
+    top = values.amax(0)
+    return top, torch.where(values == top, ids, torch.iinfo(ids.dtype).max).amin(0)
+
+
+def _first_largest(logits: Tensor, span: Span, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(largest value, lowest id of it) of each row, [N] both; (-inf, vocab_size) where the span has no columns."""
+    if not logits.shape[1]:
+        return logits.new_full(logits.shape[:1], -torch.inf), logits.new_full(logits.shape[:1], vocab_size, dtype=torch.int64)
     value, column = logits.max(1)
-    if shard.group is None:
-        return column + shard.start
-    pairs = torch.stack([value.double(), (column + shard.start).double()], 1)
-    parts = [torch.empty_like(pairs) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(parts, pairs, group=shard.group)
-    best = parts[0]
-    for part in parts[1:]:  # shards in rank order hold rising ids: only a larger value wins
-        best = torch.where((part[:, 0] > best[:, 0])[:, None], part, best)
-    return best[:, 1].long()
+    return value, span.ids(column)
 
 
 def fill(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -54,7 +54,7 @@ def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of:
         model.module.rotary_pos_emb.positions = batch.places
         if model.head is not None:
             model.head.task, model.head.rows = task_of(batch), batch.rows
-        out = chunk(batch.tokens, batch.places, batch.segments)
+        out = chunk(model.rows_of(batch.tokens), batch.places, batch.segments)
         return out, lambda result: finish(batch, result[0])
 
     get_forward_backward_func()(

@@ -16,8 +16,7 @@ from torch import Tensor
 from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, target_logprobs
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.inference import vocab_shard
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf
 
 

@@ -3,6 +3,7 @@ same positions."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from megatron_replay.parallel import checkpoint
 from megatron_replay.parallel.adapter import attach
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
 from megatron_replay.parallel.freeze import freeze_half
-from megatron_replay.parallel.losses import full_task, restricted_task, sets_of
+from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
 from megatron_replay.parallel.optimizer import foreign_options
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.source import Source
@@ -43,6 +44,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         feed.rate(0)  # a schedule that cannot be is told before anything is built
         if dry_run:
             active.say(feed.describe())
+            for name, value in _balance(active, feed.micro_batches(0)).items():
+                active.say(f"{name} {value:.3f} in the first step")
             return 0
         return _loop(active, feed)
 
@@ -158,6 +161,7 @@ def _loop(active: Session, feed: Feed) -> int:
             batches = feed.micro_batches(step)
             lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
+            result = dataclasses.replace(result, metrics={**result.metrics, **_balance(active, batches)})
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
             _stop_if_broken(result, failures, config.train.max_skipped, step + 1)
@@ -195,6 +199,13 @@ def _task(active: Session) -> TaskOf:
     if active.config.train.loss == "restricted":
         return restricted_task(active.model, active.config.kernels)
     return full_task(active.model, active.vocab_size)
+
+
+def _balance(active: Session, batches: list[MicroBatch]) -> dict[str, float]:
+    """How evenly the step's candidate ids lie on the tensor ranks, where that matters. Collective."""
+    if active.world.tensor_size == 1 or active.config.train.loss != "restricted":
+        return {}
+    return {"replay/tp_imbalance": imbalance(active.model, batches)}
 
 
 def _save(active: Session, trainer: Trainer, iteration: int) -> None:

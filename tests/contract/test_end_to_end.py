@@ -165,6 +165,15 @@ def test_train_speaks_megatrons_language(trained: Done, folder: Path) -> None:
     assert any(key.startswith("moclip/") for key in written[-1])
 
 
+def test_a_dry_run_says_how_evenly_the_candidates_lie(run: Run, trained: Done, tiny: Tiny) -> None:
+    """On two tensor ranks, with and without stripes; on one there is nothing to say."""
+    dry = ["train", f"train.store={tiny.store}", "--dry-run"]
+    said = [run(*dry, *TWO, "layout.tensor=2", *stripe).out for stripe in ([], ["layout.stripe=false"])]
+    even, uneven = (float(re.findall(r"replay/tp_imbalance (\d\.\d{3}) in the first step", out)[0]) for out in said)
+    assert 1 <= even < uneven <= 2
+    assert "tp_imbalance" not in run(*dry).out
+
+
 def test_tensorboard_has_the_same_numbers(trained: Done, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -189,6 +198,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(run: Run, trained: Done, t
     done = run("train", f"train.store={tiny.store}", f"train.iters={STEPS}", *places, *ranks)
     assert f"resumed from {name} at iteration {STEPS // 2}" in done.out
     resumed, whole = metrics(folder / name / "log"), metrics(folder / "run")[STEPS // 2 :]
+    assert all(("replay/tp_imbalance" in row) == ("layout.tensor=2" in ranks) for row in resumed)
     exact = 0 if not ranks else 1e-5  # another layout adds up in another order
     for key in ("iteration", "lm loss", "grad-norm", "learning-rate", "replay/positions"):
         assert [row[key] for row in resumed] == pytest.approx([row[key] for row in whole], rel=exact, abs=0), key
