@@ -44,7 +44,9 @@ def linear_cross_entropy(
     """
     shard = shard_of(weight.shape[0], shard)
     _check_gold(hidden, gold, shard, vocab_size)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, gold, shard, shard.padding(vocab_size), chunk_rows or CHUNK_ROWS)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, gold, shard, shard.padding(vocab_size, weight.device), chunk_rows or CHUNK_ROWS
+    )
     return loss
 
 
@@ -64,7 +66,7 @@ def target_logprobs(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: list[slice], chunk_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: Tensor, chunk_rows: int) -> Tensor:
         slot = shard.columns(gold.long())
         stats = hidden.new_empty(3, hidden.shape[0], dtype=accumulator(hidden.dtype))
         for rows in _chunks(hidden.shape[0], chunk_rows):
@@ -72,19 +74,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         top, total, hit = stats
         peak = shard.max_(top.clone())
         total, hit = shard.sum_(torch.stack([total * (top - peak).exp(), hit]))
-        ctx.save_for_backward(hidden, weight, slot, peak, total)
-        ctx.chunk_rows, ctx.padding = chunk_rows, padding
+        ctx.save_for_backward(hidden, weight, slot, peak, total, padding)
+        ctx.chunk_rows = chunk_rows
         loss: Tensor = total.log() + (peak - hit)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, slot, peak, total = ctx.saved_tensors
+        hidden, weight, slot, peak, total, padding = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_rows):
-            g = _logits(hidden[rows], weight, ctx.padding).sub_(peak[rows, None]).exp_().div_(total[rows, None])
+            g = _logits(hidden[rows], weight, padding).sub_(peak[rows, None]).exp_().div_(total[rows, None])
             mine = (slot[rows] >= 0).nonzero()[:, 0]
             g[mine, slot[rows][mine]] -= 1
             g = g.mul_(grad[rows, None]).to(weight.dtype)
@@ -95,12 +97,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, padding: list[slice]) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, padding: Tensor) -> Tensor:
     """[n, V], -inf in the columns of padding rows."""
-    logits = (hidden @ weight.t()).to(accumulator(hidden.dtype))
-    for columns in padding:
-        logits[:, columns] = -torch.inf
-    return logits
+    return (hidden @ weight.t()).to(accumulator(hidden.dtype)).index_fill_(1, padding, -torch.inf)
 
 
 def _stats(logits: Tensor, slot: Tensor) -> Tensor:

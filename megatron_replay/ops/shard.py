@@ -42,25 +42,11 @@ class Stripes:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Neighbouring columns of a shard whose ids rise by a fixed step, none of them padding."""
-
-    columns: slice
-    first: int
-    """Id of the first column."""
-    step: int = 1
-
-    def ids(self, columns: Tensor) -> Tensor:
-        """Ids of columns counted from the span's first."""
-        return columns * self.step + self.first
-
-
-@dataclass(frozen=True)
 class VocabShard:
     """Vocabulary rows `start <= row < stop` of this rank; the other rows are on the other ranks of `group` (None: nobody else).
 
     A row's number is its id, unless `stripes` says otherwise. Every operator has one code path for a whole and for a sharded vocabulary
-    in either order: without a group the collectives are the identity, and rows in the order of their ids are one span.
+    in either order: without a group the collectives are the identity, and without stripes rows and ids are the same.
     """
 
     start: int
@@ -102,24 +88,25 @@ class VocabShard:
             rows = torch.where((ids >= 0) & (ids < self.stripes.rows), self.stripes.row_of(ids), -1)
         return torch.where((rows >= self.start) & (rows < self.stop), rows - self.start, -1)
 
-    def spans(self, vocab_size: int | None = None) -> list[Span]:
-        """The columns of the real ids (below `vocab_size`; None: all), one span a stripe, in column order; one span at least."""
-        if self.stripes is None:
-            return [Span(slice(0, _below(vocab_size, self.start, 1, self.size)), self.start)]
-        width, step = self.stripes.width, self.stripes.count
-        found = []
-        for stripe in range(self.start // width, max(self.start // width + 1, -(-self.stop // width))):
-            low, high = max(self.start, stripe * width), min(self.stop, (stripe + 1) * width)
-            first = (low - stripe * width) * step + stripe
-            begin = low - self.start
-            found.append(Span(slice(begin, begin + _below(vocab_size, first, step, max(high - low, 0))), first, step))
-        return found
+    def by_id(self, logits: Tensor, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """This shard's columns of `logits` [N, V] in the order of their ids, and the ids [n]: those below `vocab_size` (None: all).
 
-    def padding(self, vocab_size: int | None = None) -> list[slice]:
-        """The columns that belong to no real id: what `spans` leaves out."""
-        ends = [0, *(span.columns.stop for span in self.spans(vocab_size))]
-        starts = [*(span.columns.start for span in self.spans(vocab_size)), self.size]
-        return [slice(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+        A view where rows lie by id; else a copy, whose columns tie as their ids do.
+        """
+        if self.stripes is None:
+            end = self.stop if vocab_size is None else min(max(vocab_size, self.start), self.stop)
+            return logits[:, : end - self.start], torch.arange(self.start, end, device=logits.device)
+        end = self.stripes.rows if vocab_size is None else min(vocab_size, self.stripes.rows)
+        ids = torch.arange(end, device=logits.device)
+        columns = self.columns(ids)
+        here = columns >= 0
+        return logits.index_select(1, columns[here]), ids[here]
+
+    def padding(self, vocab_size: int | None, device: torch.device) -> Tensor:
+        """[n] int64: the columns of no real id, `vocab_size` being the first of those."""
+        rows = torch.arange(self.start, self.stop, device=device)
+        ids = rows if self.stripes is None else self.stripes.id_of(rows)
+        return rows[:0] if vocab_size is None else (ids >= vocab_size).nonzero()[:, 0]
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Elementwise maximum over the group, in place."""
@@ -160,11 +147,6 @@ def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
     if shard.size != columns:
         raise LayoutError(f"the shard covers ids {shard.start}..{shard.stop} ({shard.size} rows), but the tensor has {columns}")
     return shard
-
-
-def _below(vocab_size: int | None, first: int, step: int, count: int) -> int:
-    """How many of the `count` ids first, first + step, ... are real, that is below `vocab_size`."""
-    return count if vocab_size is None else min(max(-(-(vocab_size - first) // step), 0), count)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

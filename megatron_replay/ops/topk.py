@@ -98,7 +98,12 @@ def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_si
 
 def _rank(logits: Tensor, extra: Tensor, k_max: int, vocab_size: int | None, shard: VocabShard, kernels: str) -> _Ranked:
     """Local top k_max and log-sum-exp, one gather, merge: each member of the whole top k_max is in its own shard's top k_max."""
-    values, ids, lse = _rank_here(logits, k_max, vocab_size, shard, kernels)
+    real, ids = shard.by_id(logits, vocab_size)  # a kernel puts the first of equal columns first, which must be the lowest id
+    values, columns, lse = choose(kernels).topk_rows(real, k_max)
+    ids = ids[columns].to(torch.int32)
+    if not shard.is_whole:
+        room = (0, k_max - values.shape[1])
+        values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
     slot = shard.columns(extra)
     mine = (slot >= 0) if vocab_size is None else (slot >= 0) & (extra < vocab_size)
     if logits.shape[1]:
@@ -110,21 +115,6 @@ def _rank(logits: Tensor, extra: Tensor, k_max: int, vocab_size: int | None, sha
     _check_rows(lse, extra, mine.sum(0))
     values, ids = _merge(values, ids, k_max)
     return _Ranked(values, ids, lse, extra_logits.sum(0))
-
-
-def _rank_here(logits: Tensor, k_max: int, vocab_size: int | None, shard: VocabShard, kernels: str) -> tuple[Tensor, Tensor, Tensor]:
-    """This shard's most probable ids, values and ids [N, K], and the log-sum-exp of its real ids [N].
-
-    Span by span: within one the order of the columns is that of the ids, so a kernel's order of equal values is the right one.
-    """
-    spans = shard.spans(vocab_size)
-    found = [choose(kernels).topk_rows(logits[:, span.columns], k_max) for span in spans]
-    values = [values for values, _, _ in found]
-    ids = [span.ids(columns).to(torch.int32) for span, (_, columns, _) in zip(spans, found, strict=True)]
-    if len(spans) > 1 or not shard.is_whole:
-        values = [pad(some, (0, k_max - some.shape[1]), value=-torch.inf) for some in values]
-        ids = [pad(some, (0, k_max - some.shape[1]), value=NOBODY) for some in ids]
-    return *_merge(torch.stack(values), torch.stack(ids), k_max), torch.logsumexp(torch.stack([lse for _, _, lse in found]), 0)
 
 
 def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
@@ -143,7 +133,7 @@ def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
 
 
 def _merge(values: Tensor, ids: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
-    """[R, N, K] of each rank or span -> the first k_max of all, [N, K']."""
+    """[R, N, K] of each rank -> the first k_max of all, [N, K']."""
     if values.shape[0] == 1:
         return values[0], ids[0]
     values, ids = (t.transpose(0, 1).flatten(1) for t in (values, ids))

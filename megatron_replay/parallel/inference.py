@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.ops import VocabShard, linear_cross_entropy
-from megatron_replay.ops.shard import Span
 from megatron_replay.parallel.attention import Cache
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
 from megatron_replay.parallel.head import Task
@@ -141,23 +140,14 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
 def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
     """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank."""
     logits = (hidden @ weight.t()).float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    parts = [_first_largest(logits[:, span.columns], span, vocab_size) for span in shard.spans(vocab_size)]
-    value, id = _best(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
-    return _best(*shard.gather(value, id))[1]
-
-
-def _best(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, N] each -> the largest value and the lowest id that has it, [N]."""
-    top = values.amax(0)
-    return top, torch.where(values == top, ids, torch.iinfo(ids.dtype).max).amin(0)
-
-
-def _first_largest(logits: Tensor, span: Span, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(largest value, lowest id of it) of each row, [N] both; (-inf, vocab_size) where the span has no columns."""
-    if not logits.shape[1]:
-        return logits.new_full(logits.shape[:1], -torch.inf), logits.new_full(logits.shape[:1], vocab_size, dtype=torch.int64)
-    value, column = logits.max(1)
-    return value, span.ids(column)
+    real, ids = shard.by_id(logits, vocab_size)
+    if len(ids):
+        value, column = real.max(1)  # of equal ones the first, which is the lowest id
+        id = ids[column]
+    else:
+        value, id = logits.new_full(logits.shape[:1], -torch.inf), ids.new_full(logits.shape[:1], vocab_size)
+    values, found = shard.gather(value, id)
+    return torch.where(values == values.amax(0), found, vocab_size).amin(0)
 
 
 def fill(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

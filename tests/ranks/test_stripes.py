@@ -348,12 +348,12 @@ def by_row(self: VocabShard, ids: Tensor) -> Tensor:
     return torch.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
 
 
-by_id = VocabShard.padding
+padding_of = VocabShard.padding
 
 
-def at_the_end(self: VocabShard, vocab_size: int | None = None) -> list[slice]:
+def at_the_end(self: VocabShard, vocab_size: int | None, device: torch.device) -> Tensor:
     """`padding` as it is where rows lie by id."""
-    return by_id(VocabShard(self.start, self.stop, self.group), vocab_size)
+    return padding_of(VocabShard(self.start, self.stop, self.group), vocab_size, device)
 
 
 MUTATIONS: dict[str, tuple[type, str, Callable[..., Any]]] = {

@@ -33,22 +33,21 @@ def test_tensors_are_moved_as_ids_are() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 16])
 @pytest.mark.parametrize("vocab_size", [None, REAL, 100, 3, 384])
-def test_spans_and_padding_are_every_shards_columns(ranks: int, vocab_size: int | None) -> None:
+def test_every_real_id_is_in_one_shard_and_the_rest_is_padding(ranks: int, vocab_size: int | None) -> None:
     size, found = V // ranks, []
-    for rank in range(ranks):
-        shard = VocabShard(rank * size, (rank + 1) * size, stripes=ORDER)
-        real = {}
-        for span in shard.spans(vocab_size):
-            columns = range(span.columns.start, span.columns.stop)
-            ids = span.ids(torch.arange(len(columns))).tolist()
-            assert ids == sorted(ids)
-            real |= dict(zip(columns, ids, strict=True))
-        for column, id in real.items():
-            assert int(shard.columns(torch.tensor(id))) == column
-        padded = {column for part in shard.padding(vocab_size) for column in range(part.start, part.stop)}
-        assert padded | set(real) == set(range(size)) and not padded & set(real)
-        found += real.values()
-    assert sorted(found) == list(range(vocab_size or V))
+    logits = ORDER.id_of(IDS)[None].float()  # each column holds its id
+    for stripes, row in ((None, IDS[None].float()), (ORDER, logits)):
+        found = []
+        for rank in range(ranks):
+            shard = VocabShard(rank * size, (rank + 1) * size, stripes=stripes)
+            here = row[:, shard.start : shard.stop]
+            ordered, ids = shard.by_id(here, vocab_size)
+            assert ordered[0].tolist() == ids.tolist() == sorted(ids.tolist())
+            columns = shard.columns(ids).tolist()
+            assert here[0, columns].tolist() == ids.tolist()
+            assert sorted([*columns, *shard.padding(vocab_size, ids.device).tolist()]) == list(range(size))
+            found += ids.tolist()
+        assert sorted(found) == list(range(vocab_size or V))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -65,8 +64,8 @@ def test_ids_that_are_not_here_have_no_column(stripes: Stripes | None) -> None:
     assert shard.columns(torch.tensor([-9, -1, V, V + 7, 2**31 - 1])).tolist() == [-1] * 5
     assert VocabShard(48, 96, stripes=ORDER).columns(torch.tensor([0, 1, 2, 9])).tolist() == [-1, 0, -1, 1]
     assert VocabShard(48, 48, stripes=stripes).columns(IDS).unique().tolist() == [-1]
-    (empty,) = VocabShard(48, 48, stripes=stripes).spans(REAL)
-    assert empty.columns.start == empty.columns.stop
+    ordered, ids = VocabShard(48, 48, stripes=stripes).by_id(torch.empty(3, 0), REAL)
+    assert ordered.shape == (3, 0) and ids.shape == (0,)
 
 
 def test_stripes_that_do_not_divide_the_rows_are_refused() -> None:
