@@ -136,7 +136,8 @@ class Reader:
         self.folder = resolve(path)
         refuse_code(self.folder)
         self._metadata = read_metadata(self.folder)
-        progress = torch.load(self.folder / COMMON, map_location="cpu", weights_only=True).get("progress")
+        common = torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
+        progress = common.get("progress") if isinstance(common, dict) else None
         self.striped = isinstance(progress, dict) and bool(progress.get("striped"))
         """Whether the vocabulary's rows are stored in stripes, as the run that wrote them held them."""
 
