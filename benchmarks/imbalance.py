@@ -88,7 +88,8 @@ def main() -> None:
         counted["candidate ids of the store"] = candidates(args.store)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     names = " ".join(path.name for path in args.texts)
-    common = (datetime.date.today().isoformat(), commit, f"python benchmarks/imbalance.py TOKENIZER {names} --fields {args.fields}")
+    command = f"python benchmarks/imbalance.py TOKENIZER {names} --fields {args.fields}" + (" --store STORE" if args.store else "")
+    common = (datetime.date.today().isoformat(), commit, command)
     new = args.output is not None and not args.output.exists()
     with args.output.open("a", newline="") if args.output else sys.stdout as file:
         rows = csv.writer(file, lineterminator="\n")
