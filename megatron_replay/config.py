@@ -52,12 +52,20 @@ class Data:
     over_length: Literal["error", "drop", "truncate"] = "error"
     packing: bool = True
     """Put several samples in one row (attention never crosses samples); false: one sample in a row."""
+    share_prefixes: bool = False
+    """Compute a beginning that samples of a micro-batch have in common once; exact but for rounding. `collect` and `evaluate` also lay
+    samples that begin alike together."""
+    group_prefixes: bool = False
+    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once; docs/prefixes.md has what that
+    changes. Needs share_prefixes."""
     shuffle: bool = True
     limit: int | None = None
     """Use only the first so many samples."""
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "limit")
+        if self.group_prefixes and not (self.share_prefixes and self.packing):
+            raise ConfigError("group_prefixes fills rows by what their samples share; set share_prefixes=true and packing=true with it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.config import RunConfig
-from megatron_replay.data.packing import Stream, share
+from megatron_replay.data.packing import Grouping, Stream, share
+from megatron_replay.data.prefixes import Tree, lay
 from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.device import launcher_ranks
 from megatron_replay.errors import ConfigError, LayoutError, ReplayError
@@ -89,7 +90,8 @@ class Feed:
     def __post_init__(self) -> None:
         data, batch = self.active.config.data, self.active.config.batch
         lengths = [len(sample) for sample in self.samples]
-        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total)
+        grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
+        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping)
 
     @property
     def steps(self) -> int:
@@ -114,18 +116,20 @@ class Feed:
         mine = [
             [i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
         ]
+        trees = [lay([self.samples[i].ids for i in micro], share=self.active.config.data.share_prefixes) for micro in mine]
         # one length for all micro-batches of the step, so that pipeline stages know what they receive
-        length = row_length([sum(len(self.samples[i]) for i in micro) for micro in mine], world.tensor_size)
-        return [self._flatten(micro, length) for micro in mine]
+        length = row_length([len(tree) for tree in trees], world.tensor_size)
+        return [self._flatten(micro, tree, length) for micro, tree in zip(mine, trees, strict=True)]
 
-    def _flatten(self, indices: list[int], length: int) -> MicroBatch:
+    def _flatten(self, indices: list[int], tree: Tree, length: int) -> MicroBatch:
         chosen = [self.samples[i] for i in indices]
         stored = [self.store[sample.uid] for sample in chosen] if self.store is not None else None
         positions = [s.positions for s in (stored or chosen)]
-        notes: dict[str, Any] = {"tokens": sum(map(len, chosen))}
+        tokens = sum(map(len, chosen))
+        notes: dict[str, Any] = {"tokens": tokens, "shared": tokens - len(tree)}
         if stored is not None and self.active.model.head is not None:
             notes["sets"] = sets_of(stored, self.active.world.torch_device)
-        return flatten([s.ids for s in chosen], positions, length, self.active.world.torch_device, notes)
+        return flatten([s.ids for s in chosen], positions, length, self.active.world.torch_device, notes, tree)
 
     def describe(self) -> str:
         positions = sum(_count(self.store, sample) for sample in self.samples)
@@ -153,7 +157,7 @@ def _loop(active: Session, feed: Feed) -> int:
         active.say(f"resumed from {config.train.load} at iteration {first}")
     active.say(feed.describe())
     task_of = _task(active)
-    logs = Logs(active, feed.steps, tokens_of=lambda batches: sum(b.notes["tokens"] for b in batches))
+    logs = Logs(active, feed.steps)
     failures = 0
     with StopRequest(active.world) as stop, logs:
         for step in range(first, feed.steps):

@@ -116,11 +116,11 @@ def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.n
 
 def _flatten(rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device) -> MicroBatch:
     samples = [(ids, chosen) for row in rows for ids, chosen in zip(*row, strict=True)]
-    sets = CandidateSets.cat([_sets(ids, chosen) for ids, chosen in samples])
+    sets = CandidateSets.cat([candidates(ids, chosen) for ids, chosen in samples])
     return flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, device, {"sets": sets})
 
 
-def _sets(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
+def candidates(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
     """The gold token and twelve more of the first 250 ids."""
     gold = ids[chosen + 1].tolist()
     others = draw(12 * len(gold), 250, "candidates", *ids.tolist()).reshape(-1, 12).tolist()
