@@ -1,6 +1,6 @@
 """How unevenly a text's ids, and a store's candidate ids, lie on tensor ranks: contiguous shards of the vocabulary against stripes.
 
-    python benchmarks/imbalance.py TOKENIZER spider_train.jsonl --label spider+qwen --output benchmarks/results/imbalance.csv
+    python benchmarks/run.py imbalance TOKENIZER spider_train.jsonl --label spider+qwen --output benchmarks/results/imbalance.csv
 
 TOKENIZER: a folder with tokenizer.json, tokenizer.model or *.tiktoken. Texts: plain text, or jsonl of which the values of --fields are
 taken, in order, joined by newlines. A row is max / mean over the ranks: 1 is even, and as much faster than one rank as there are ranks
@@ -10,16 +10,13 @@ divided by it is the best that work done id by id can get. --store adds the cand
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import about, append
 
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.models.spec import VOCAB_MULTIPLE
@@ -27,7 +24,6 @@ from megatron_replay.models.weights import STRIPES
 from megatron_replay.ops.shard import Stripes
 from megatron_replay.store import CandidateStore
 
-HEADER = ("date", "commit", "command", "metric", "tensor ranks", "contiguous", "striped")
 RANKS = (2, 4, 8)
 
 
@@ -86,20 +82,16 @@ def main() -> None:
     counted = {"ids of the text": occurrences(args.tokenizer, args.texts, args.fields.split(","))}
     if args.store:
         counted["candidate ids of the store"] = candidates(args.store)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     names = " ".join(path.name for path in args.texts)
-    command = f"python benchmarks/imbalance.py TOKENIZER {names} --fields {args.fields}" + (" --store STORE" if args.store else "")
-    common = (datetime.date.today().isoformat(), commit, command)
-    new = args.output is not None and not args.output.exists()
-    with args.output.open("a", newline="") if args.output else sys.stdout as file:
-        rows = csv.writer(file, lineterminator="\n")
-        if new or not args.output:
-            rows.writerow(HEADER)
-        for what, counts in counted.items():
-            metric = f"{args.label}: {counts.sum()} {what}, {len(counts)} rows"
-            for ranks in RANKS:
-                both = (f"{imbalance(counts, ranks, striped=striped):.4g}" for striped in (False, True))
-                rows.writerow((*common, metric, ranks, *both))
+    command = f"python benchmarks/run.py imbalance TOKENIZER {names} --fields {args.fields}" + (" --store STORE" if args.store else "")
+    common = {key: value for key, value in about(command, "").items() if key != "machine"}  # counts do not depend on it
+    rows = []
+    for what, counts in counted.items():
+        metric = f"{args.label}: {counts.sum()} {what}, {len(counts)} rows"
+        for ranks in RANKS:
+            both = {name: f"{imbalance(counts, ranks, striped=name == 'striped'):.4g}" for name in ("contiguous", "striped")}
+            rows.append({**common, "metric": metric, "tensor ranks": ranks, **both})
+    append(rows, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A training step on text-to-SQL questions: grouped by schema with shared prefixes, against the same questions packed without.
 
-    python benchmarks/prefix.py --model MODEL --data DATA --output benchmarks/results/prefix.csv
+    python benchmarks/run.py prefix --model MODEL --data DATA --output benchmarks/results/prefix.csv
 
 DATA is a folder with spider_train.jsonl (db_id, question, query) and spider_schemas.json; MODEL a Hugging Face folder. A sample is the
 schema, the question and the SQL, whose tokens are the targets. A step takes the questions of the first `--rows` rows that
@@ -13,12 +13,8 @@ difference of an element, relative to the largest element.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import about, append, machine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,7 +44,6 @@ from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.selection import SetRule, select_task
 from megatron_replay.parallel.trainer import Trainer, make_trainer
 
-HEADER = ("date", "commit", "command", "machine", "loss", "threads", "metric", "value", "unit")
 Row = tuple[str, str, float, str]
 
 
@@ -190,26 +186,16 @@ def first_layers(whole: Path, layers: int, folder: Path) -> Path:
 
 
 def write(rows: list[Row], args: argparse.Namespace) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    command = (
-        f"python benchmarks/prefix.py --model {args.model.name} --data {args.data.name} --seq-length {args.seq_length} --rows {args.rows}"
-    )
+    command = f"python benchmarks/run.py prefix --model {args.model.name} --data {args.data.name} --seq-length {args.seq_length} --rows {args.rows}"
     command += f" --layers {args.layers}" * bool(args.layers) + f" --rounds {args.rounds} --threads {args.threads}"
-    common = (datetime.date.today().isoformat(), commit, command, machine())
-    new = args.output is not None and not args.output.exists()
-    with args.output.open("a", newline="") if args.output else sys.stdout as file:
-        out = csv.writer(file, lineterminator="\n")
-        if new or not args.output:
-            out.writerow(HEADER)
-        out.writerows((*common, loss, args.threads, metric, f"{value:.6g}", unit) for loss, metric, value, unit in rows)
-
-
-def machine() -> str:
-    """The processor's model and instruction set, as far as the kernel tells, and torch's version."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    common = about(command, machine())
+    append(
+        [
+            {**common, "loss": loss, "threads": args.threads, "metric": metric, "value": f"{value:.6g}", "unit": unit}
+            for loss, metric, value, unit in rows
+        ],
+        args.output,
+    )
 
 
 if __name__ == "__main__":
