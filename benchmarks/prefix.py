@@ -186,7 +186,8 @@ def first_layers(whole: Path, layers: int, folder: Path) -> Path:
 
 
 def write(rows: list[Row], args: argparse.Namespace) -> None:
-    command = f"python benchmarks/run.py prefix --model {args.model.name} --data {args.data.name} --seq-length {args.seq_length} --rows {args.rows}"
+    command = f"python benchmarks/run.py prefix --model {args.model.name} --data {args.data.name}"
+    command += f" --seq-length {args.seq_length} --rows {args.rows}"
     command += f" --layers {args.layers}" * bool(args.layers) + f" --rounds {args.rounds} --threads {args.threads}"
     common = about(command, machine())
     append(
