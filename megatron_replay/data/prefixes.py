@@ -94,7 +94,7 @@ class Forest:
         node, depth = self._walk(ids)
         if depth < node.stop:
             node = _split(node, depth)
-        if depth < len(ids) or not self._share:
+        if depth < len(ids):
             leaf = _Node(node, ids, depth, len(ids))
             node.children.append(leaf)
             if len(ids) - depth >= SHORTEST:

@@ -2,8 +2,10 @@
 
 A micro-batch is one flat row of T tokens; `segments` [n, 3] (start, length, parent; int64, on the cpu) says which stretch is which sample:
 a root (parent -1) is a whole sample, or a prefix that several share; any other segment goes on from its parent, and its tokens see all of
-the segments above it. The table travels in megatron's `attention_mask` argument, the one that reaches every layer on every megatron
-version, recomputation and pipeline stages included. Tokens of no segment are padding: their output is zero.
+the segments above it. Tokens of no segment are padding: their output is zero.
+
+The table, and the positions that count, travel in megatron's `attention_mask` argument (see `pack`), the one that reaches every layer on
+every megatron version, recomputation and pipeline stages included.
 
 T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment, R sequences being generated.
 """
@@ -30,6 +32,18 @@ def import_base() -> Any:
     return MegatronModule
 
 
+def pack(segments: Tensor, rows: Tensor) -> Tensor:
+    """Segments [n, 3] and the rows that count [N] as one table of three columns on the cpu."""
+    head = torch.tensor([[len(segments), len(rows), 0]])
+    return torch.cat([head, segments, F.pad(rows, (0, -len(rows) % 3)).view(-1, 3)])
+
+
+def unpack(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`."""
+    num_segments, num_rows, _ = table[0].tolist()
+    return table[1 : 1 + num_segments], table[1 + num_segments :].flatten()[:num_rows]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float | None = None) -> Tensor:
     """Causal self-attention within each sample. query [T, Hq, D], key and value [T, Hk, D] -> [T, Hq, D]."""
     roots, branches = list(runs(segments)), blocks(segments, roots=False)
@@ -48,6 +62,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: f
         for block, mine in zip(branches, queries[len(roots) :], strict=False):
             q, k, v = (x.transpose(0, 1)[None] for x in (mine, gathered(each_key, block), gathered(each_value, block)))
             parts.append(_sdpa(q, k, v, scale=scale, attn_mask=block.visible.to(query.device))[0].transpose(0, 1))
+    if not parts:
+        return torch.zeros_like(query)
     out = torch.cat(parts) if len(parts) != 1 else parts[0]
     return F.pad(out, (0, 0, 0, 0, 0, rest))
 
@@ -174,6 +190,8 @@ def segment_attention() -> type:
         """Stands where DotProductAttention stands; see the top of this file for what `attention_mask` holds."""
 
         cache: Cache | None = None
+        narrow: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
 
         def __init__(self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
             super().__init__(config=config)
@@ -182,16 +200,18 @@ def segment_attention() -> type:
             self.watch: Callable[[Tensor, Tensor, Tensor, float | None], None] | None = None
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D]."""
+            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are narrowed."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            segments, rows = unpack(attention_mask)
             if self.watch is not None and self.training and self.cache is None:
-                self.watch(q, k, attention_mask, self.scale)
+                self.watch(q, k, segments, self.scale)
             if self.cache is None:
-                out = attend(q, k, v, attention_mask, self.scale)
+                out = attend(q, k, v, segments, self.scale)
             else:
                 self.layer = self.layer or LayerCache(self.cache, k)
-                out = self.layer.attend(q, k, v, attention_mask, self.cache, self.scale)
-            return out.reshape(query.shape[0], 1, -1)
+                out = self.layer.attend(q, k, v, segments, self.cache, self.scale)
+            out = out.reshape(query.shape[0], 1, -1)
+            return out if self.narrow is None else self.narrow(out, rows)
 
         def use(self, cache: Cache | None) -> None:
             """Begin (or with None end) generation with a key/value cache."""

@@ -25,7 +25,7 @@ class MicroBatch:
     segments: Tensor
     """[n, 3] int64 on the cpu: start, length and parent, see `data.prefixes`; without shared prefixes a row for each sample."""
     rows: Tensor
-    """[N] int64: the flat positions whose hidden state goes to the head, sample by sample; those in a shared prefix once for each."""
+    """[N] int64, on the cpu: the flat positions whose hidden state goes to the head, sample by sample; in a shared prefix once for each."""
     gold: Tensor
     """[N] int64: the token that follows each of them."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -55,15 +55,43 @@ def flatten(
         tokens=torch.from_numpy(tokens)[None].to(device),
         places=torch.from_numpy(places)[None].to(device),
         segments=torch.from_numpy(tree.segments),
-        rows=torch.from_numpy(_joined(rows)).to(device),
+        rows=torch.from_numpy(_joined(rows)),
         gold=torch.from_numpy(_joined(gold)).to(device),
         notes=notes or {},
     )
 
 
+def micro_batches(
+    samples: Sequence[Sequence[np.ndarray]],
+    positions: Sequence[Sequence[np.ndarray]],
+    notes: Sequence[dict[str, Any]],
+    device: torch.device,
+    *,
+    multiple: int,
+    share: bool,
+) -> list[MicroBatch]:
+    """The micro-batches of a step, all of one length so that pipeline stages know what they receive: samples[m] and positions[m] of the
+    m-th. Samples that begin alike are a tree where `share` says so; notes["shared"] counts the tokens that it saves.
+
+    A sample ends at its last position: nothing that counts depends on what follows, so that is left out.
+    """
+    needed = [[cut(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(samples, positions, strict=True)]
+    trees = [lay(some, share=share) for some in needed]
+    length = row_length([len(tree) for tree in trees], multiple)
+    return [
+        flatten(whole, at, length, device, {"shared": sum(map(len, some)) - len(tree), **noted}, tree)
+        for whole, at, noted, some, tree in zip(samples, positions, notes, needed, trees, strict=True)
+    ]
+
+
+def cut(ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The tokens on which what is predicted after `positions` depends."""
+    return ids[: int(positions.max(initial=-1)) + 1]
+
+
 def row_length(lengths: Sequence[int], multiple: int) -> int:
-    """The longest of some flat rows, rounded up so that sequence parallelism divides it."""
-    return -(-max(lengths, default=1) // multiple) * multiple
+    """The longest of some flat rows, at least 1, rounded up so that sequence parallelism divides it."""
+    return -(-max(1, *lengths) // multiple) * multiple
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

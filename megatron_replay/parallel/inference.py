@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_replay.data import prefixes
 from megatron_replay.ops import VocabShard, linear_cross_entropy
 from megatron_replay.parallel.attention import Cache
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches, row_length
 from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
@@ -54,14 +54,9 @@ def token_nll(
             found[index] = part
 
     for rows in in_groups(deal(sequences, row_tokens, world, share=share), 2 * world.pipeline_size):
-        trees = [prefixes.lay([sequences[i] for i in row], share=share) for row in rows]
-        length = row_length([len(tree) for tree in trees], world.tensor_size)
-        batches = []
-        for row, tree in zip(rows, trees, strict=True):
-            cuts = np.cumsum([len(positions[i]) for i in row])[:-1]
-            notes = {"index": row, "cuts": cuts}
-            parts = [sequences[i] for i in row], [positions[i] for i in row]
-            batches.append(flatten(*parts, length, world.torch_device, notes, tree))
+        ids, wanted = ([[some[i] for i in row] for row in rows] for some in (sequences, positions))
+        notes = [{"index": row, "cuts": np.cumsum([len(at) for at in some])[:-1]} for row, some in zip(rows, wanted, strict=True)]
+        batches = micro_batches(ids, wanted, notes, world.torch_device, multiple=world.tensor_size, share=share)
         forward(model, batches, task_of, consume=consume)
         if progress is not None:
             progress(sum(len(row) for row in rows) * world.data_size)
@@ -130,7 +125,7 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
     starts = torch.repeat_interleave(cache.past[cache.rows], batch.segments[:, 1])
     places = batch.places.clone()
     places[0, : len(starts)] += starts.to(places.device)
-    batch = MicroBatch(batch.tokens, places, batch.segments, ends.to(world.torch_device), batch.gold)
+    batch = MicroBatch(batch.tokens, places, batch.segments, ends, batch.gold)
     result = torch.zeros(len(feed), dtype=torch.int64, device=world.torch_device)
 
     def keep(_: MicroBatch, tokens: Tensor) -> None:

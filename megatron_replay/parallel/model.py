@@ -21,6 +21,7 @@ from megatron_replay.ops.shard import Stripes
 from megatron_replay.parallel import head, shims
 from megatron_replay.parallel.attention import Cache, segment_attention
 from megatron_replay.parallel.layers import RMSNorm, TokenRotary
+from megatron_replay.parallel.narrow import Narrowing
 from megatron_replay.parallel.world import World
 
 
@@ -110,7 +111,10 @@ def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, 
     )
     module.rotary_pos_emb = TokenRotary(spec)
     module.to(world.torch_device)
-    task_head = head.install(module) if world.last_stage else None
+    task_head = None
+    if world.last_stage:
+        task_head = head.install(module)
+        Narrowing(module.decoder.layers[-1])
     return Model(spec, layout, world, config, module, dtype, task_head)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_replay.parallel.attention import pack
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.model import Model
@@ -53,8 +54,8 @@ def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of:
         batch = next(iterator)
         model.module.rotary_pos_emb.positions = batch.places
         if model.head is not None:
-            model.head.task, model.head.rows = task_of(batch), batch.rows
-        out = chunk(model.rows_of(batch.tokens), batch.places, batch.segments)
+            model.head.task, model.head.count = task_of(batch), len(batch.rows)
+        out = chunk(model.rows_of(batch.tokens), batch.places, pack(batch.segments, batch.rows))
         return out, lambda result: finish(batch, result[0])
 
     get_forward_backward_func()(

@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.data.packing import order
-from megatron_replay.data.prefixes import lay
 from megatron_replay.data.samples import Sample, fingerprint, load_samples, unique
 from megatron_replay.errors import ConfigError
 from megatron_replay.ops import BucketRule, CandidateSets, bucket_counts, bucket_edges, position_uniform
 from megatron_replay.ops.positions import bucket_of
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import TaskOf, forward
 from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
@@ -227,14 +225,12 @@ class Collection:
         """Forward the rows, a few in flight at a time."""
         world = self.active.world
         for some in in_groups(rows, 2 * world.pipeline_size):
-            trees = [lay([s.ids for s in row], share=self.active.config.data.share_prefixes) for row in some]
-            self.shared += sum(len(s) for row in some for s in row) - sum(map(len, trees))
-            length = row_length([len(tree) for tree in trees], world.tensor_size)
-            batches = []
-            for row, tree in zip(some, trees, strict=True):
-                positions = [wanted(s) for s in row]
-                notes: dict[str, Any] = {"samples": row, "positions": positions}
-                batches.append(flatten([s.ids for s in row], positions, length, world.torch_device, notes, tree))
+            positions = [[wanted(s) for s in row] for row in some]
+            notes = [{"samples": row, "positions": at} for row, at in zip(some, positions, strict=True)]
+            ids = [[s.ids for s in row] for row in some]
+            share = self.active.config.data.share_prefixes
+            batches = micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share)
+            self.shared += sum(batch.notes["shared"] for batch in batches)
             forward(self.active.model, batches, task_of, consume=consume)
 
 

@@ -6,20 +6,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.config import RunConfig
 from megatron_replay.data.packing import Grouping, Stream, share
-from megatron_replay.data.prefixes import Tree, lay
 from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.device import launcher_ranks
-from megatron_replay.errors import ConfigError, LayoutError, ReplayError
+from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
 from megatron_replay.optim import learning_rate
 from megatron_replay.parallel import checkpoint
 from megatron_replay.parallel.adapter import attach
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.freeze import freeze_half
 from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
 from megatron_replay.parallel.optimizer import foreign_options
@@ -27,6 +28,7 @@ from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.torch_dist import is_checkpoint
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
+from megatron_replay.stages.ahead import ahead
 from megatron_replay.stages.identity import check_store
 from megatron_replay.stages.logs import Logs
 from megatron_replay.stages.places import check_folder
@@ -89,11 +91,16 @@ class Feed:
 
     def __post_init__(self) -> None:
         data, batch = self.active.config.data, self.active.config.batch
+        found = len(self.samples)
+        self.samples = [sample for sample in self.samples if _count(self.store, sample)]
+        self.left_out = found - len(self.samples)
+        if not self.samples:
+            raise DataError(f"none of the {found} samples has a position to train on; check data.path and how the store was collected")
         lengths = [len(sample) for sample in self.samples]
         grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
         self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         train = self.active.config.train
         return train.iters or self.stream.num_steps(train.epochs)
@@ -116,20 +123,16 @@ class Feed:
         mine = [
             [i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
         ]
-        trees = [lay([self.samples[i].ids for i in micro], share=self.active.config.data.share_prefixes) for micro in mine]
-        # one length for all micro-batches of the step, so that pipeline stages know what they receive
-        length = row_length([len(tree) for tree in trees], world.tensor_size)
-        return [self._flatten(micro, tree, length) for micro, tree in zip(mine, trees, strict=True)]
-
-    def _flatten(self, indices: list[int], tree: Tree, length: int) -> MicroBatch:
-        chosen = [self.samples[i] for i in indices]
-        stored = [self.store[sample.uid] for sample in chosen] if self.store is not None else None
-        positions = [s.positions for s in (stored or chosen)]
-        tokens = sum(map(len, chosen))
-        notes: dict[str, Any] = {"tokens": tokens, "shared": tokens - len(tree)}
+        chosen = [[self.samples[i] for i in micro] for micro in mine]
+        stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
+        positions = [[s.positions for s in some] for some in (stored or chosen)]
+        notes: list[dict[str, Any]] = [{"tokens": sum(map(len, some))} for some in chosen]
         if stored is not None and self.active.model.head is not None:
-            notes["sets"] = sets_of(stored, self.active.world.torch_device)
-        return flatten([s.ids for s in chosen], positions, length, self.active.world.torch_device, notes, tree)
+            for noted, some in zip(notes, stored, strict=True):
+                noted["sets"] = sets_of(some, world.torch_device)
+        ids = [[s.ids for s in some] for some in chosen]
+        share_prefixes = self.active.config.data.share_prefixes
+        return micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes)
 
     def describe(self) -> str:
         positions = sum(_count(self.store, sample) for sample in self.samples)
@@ -138,6 +141,7 @@ class Feed:
             f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an "
             f"epoch; "
             f"{self.steps} steps of {self.active.config.batch.total} rows"
+            + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
         )
 
 
@@ -159,10 +163,10 @@ def _loop(active: Session, feed: Feed) -> int:
     task_of = _task(active)
     logs = Logs(active, feed.steps)
     failures = 0
-    with StopRequest(active.world) as stop, logs:
+    with StopRequest(active.world) as stop, logs, closing(ahead(feed.micro_batches, first, feed.steps)) as feeding:
         for step in range(first, feed.steps):
             began = time.perf_counter()
-            batches = feed.micro_batches(step)
+            batches = next(feeding)
             lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
             result = dataclasses.replace(result, metrics={**result.metrics, **_balance(active, batches)})

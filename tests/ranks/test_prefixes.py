@@ -20,7 +20,7 @@ from megatron_replay.data import prefixes
 from megatron_replay.data.prefixes import lay
 from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel import attention
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import token_nll
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.pipeline import forward, forward_backward
@@ -55,14 +55,11 @@ def batches_of(model: Model, micro: int, *, share: bool) -> list[MicroBatch]:
     each = ROWS // ours.data_size
     rows = [family(index, model.spec.vocab_size) for index in range(ours.data_rank * each, (ours.data_rank + 1) * each)]
     mine = [list(chain(*rows[i : i + micro])) for i in range(0, each, micro)]
-    trees = [lay(samples, share=share) for samples in mine]
-    assert all((len(tree) < 0.65 * sum(map(len, samples))) == share for tree, samples in zip(trees, mine, strict=True))
-    length = row_length([len(tree) for tree in trees], ours.tensor_size)
-    found = []
-    for samples, tree in zip(mine, trees, strict=True):
-        chosen = [np.arange(min(12, len(ids) - 2), len(ids) - 1) for ids in samples]
-        notes = {"sets": CandidateSets.cat([candidates(ids, some) for ids, some in zip(samples, chosen, strict=True)]), "samples": samples}
-        found.append(flatten(samples, chosen, length, ours.torch_device, notes, tree))
+    chosen = [[np.arange(min(12, len(ids) - 2), len(ids) - 1) for ids in samples] for samples in mine]
+    sets = [[candidates(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(mine, chosen, strict=True)]
+    notes = [{"sets": CandidateSets.cat(some), "samples": samples} for some, samples in zip(sets, mine, strict=True)]
+    found = micro_batches(mine, chosen, notes, ours.torch_device, multiple=ours.tensor_size, share=share)
+    assert all((batch.notes["shared"] > 0.35 * sum(map(len, batch.notes["samples"]))) == share for batch in found)
     return found
 
 
@@ -75,7 +72,7 @@ def gradients(job: Job, share: bool) -> dict[str, Outcome]:
             trainer.wrapped.zero_grad_buffer()
             local = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss))
             total, count = model.world.total(*local)
-            grads = {name: (weight.axis, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+            grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
             assert grads.keys() == parts(model).keys()
             steps = [StepResult(total / count, int(count), 0.0, True)]
             found[loss] = Outcome(steps, model.world.tensor_rank, model.spec.tied, grads)
