@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,17 +128,57 @@ class VocabShard:
         """
         if self.group is None:
             return tuple(t[None] for t in tensors)
-        # bytes, so that float32 values, int32 ids and float64 sums travel together
-        packed = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
-        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, packed, group=self.group)
-        columns = torch.stack(parts).split([t.numel() * t.element_size() for t in tensors], dim=1)
-        return tuple(_aligned(c).view(t.dtype).view(len(parts), *t.shape) for c, t in zip(columns, tensors, strict=True))
+        packed = _packed([t[None] for t in tensors])
+        parts = packed.new_empty(dist.get_world_size(self.group), packed.shape[1])
+        dist.all_gather(list(parts.unbind()), packed[0], group=self.group)
+        return _unpacked(parts, tensors, (len(parts),))
+
+    def share(self, num: int) -> slice:
+        """The part of `num` rows that is this rank's where the group divides work among its ranks."""
+        if self.group is None:
+            return slice(0, num)
+        rank = dist.get_rank(self.group)
+        return self._shares(num)[rank]
+
+    def deal(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """This rank's share of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order; one collective."""
+        if self.group is None:
+            return tuple(t[None] for t in tensors)
+        sizes = [rows.stop - rows.start for rows in self._shares(len(tensors[0]))]
+        mine = sizes[dist.get_rank(self.group)]
+        packed = _packed(tensors)
+        parts = packed.new_empty(len(sizes) * mine, packed.shape[1])
+        dist.all_to_all_single(parts, packed, [mine] * len(sizes), sizes, group=self.group)
+        return _unpacked(parts, [t.new_empty(t.shape[1:]) for t in tensors], (len(sizes), mine))
+
+    def join(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors [n, ...] of all ranks, each concatenated in rank order; n may differ in everything. Two collectives."""
+        if self.group is None:
+            return tensors
+        (lengths,) = self.gather(torch.tensor([len(t) for t in tensors], device=tensors[0].device))
+        longest = lengths.amax(0).tolist()
+        room = [t.new_zeros(most, *t.shape[1:]) for t, most in zip(tensors, longest, strict=True)]
+        for padded, tensor in zip(room, tensors, strict=True):
+            padded[: len(tensor)] = tensor
+        columns = zip(self.gather(*room), lengths.t().tolist(), strict=True)
+        return tuple(torch.cat([part[:length] for part, length in zip(parts, some, strict=True)]) for parts, some in columns)
+
+    def _shares(self, num: int) -> list[slice]:
+        ranks = dist.get_world_size(self.group)
+        return [slice(num * rank // ranks, num * (rank + 1) // ranks) for rank in range(ranks)]
 
 
-def _aligned(columns: Tensor) -> Tensor:
-    """A flat copy: a piece in the middle of a buffer may lie at an address its dtype cannot have."""
-    return columns.clone(memory_format=torch.contiguous_format).flatten()
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [N, ...] side by side as bytes [N, B], so that float32 values, int32 ids and float64 sums travel together."""
+    return torch.cat([t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors], 1)
+
+
+def _unpacked(rows: Tensor, like: Sequence[Tensor], outer: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Bytes [prod(outer), B] as tensors [*outer, *shape] of the shapes and dtypes of `like`."""
+    columns = rows.split([t.numel() * t.element_size() for t in like], dim=1)
+    # copies: a piece in the middle of a buffer may lie at an address its dtype cannot have
+    flat = (c.clone(memory_format=torch.contiguous_format).flatten() for c in columns)
+    return tuple(f.view(t.dtype).view(*outer, *t.shape) for f, t in zip(flat, like, strict=True))
 
 
 def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
