@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-TABLES = ("loss", "topk", "optimizers", "store", "prefix", "imbalance")
+TABLES = ("loss", "topk", "optimizers", "store", "prefix", "imbalance", "step")
 
 
 def main() -> None:
