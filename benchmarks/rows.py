@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
 def append(rows: list[dict[str, Any]], output: Path | None) -> None:
     """Add rows of one form to a table, which gets a header when it is new, or print them."""
     new = output is None or not output.exists()
-    with output.open("a", newline="") if output else sys.stdout as file:
+    with output.open("a", newline="") if output else nullcontext(sys.stdout) as file:
         out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             out.writeheader()

@@ -4,8 +4,9 @@
 
 MODEL: a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every token is a target, or
 the share `--fraction` of them. Candidate sets are the model's own (tau 0.95, k_max 200). A step is zero, forward, backward, reduce and an
-AdamW update with a learning rate of 0, so that every step does the same. float32. `--ranks` runs on so many processes of `--threads` threads
-each: data-parallel, or `--tensor` of them tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to it: of the minima, and the median over rounds.
+AdamW update with a learning rate of 0, so that every step does the same. float32. `--ranks` runs on so many processes of `--threads`
+threads each: data-parallel, or `--tensor` of them tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to
+it: of the minima, and the median over rounds.
 """
 
 from __future__ import annotations
