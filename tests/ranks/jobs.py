@@ -55,6 +55,7 @@ class Job:
     """Rows of a micro-batch."""
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = MOCLIP
+    kernels: str = "auto"
     replicas: int = 1
     """Data-parallel ranks."""
 
@@ -127,14 +128,14 @@ def candidates(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
     return CandidateSets.from_lists([[target, *row] for target, row in zip(gold, others, strict=True)], gold)
 
 
-def task(model: Model, loss: str) -> TaskOf:
-    return restricted_task(model) if loss == "restricted" else full_task(model, model.spec.vocab_size)
+def task(model: Model, loss: str, kernels: str = "auto") -> TaskOf:
+    return restricted_task(model, kernels) if loss == "restricted" else full_task(model, model.spec.vocab_size)
 
 
 def train(job: Job) -> Outcome:
     """On a rank: build the model and do the job's steps."""
     with opened(job.folder, job.layout, job.dtype) as model:
-        return advance(job, make_trainer(model, job.optimizer))
+        return advance(job, make_trainer(model, job.optimizer, job.kernels), task(model, job.loss, job.kernels))
 
 
 def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcome:

@@ -51,7 +51,7 @@ def collect(kind: str, tau: float, k_max: int) -> list[Tensor | None]:
     return [getattr(sets, name) for name in FIELDS]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["double", "integer", "bf16"])
 @pytest.mark.parametrize(("tau", "k_max"), [(0.95, 200), (0.6, 5), (1.0, 1000), (0.99, 40)])
 def test_the_sets_do_not_depend_on_the_ranks(ranks, world: int, kind: str, tau: float, k_max: int) -> None:
@@ -145,7 +145,7 @@ def whole_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
     return {**parts, "logits": parts["restricted"]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["spread", "one shard"])
 def test_losses_and_gradients_are_those_of_the_whole(ranks, world: int, kind: str) -> None:
     whole = whole_losses(kind)
