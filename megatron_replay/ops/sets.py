@@ -24,6 +24,9 @@ class LocalSets:
     gold: Tensor
     """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
 
+    def to(self, device: torch.device | str) -> LocalSets:
+        return LocalSets(self.offsets.to(device), self.columns.to(device), self.gold.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class CandidateSets:
