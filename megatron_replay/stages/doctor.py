@@ -149,6 +149,8 @@ def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
         notes.append(f"{processor['threads']} threads in every rank: with --ranks N set OMP_NUM_THREADS to {processor['cores']} / N")
     if kernels and kernels["extension"] != "loaded":
         notes.append(f"compiled kernels: {kernels['extension']}; every operator runs in plain torch")
+    if kernels and "cuda" in kernels and kernels["triton"] != "loaded":
+        notes.append(f"triton: {kernels['triton']}; the restricted loss runs in plain torch on cuda")
     if versions["torch-npu"] and report["devices"] and "npu" not in report["devices"]:
         notes.append(f"torch-npu {versions['torch-npu']} is installed but finds no device (CANN missing, or no driver)")
     for name in ("mindspeed", "megatron-adaptor"):

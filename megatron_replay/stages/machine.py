@@ -14,7 +14,7 @@ from megatron_replay.errors import DeviceError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.weights import weights
-from megatron_replay.ops import library
+from megatron_replay.ops import library, on_cuda
 from megatron_replay.optim import kernels as optimizer
 from megatron_replay.parallel import attention, layers, shims
 from megatron_replay.parallel.probe import try_all_reduce
@@ -42,9 +42,10 @@ def _device(device: Device) -> dict[str, Any]:
 
 
 def kernels(mode: str) -> dict[str, Any]:
-    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones."""
+    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of Triton's."""
     each = {device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()}
-    return {"extension": optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION, **each}
+    extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
+    return {"extension": extension, "triton": on_cuda.triton() if "cuda" in each else "not needed: no cuda device here", **each}
 
 
 def processor() -> dict[str, Any]:

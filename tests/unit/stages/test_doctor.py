@@ -117,7 +117,7 @@ def test_the_json_has_these_keys(two_ranks: dict[str, Any], capsys: pytest.Captu
     assert list(found["versions"]) == ["megatron-replay", "python", *doctor.REQUIRED, *doctor.OPTIONAL]
     assert set(found["devices"]["cpu"]) == {"model", "count", "backend", "bf16", "free_bytes", "total_bytes"}
     assert 0 < found["devices"]["cpu"]["free_bytes"] <= found["devices"]["cpu"]["total_bytes"]
-    assert set(found["kernels"]) == {"extension", *found["devices"]}
+    assert set(found["kernels"]) == {"extension", "triton", *found["devices"]}
     assert set(found["kernels"]["cpu"].values()) <= {"compiled", "reference"}
     assert set(found["processor"]) == {"cores", "threads", "variables"}
     assert set(found["megatron"]) == {"adapter", "shims", "norm", "attention", "optimizer"}
