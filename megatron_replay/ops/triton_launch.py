@@ -127,7 +127,8 @@ def _slots(entries: int) -> int:
 
 
 def _tile(width: int, kind: torch.dtype) -> dict[str, int]:
-    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them; no float32 or bfloat16 spills at H = 4,096."""
+    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them. At H = 4,096 nothing of float32 or
+    bfloat16 spills (ptxas, sm_90)."""
     across = triton.next_power_of_2(max(width, 1))
     rows = min(max(TILE // across, 1), SPLIT)
     return {"ROWS": rows, "WIDTH": across, "num_warps": min(max(rows * across * kind.itemsize // 8192, 1), 16)}
