@@ -1,0 +1,46 @@
+#include "tiling.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace megatron_replay::ascend {
+namespace {
+
+constexpr uint32_t kWindow = 256;       // entries of a table in the buffer: tables.h
+constexpr uint32_t kMaxRows = 15;       // 15 x 16 repeats of a reduction
+constexpr uint32_t kStateBytes = 960;   // softmax_state.h: two states of 96 bytes and the scratch
+constexpr uint32_t kTileBytes = 512;    // two buffers for the logits of a tile
+
+constexpr uint32_t rounded_up(uint32_t x, uint32_t unit) { return (x + unit - 1) / unit * unit; }
+
+uint32_t fwd_bytes(Element element, uint32_t width, uint32_t rows, uint32_t outs) {
+  const uint32_t raw = width * bytes_of(element), wide = width * 4, fold = std::min(1024u, rounded_up(width, 512));
+  uint32_t bytes = raw + wide + 2 * rows * raw;
+  if (element != Element::kFloat32) bytes += rows * wide;
+  bytes += rows * fold * 4 + rounded_up(rows * fold / 64 * 4, 32);
+  bytes += outs * wide + 512;
+  return bytes + kWindow * (8 + 4 + 8) + kStateBytes + kTileBytes;
+}
+
+}  // namespace
+
+void check_width(uint32_t width) {
+  if (width == 0 || width % kWidthUnit || width > kMaxWidth) {
+    throw std::invalid_argument("the Ascend kernels take a hidden size that is a multiple of 16 up to 8192, not " + std::to_string(width));
+  }
+}
+
+FwdTiling fwd_tiling(Element element, uint32_t width) {
+  check_width(width);
+  for (const uint32_t outs : {2u, 1u}) {
+    for (uint32_t rows = kMaxRows; rows >= 1; --rows) {
+      const uint32_t bytes = fwd_bytes(element, width, rows, outs);
+      if (bytes <= kBufferBytes) return {rows, outs, bytes};
+    }
+  }
+  throw std::logic_error("no row of " + std::to_string(width) + " fits the unified buffer");
+}
+
+}  // namespace megatron_replay::ascend

@@ -1,0 +1,222 @@
+// z, softmax statistics and mixture of the restricted loss: one dot product for each candidate, each weight row read once.
+//
+// The block walks over tiles of up to `rows` candidates of one position. While the vector pipe works on a tile, the rows of the next one arrive
+// (two buffers), and nothing the scalar pipe needs comes from the vector pipe, so the program never waits for it.
+#pragma once
+
+#include "rows.h"
+#include "softmax_state.h"
+#include "tables.h"
+
+namespace megatron_replay::ascend {
+
+// Dot products are folded to this many lanes before they are reduced.
+constexpr uint32_t kFold = 1024;
+constexpr uint32_t kFoldUnit = 512;  // so that the partial sums of a row fill whole blocks
+
+template <typename T>
+class RestrictedFwd {
+ public:
+  __aicore__ inline void Init(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
+                              GM_ADDR mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab, uint32_t mix,
+                              uint32_t rows, uint32_t outs) {
+    width_ = width;
+    mix_ = mix;
+    rows_ = rows;
+    fold_ = Least(kFold, (width + kFoldUnit - 1) / kFoldUnit * kFoldUnit);
+    range_ = ListsOfBlock<int64_t>(offsets, positions, candidates);
+    hidden_.SetGlobalBuffer((__gm__ T*)hidden, static_cast<uint64_t>(positions) * width);
+    weight_.SetGlobalBuffer((__gm__ T*)weight, static_cast<uint64_t>(vocab) * width);
+    z_.SetGlobalBuffer((__gm__ float*)z, candidates);
+    offset_table_.Init(pipe_, offsets, static_cast<uint64_t>(positions) + 1);
+    offset_table_.Clip(static_cast<uint64_t>(range_.last) + 1);
+    column_table_.Init(pipe_, columns, candidates);
+    gold_table_.Init(pipe_, gold, positions);
+    gold_table_.Clip(range_.last);
+    pipe_.InitBuffer(hidden_in_, 1, width * sizeof(T));
+    pipe_.InitBuffer(hidden_wide_, width * sizeof(float));
+    pipe_.InitBuffer(rows_in_, 2, rows * width * sizeof(T));
+    if constexpr (!kWide) pipe_.InitBuffer(rows_wide_, rows * width * sizeof(float));
+    pipe_.InitBuffer(products_, rows * fold_ * sizeof(float));
+    pipe_.InitBuffer(sums_, rows * (fold_ / kLanes) * sizeof(float));
+    pipe_.InitBuffer(z_out_, 2, kMaxTile * sizeof(float));
+    state_.Init(pipe_, stats, positions);
+    if (mix) {
+      mixture_.SetGlobalBuffer((__gm__ float*)mixture, static_cast<uint64_t>(positions) * width);
+      pipe_.InitBuffer(mixture_out_, outs, width * sizeof(float));
+      pipe_.InitBuffer(factors_, 2 * kLanes * sizeof(float));
+    }
+    // lanes beyond a row's width are never written again
+    Duplicate(products_.Get<float>(), 0.0f, static_cast<int32_t>(rows * fold_));
+    PipeBarrier<PIPE_V>();
+  }
+
+  __aicore__ inline void Process() {
+    if (range_.first == range_.last) return;
+    token_ = range_.first;
+    at_ = offset_table_.At(token_);
+    column_table_.Clip(static_cast<uint64_t>(EndOf(range_.last - 1)));
+    end_ = EndOf(token_);
+    Tile tile = Take();
+    Load(tile);
+    while (true) {
+      if (tile.opens) Open(tile);
+      const bool more = token_ < range_.last;
+      Tile next{};
+      if (more) {
+        next = Take();
+        Load(next);
+      }
+      if (tile.count) Compute(tile);
+      if (tile.closes) Close(tile);
+      if (!more) return;
+      tile = next;
+    }
+  }
+
+ private:
+  static constexpr bool kWide = IsSameType<T, float>::value;
+
+  struct Tile {
+    uint32_t token, count;
+    uint64_t first;  // candidate
+    bool opens, closes;
+  };
+
+  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offset_table_.At(static_cast<uint64_t>(token) + 1)); }
+
+  // The next tile; a position without candidates has one empty tile.
+  __aicore__ inline Tile Take() {
+    const uint32_t count = static_cast<uint32_t>(Least<uint64_t>(rows_, end_ - at_));
+    const Tile tile{token_, count, at_, opens_, at_ + count == end_};
+    at_ += count;
+    opens_ = tile.closes;
+    if (tile.closes && ++token_ < range_.last) end_ = EndOf(token_);
+    return tile;
+  }
+
+  __aicore__ inline void Load(const Tile& tile) {
+    if (!tile.count) return;
+    if (tile.opens) {
+      const LocalTensor<T> raw = hidden_in_.template AllocTensor<T>();
+      DataCopy(raw, hidden_[static_cast<uint64_t>(tile.token) * width_], width_);
+      hidden_in_.EnQue(raw);
+    }
+    const LocalTensor<T> raw = rows_in_.template AllocTensor<T>();
+    for (uint32_t i = 0; i < tile.count; ++i) {
+      DataCopy(raw[i * width_], weight_[static_cast<uint64_t>(column_table_.At(tile.first + i)) * width_], width_);
+    }
+    rows_in_.EnQue(raw);
+  }
+
+  __aicore__ inline void Open(const Tile& tile) {
+    state_.Open();
+    gold_ = gold_table_.At(tile.token);
+    if (mix_) mixture_row_ = mixture_out_.template AllocTensor<float>();
+    if (!tile.count) return;
+    LocalTensor<T> raw = hidden_in_.template DeQue<T>();
+    Widen(hidden_wide_.Get<float>(), raw, width_);
+    PipeBarrier<PIPE_V>();
+    hidden_in_.FreeTensor(raw);
+  }
+
+  __aicore__ inline void Compute(const Tile& tile) {
+    LocalTensor<T> raw = rows_in_.template DeQue<T>();
+    LocalTensor<float> wide;
+    if constexpr (kWide) {
+      wide = raw;
+    } else {
+      wide = rows_wide_.Get<float>();
+      Widen(wide, raw, tile.count * width_);
+      PipeBarrier<PIPE_V>();
+      rows_in_.FreeTensor(raw);
+    }
+    LocalTensor<float> z = z_out_.template AllocTensor<float>();
+    Dot(z, wide, tile.count);
+    state_.Add(z, tile.count);
+    if (gold_ >= static_cast<int64_t>(tile.first) && gold_ < static_cast<int64_t>(tile.first + tile.count)) {
+      state_.Gold(z, static_cast<uint32_t>(gold_ - tile.first));
+    }
+    z_out_.EnQue(z);
+    if (mix_) Mix(wide, tile);
+    if constexpr (kWide) rows_in_.FreeTensor(raw);
+    z = z_out_.template DeQue<float>();
+    DataCopyPad(z_[tile.first], z, DataCopyExtParams{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0});
+    z_out_.FreeTensor(z);
+  }
+
+  // z[i] = row i . hidden. The order of the additions depends on the width alone.
+  __aicore__ inline void Dot(const LocalTensor<float>& z, const LocalTensor<float>& wide, uint32_t count) {
+    const LocalTensor<float> products = products_.Get<float>(), sums = sums_.Get<float>(), hidden = hidden_wide_.Get<float>();
+    for (uint32_t start = 0; start < width_; start += fold_) {
+      const int32_t lanes = static_cast<int32_t>(Least(fold_, width_ - start));
+      for (uint32_t i = 0; i < count; ++i) {
+        if (start == 0) {
+          Mul(products[i * fold_], wide[i * width_], hidden, lanes);
+        } else {
+          MulAddDst(products[i * fold_], wide[i * width_ + start], hidden[start], lanes);
+        }
+      }
+      PipeBarrier<PIPE_V>();
+    }
+    const int32_t parts = static_cast<int32_t>(fold_ / kLanes);
+    WholeReduceSum(sums, products, static_cast<int32_t>(kLanes), static_cast<int32_t>(count) * parts, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+    WholeReduceSum(z, sums, parts, static_cast<int32_t>(count), 1, 1, parts / static_cast<int32_t>(kBlock));
+    PipeBarrier<PIPE_V>();
+  }
+
+  // mixture <- fade mixture + sum of exp(z - max) row.
+  __aicore__ inline void Mix(const LocalTensor<float>& wide, const Tile& tile) {
+    const LocalTensor<float> factors = factors_.Get<float>();
+    Brcb(factors, state_.Shares(), static_cast<uint8_t>((tile.count + kBlock - 1) / kBlock), {1, 8});
+    if (!tile.opens) ScaleRow(mixture_row_, mixture_row_, state_.Fade(), width_);
+    PipeBarrier<PIPE_V>();
+    for (uint32_t i = 0; i < tile.count; ++i) {
+      if (i == 0 && tile.opens) {
+        ScaleRow(mixture_row_, wide, factors, width_);
+      } else {
+        AddScaledRow(mixture_row_, wide[i * width_], factors[i * kBlock], width_);
+      }
+      PipeBarrier<PIPE_V>();
+    }
+  }
+
+  __aicore__ inline void Close(const Tile& tile) {
+    state_.Close(tile.token);
+    if (!mix_) return;
+    if (!tile.count) Duplicate(mixture_row_, 0.0f, static_cast<int32_t>(width_));
+    mixture_out_.EnQue(mixture_row_);
+    mixture_row_ = mixture_out_.template DeQue<float>();
+    DataCopy(mixture_[static_cast<uint64_t>(tile.token) * width_], mixture_row_, width_);
+    mixture_out_.FreeTensor(mixture_row_);
+  }
+
+  TPipe pipe_;
+  Window<int64_t> offset_table_, gold_table_;
+  Window<int32_t> column_table_;
+  GlobalTensor<T> hidden_, weight_;
+  GlobalTensor<float> z_, mixture_;
+  TQue<TPosition::VECIN, 1> hidden_in_;
+  TQue<TPosition::VECIN, 2> rows_in_;
+  TQue<TPosition::VECOUT, 1> z_out_, mixture_out_;
+  TBuf<TPosition::VECCALC> hidden_wide_, rows_wide_, products_, sums_, factors_;
+  SoftmaxState state_;
+  LocalTensor<float> mixture_row_;
+  Range range_;
+  uint64_t at_, end_;
+  int64_t gold_;
+  uint32_t width_, mix_, rows_, fold_, token_;
+  bool opens_ = true;
+};
+
+template <typename T>
+__aicore__ inline void restricted_fwd(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
+                                      GM_ADDR mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab, uint32_t mix,
+                                      uint32_t rows, uint32_t outs) {
+  RestrictedFwd<T> kernel;
+  kernel.Init(hidden, weight, offsets, columns, gold, z, stats, mixture, positions, width, candidates, vocab, mix, rows, outs);
+  kernel.Process();
+}
+
+}  // namespace megatron_replay::ascend

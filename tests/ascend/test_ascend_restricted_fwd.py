@@ -1,0 +1,144 @@
+"""restricted_fwd on the stand-in against plain torch: values at its edges, the same bits for every split, traffic, and what breaks it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, Scenario, Sets, close, outcome, restricted_fwd, restricted_fwd_reference, sets
+from mutations import RESTRICTED_FWD as MUTATIONS
+from stand_in import Library, build_variants
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = {
+    "sizes": ([1, 2, 0, 15, 16, 0, 200, 31, 3], 300, 64),
+    "odd multiple of 16": ([5, 40, 0, 7], 60, 16),
+    "576": ([9, 40, 17], 60, 576),
+    "1,040": ([30, 2, 5], 64, 1040),
+    "2,560": ([20, 1, 0, 33], 90, 2560),
+    "8,192": ([5, 3], 40, 8192),
+    "no positions": ([], 50, 48),
+    "one position": ([11], 50, 48),
+    "one empty position": ([0], 50, 48),
+    "no rows here": ([0, 0], 0, 32),
+    "two windows": ([3] * 300, 40, 16),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_reference(kernels: Library, case: str, dtype: torch.dtype) -> None:
+    x = sets(*CASES[case], dtype)
+    found = restricted_fwd(kernels, x)
+    assert all(close(*pair) for pair in zip(found, restricted_fwd_reference(x), strict=True))
+    alone = restricted_fwd(kernels, x, mix=False)
+    assert torch.equal(alone[0], found[0]) and torch.equal(alone[1], found[1])
+
+
+@dtypes
+def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dtype) -> None:
+    x = sets(*CASES["sizes"], dtype)
+    first = restricted_fwd(kernels, x, blocks=1)
+    for blocks in (1, 2, 3, 8, 40):
+        for backwards in (False, True):
+            again = restricted_fwd(kernels, x, blocks=blocks, backwards=backwards)
+            assert all(torch.equal(*pair) for pair in zip(again, first, strict=True))
+
+
+def test_a_set_of_65535(kernels: Library) -> None:
+    x = sets([65_535, 2], 66_000, 16, torch.bfloat16)
+    assert all(close(*pair, tolerance=2e-5) for pair in zip(restricted_fwd(kernels, x), restricted_fwd_reference(x), strict=True))
+
+
+@dtypes
+def test_tied_logits(kernels: Library, dtype: torch.dtype) -> None:
+    x = sets([1, 7, 100], 200, 80, dtype, tied=True)
+    z, stats, mixture = restricted_fwd(kernels, x)
+    assert stats[1].tolist() == [1, 7, 100] and z[8:].unique().numel() == 1
+    assert close(mixture, stats[1][:, None] * x.weight[0].float(), 1e-6)
+
+
+def test_large_and_small_logits(kernels: Library) -> None:
+    x = sets([3, 40], 64, 16, torch.float32)
+    x.weight[x.columns[2]] *= 1e4
+    x.weight[x.columns[10]] *= -1e4
+    assert all(close(*pair) for pair in zip(restricted_fwd(kernels, x), restricted_fwd_reference(x), strict=True))
+
+
+def test_a_width_it_does_not_take(kernels: Library) -> None:
+    for width in (0, 24, 8208):
+        with pytest.raises(Exception, match=f"multiple of 16 up to 8192, not {width}"):
+            restricted_fwd(kernels, sets([1], 3, width, torch.float32))
+
+
+@dtypes
+@pytest.mark.parametrize("width", [16, 576, 1024, 2560, 4096, 5120, 8192])
+def test_the_tiling_is_what_the_kernel_allocates(kernels: Library, width: int, dtype: torch.dtype) -> None:
+    restricted_fwd(kernels, sets([1], 2, width, dtype))
+    rows, outs, size = kernels.tiling("fwd", dtype, width)
+    assert 1 <= rows <= 15 and 1 <= outs <= 2
+    assert kernels.counters()["buffer"] == size <= 196_608
+
+
+def budget(x: Sets, blocks: int) -> dict[str, float]:
+    """What a run may move and issue: the formulas of docs/ascend-kernels.md."""
+    n, width, m, _ = x.sizes
+    size = x.hidden.element_size()
+    rows_read = (m + int((x.offsets.diff() > 0).sum())) * width * size
+    tables = 8 * (n + 1) + 4 * m + 8 * n + blocks * 32 * 8
+    return {"mte2_bytes": rows_read + tables, "mte3_bytes": 4 * m + 12 * n + 4 * n * width}
+
+
+@dtypes
+def test_traffic_and_instructions_stay_in_the_budget(kernels: Library, dtype: torch.dtype) -> None:
+    x, blocks = sets([58] * 24, 600, 2560, dtype), 4
+    restricted_fwd(kernels, x, blocks=blocks)
+    used, allowed = kernels.counters(), budget(x, blocks)
+    assert all(used[name] <= limit for name, limit in allowed.items())
+    assert used["mte2_bytes"] >= 0.999 * (58 * 24 + 24) * 2560 * dtype.itemsize
+    n, width, m, _ = x.sizes
+    rows = kernels.tiling("fwd", dtype, width)[0]
+    tiles = n * -(-58 // rows)
+    chunks = width / 64
+    per_row = chunks * (2 if dtype == torch.float32 else 3) + 17  # widen, multiply, mix; then the reduction
+    assert used["repeats"] <= m * per_row + tiles * (chunks + 16) + n * (chunks + 4) + blocks * 250
+    assert used["v"] <= m * 6 + tiles * 18 + n * 4 + blocks * 4
+    assert used["mte2"] <= m + n + blocks * 12 and used["mte3"] <= tiles + 2 * n
+    # the program waits for tables only, never for the vector pipe
+    assert used["scalar_waits"] <= 3 * blocks + m / 256 + 2 * n / 256
+    shares = [kernels.counters(block)["mte2_bytes"] for block in range(blocks)]
+    assert max(shares) <= 1.2 * sum(shares) / blocks
+
+
+def test_blocks_are_balanced_by_candidates(kernels: Library) -> None:
+    x = sets([200] * 20 + [2] * 2000, 300, 64, torch.bfloat16)
+    restricted_fwd(kernels, x, blocks=4)
+    work = [kernels.counters(block)["mte2_bytes"] for block in range(4)]
+    assert max(work) <= 1.15 * sum(work) / 4
+
+
+@pytest.fixture(scope="module")
+def variants(build_folder: Path, stand_in_core: list[Path]) -> Library:
+    return Library(build_variants(build_folder, stand_in_core, "restricted_fwd", "bfloat16_t", MUTATIONS))
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> list[Scenario]:
+    found = []
+    for case, tweak in (("sizes", 1.0), ("8,192", 1.0), ("1,040", 60.0), ("two windows", 1.0)):
+        sizes, vocab, width = CASES[case]
+        x = sets(sizes, vocab, width, torch.bfloat16)
+        x.hidden *= tweak
+        found.append(Scenario(partial(restricted_fwd, x=x), restricted_fwd_reference(x)))
+    return found
+
+
+def test_the_unbroken_kernel_passes_the_scenarios(kernels: Library, scenarios: list[Scenario]) -> None:
+    assert outcome(kernels, "call", scenarios) == "passes"
+
+
+@pytest.mark.parametrize("index", range(len(MUTATIONS)), ids=[mutation.name for mutation in MUTATIONS])
+def test_each_broken_variant_is_stopped(variants: Library, scenarios: list[Scenario], index: int) -> None:
+    assert MUTATIONS[index].says in outcome(variants, f"v{index}", scenarios)
