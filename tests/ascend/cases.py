@@ -97,3 +97,96 @@ def outcome(library: Library, variant: str, scenarios: Sequence[Scenario]) -> st
         if not all(close(f, w, scenario.tolerance) for f, w in zip(found, scenario.wanted, strict=True)):
             return "wrong"
     return "passes"
+
+
+def restricted_bwd_dh(library: Library, x: Sets, mixture: Tensor, scale: Tensor, **how: object) -> tuple[Tensor, ...]:
+    out = mixture.clone()
+    library.call("restricted_bwd_dh", [x.weight.dtype], out, x.weight, x.columns, x.gold, scale, *x.sizes, **how)  # type: ignore[arg-type]
+    return (out,)
+
+
+@dataclass
+class ByColumn:
+    """The entries of the candidate lists sorted by column: touched [U], starts [U + 1], tokens [m], coefficient [m]."""
+
+    touched: Tensor
+    starts: Tensor
+    tokens: Tensor
+    coefficient: Tensor
+
+
+def by_column(x: Sets, coefficient: Tensor) -> ByColumn:
+    """What the binding makes of the candidate lists with torch before it launches restricted_bwd_dw."""
+    order = torch.sort(x.columns, stable=True).indices
+    touched, counts = torch.unique_consecutive(x.columns[order], return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return ByColumn(touched, starts, plain.row_of(x.offsets, len(x.columns))[order].int(), coefficient[order].contiguous())
+
+
+def restricted_bwd_dw(library: Library, x: Sets, coefficient: Tensor, grad: Tensor | None, **how: object) -> tuple[Tensor, ...]:
+    """The gradient added to `grad`, or its touched rows."""
+    t = by_column(x, coefficient)
+    n, width, entries, vocab = x.sizes
+    out = untouched(len(t.touched), width) if grad is None else grad.clone()
+    parts = untouched(*library.tiling("parts", entries), width) if not how.get("variant") else untouched(2 * -(-entries // 64), width)
+    elements = [x.hidden.dtype, out.dtype]
+    tables = (x.hidden, t.starts, t.touched, t.tokens, t.coefficient, out, parts)
+    library.call("restricted_bwd_dw", elements, *tables, n, width, len(t.touched), entries, vocab, grad is not None, **how)  # type: ignore[arg-type]
+    return (out,)
+
+
+def logits_fwd(library: Library, logits: Tensor, x: Sets, **how: object) -> tuple[Tensor, ...]:
+    """logits [N, stride] of which the first V columns count."""
+    n, _, candidates, vocab = x.sizes
+    z, stats = untouched(candidates), untouched(3, n)
+    library.call("logits_fwd", [logits.dtype], logits, *x.tables, z, stats, n, vocab, logits.shape[1], candidates, **how)  # type: ignore[arg-type]
+    return z, stats
+
+
+def logits_bwd(library: Library, z: Tensor, x: Sets, scalars: Tensor, dtype: torch.dtype, **how: object) -> tuple[Tensor, ...]:
+    """scalars [3, N]: peak, factor, grad."""
+    n, _, candidates, vocab = x.sizes
+    out = torch.zeros(n, vocab, dtype=dtype)
+    library.call("logits_bwd", [dtype], z, *x.tables, *scalars.unbind(), out, n, vocab, candidates, **how)  # type: ignore[arg-type]
+    return (out,)
+
+
+CHUNK = 65_536
+
+
+def moclip_stats(library: Library, grad: Tensor, momentum: Tensor | None, **how: object) -> tuple[Tensor, ...]:
+    """[chunks, 8]"""
+    partial = untouched(-(-len(grad) // CHUNK), 8)
+    library.call("moclip_stats", [grad.dtype], grad, momentum, partial, len(grad), **how)  # type: ignore[arg-type]
+    return (partial,)
+
+
+def moclip_update(
+    library: Library, tensors: Sequence[Tensor], scalars: Sequence[float], arctangent: bool, rounded: bool, **how: object
+) -> tuple[Tensor, ...]:
+    """tensors: parameter, gradient, both moments; returns parameter, moments, partial [chunks, 8], and the rounded copy."""
+    param, grad, m, v = (t.clone() for t in tensors)
+    low = untouched(len(param), dtype=torch.bfloat16) if rounded else None
+    partial = untouched(-(-len(grad) // CHUNK), 8)
+    packed = torch.tensor([*scalars, 0.0])
+    packed.view(torch.uint8)[40:] = torch.tensor([int(arctangent), 0, 0, 0], dtype=torch.uint8)
+    library.call("moclip_update", [param.dtype, grad.dtype], param, grad, m, v, low, partial, len(param), packed, **how)  # type: ignore[arg-type]
+    return (param, m, v, partial, low) if low is not None else (param, m, v, partial)
+
+
+def topk(library: Library, logits: Tensor, k: int, width: int | None = None, **how: object) -> tuple[Tensor, ...]:
+    """The k largest of each row by (value descending, column ascending), merged from the kernel's candidates; and its sums [N, 2]."""
+    n, stride = logits.shape
+    width = stride if width is None else width
+    capacity = max(2 * k + 63, 512) // 64 * 64
+    values, columns = untouched(n, capacity), torch.full((n, capacity), 777, dtype=torch.int32)
+    counts, sums = torch.full((n, 8), 777, dtype=torch.int32), untouched(n, 2)
+    library.call("topk", [logits.dtype], logits, values, columns, counts, sums, n, width, stride, k, **how)  # type: ignore[arg-type]
+    kept = min(k, width)
+    top, ids = torch.full((n, kept), -torch.inf), torch.full((n, kept), -1, dtype=torch.int32)
+    for t in range(n):
+        held = int(counts[t, 0])
+        found = sorted(((-v, c) for v, c in zip(values[t, :held].tolist(), columns[t, :held].tolist(), strict=True) if c >= 0))[:kept]
+        top[t, : len(found)] = torch.tensor([-v for v, _ in found])
+        ids[t, : len(found)] = torch.tensor([c for _, c in found], dtype=torch.int32)
+    return top, ids.float(), sums

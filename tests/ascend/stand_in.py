@@ -16,7 +16,12 @@ from torch import Tensor
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "ascend"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
-TILINGS = {"fwd": (2, "fwd_tiling(static_cast<Element>(a0), a1)")}  # number of arguments, call
+TILINGS = {  # number of arguments, call
+    "fwd": (2, "fwd_tiling(static_cast<Element>(a0), a1)"),
+    "dw": (4, "dw_tiling(static_cast<Element>(a0), static_cast<Element>(a1), a2, a3)"),
+    "parts": (1, "restricted_bwd_dw_parts(a0)"),
+    "topk": (1, "topk_capacity(a0)"),
+}
 TYPES = {"p": ("void*", ctypes.c_void_p), "u": ("uint32_t", ctypes.c_uint32), "U": ("uint64_t", ctypes.c_uint64)}
 COUNTERS = ("s", "v", "mte2", "mte3", "s_bytes", "v_bytes", "mte2_bytes", "mte3_bytes", "repeats", "barriers", "scalar_waits", "buffer")
 
@@ -44,6 +49,14 @@ class Signature:
 
 SIGNATURES = {
     "restricted_fwd": Signature(1, "ppppppppuuuu"),
+    "restricted_bwd_dh": Signature(1, "pppppuuuu"),
+    "restricted_bwd_dw": Signature(2, "pppppppuuuuuu"),
+    "restricted_bwd_dw_merge": Signature(1, "ppppuuuuu"),
+    "logits_fwd": Signature(1, "ppppppuuuu"),
+    "logits_bwd": Signature(1, "ppppppppuuu"),
+    "moclip_stats": Signature(1, "pppU"),
+    "moclip_update": Signature(2, "ppppppUS"),
+    "topk": Signature(1, "pppppuuuu"),
 }
 
 
@@ -104,6 +117,8 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
     """The kernels as they are, behind their launchers."""
     text = ["#include <cstring>", '#include "tiling.h"', '#include "run.h"', "using namespace megatron_replay::ascend;"]
     for name, signature in SIGNATURES.items():
+        if name.endswith("_merge"):  # launched with the kernel before it
+            continue
         launch = f"launch_{name}(nullptr, {signature.values()})"
         text.append(f'extern "C" const char* call_{name}({signature.parameters()}) {{ return ascend_sim::caught([&] {{ {launch}; }}); }}')
     for name, (arguments, call) in TILINGS.items():
@@ -111,10 +126,7 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
         body = f"const auto tiling = {call}; std::memcpy(out, &tiling, sizeof tiling); return sizeof tiling / 4;"
         text.append(f'extern "C" int tiling_{name}({parameters}uint32_t* out) {{ {body} }}')
     (folder / "calls.cpp").write_text("\n".join(text) + "\n")
-    objects = [
-        compile_(folder / f"{file.stem}.o", "-c", file)
-        for file in (SOURCE / "op_kernel" / "entry.cpp", SOURCE / "sim" / "launch.cpp", folder / "calls.cpp")
-    ]
+    objects = [compile_(folder / f"{file.stem}.o", "-c", file) for file in (SOURCE / "sim" / "launch.cpp", folder / "calls.cpp")]
     return compile_(folder / "kernels.so", "-shared", *core, *objects)
 
 

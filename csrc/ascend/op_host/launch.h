@@ -59,9 +59,10 @@ struct MoclipScalars {
 void launch_moclip_update(void* stream, uint32_t blocks, Element param_element, Element grad_element, void* param, const void* grad,
                           void* exp_avg, void* exp_avg_sq, void* rounded, void* partial, uint64_t length, MoclipScalars scalars);
 
-// Candidates for the k largest of each row of logits [N, C], rows `stride` elements apart: values [N, topk_capacity(k)] float32, columns int32
-// and counts [N, 8] int32 (count, 0...). Every one of the k first by (value descending, column ascending) whose value is above -inf is among
-// the first counts[t][0] of row t; those are in no order. sums [N, 8] float32: (max, sum exp(x - max), 0...) of the row.
+// Candidates for the k largest of each row of logits [N, C], rows `stride` elements apart: values [N, topk_capacity(k)] float32, columns int32,
+// and counts [N, 8] int32, the count in every place. Every one of the k first by (value descending, column ascending) whose value is above
+// -inf is among the first counts[t][0] of row t, in no order; empty slots between them hold (-inf, -1). sums [N, 2] float32: (max,
+// sum exp(x - max)) of the row, (-3e38, 0) for a row of -inf. k is 1 to 2,048.
 uint32_t topk_capacity(uint32_t k);
 void launch_topk(void* stream, uint32_t blocks, Element element, const void* logits, void* values, void* columns, void* counts, void* sums,
                  uint32_t positions, uint32_t width, uint32_t stride, uint32_t k);

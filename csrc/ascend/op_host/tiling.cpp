@@ -10,6 +10,10 @@ namespace {
 
 constexpr uint32_t kWindow = 256;       // entries of a table in the buffer: tables.h
 constexpr uint32_t kMaxRows = 15;       // 15 x 16 repeats of a reduction
+constexpr uint32_t kMaxHidden = 16;
+constexpr uint32_t kPart = 64;          // entries that are summed as one: restricted_bwd_dw.h
+constexpr uint64_t kChunk = 65536;      // elements whose sums are written as one: chunks.h
+constexpr uint32_t kMaxK = 2048;
 constexpr uint32_t kStateBytes = 960;   // softmax_state.h: two states of 96 bytes and the scratch
 constexpr uint32_t kTileBytes = 512;    // two buffers for the logits of a tile
 
@@ -22,6 +26,15 @@ uint32_t fwd_bytes(Element element, uint32_t width, uint32_t rows, uint32_t outs
   bytes += rows * fold * 4 + rounded_up(rows * fold / 64 * 4, 32);
   bytes += outs * wide + 512;
   return bytes + kWindow * (8 + 4 + 8) + kStateBytes + kTileBytes;
+}
+
+uint32_t dw_bytes(Element element, Element grad_element, uint32_t width, bool add, uint32_t rows, uint32_t outs) {
+  const uint32_t raw = width * bytes_of(element), wide = width * 4, grad = width * bytes_of(grad_element);
+  uint32_t bytes = 2 * rows * raw + outs * wide + 4 * kWindow * 4;
+  if (element != Element::kFloat32) bytes += rows * wide;
+  if (add) bytes += 2 * grad;
+  if (grad_element != Element::kFloat32) bytes += grad + wide;
+  return bytes;
 }
 
 }  // namespace
@@ -41,6 +54,26 @@ FwdTiling fwd_tiling(Element element, uint32_t width) {
     }
   }
   throw std::logic_error("no row of " + std::to_string(width) + " fits the unified buffer");
+}
+
+DwTiling dw_tiling(Element element, Element grad_element, uint32_t width, bool add) {
+  check_width(width);
+  for (const uint32_t outs : {2u, 1u}) {
+    for (uint32_t rows = kMaxHidden; rows >= 1; --rows) {
+      const uint32_t bytes = dw_bytes(element, grad_element, width, add, rows, outs);
+      if (bytes <= kBufferBytes) return {rows, outs, bytes};
+    }
+  }
+  throw std::logic_error("no row of " + std::to_string(width) + " fits the unified buffer");
+}
+
+uint32_t restricted_bwd_dw_parts(uint32_t entries) { return 2 * ((entries + kPart - 1) / kPart); }
+
+uint64_t moclip_chunks(uint64_t length) { return (length + kChunk - 1) / kChunk; }
+
+uint32_t topk_capacity(uint32_t k) {
+  if (k == 0 || k > kMaxK) throw std::invalid_argument("the Ascend kernel selects 1 to 2048 of a row, not " + std::to_string(k));
+  return rounded_up(std::max(2 * k, 512u), 64);
 }
 
 }  // namespace megatron_replay::ascend

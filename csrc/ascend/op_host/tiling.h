@@ -23,4 +23,10 @@ struct FwdTiling {
 };
 FwdTiling fwd_tiling(Element element, uint32_t width);
 
+// rows: hidden states of a tile, at most 16; outs: buffers for sums.
+struct DwTiling {
+  uint32_t rows, outs, bytes;
+};
+DwTiling dw_tiling(Element element, Element grad_element, uint32_t width, bool add);
+
 }  // namespace megatron_replay::ascend

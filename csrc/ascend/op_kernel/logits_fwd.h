@@ -1,0 +1,134 @@
+// The restricted loss from logits that are there already: picks the candidates' logits, one element each, and takes their softmax statistics.
+#pragma once
+
+#include "softmax_state.h"
+#include "tables.h"
+
+namespace megatron_replay::ascend {
+
+template <typename T>
+class LogitsFwd {
+ public:
+  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, uint32_t positions,
+                              uint32_t vocab, uint32_t stride, uint32_t candidates) {
+    stride_ = stride;
+    range_ = ListsOfBlock<int64_t>(offsets, positions, candidates);
+    logits_.SetGlobalBuffer((__gm__ T*)logits, positions ? static_cast<uint64_t>(positions - 1) * stride + vocab : 0);
+    z_.SetGlobalBuffer((__gm__ float*)z, candidates);
+    offset_table_.Init(pipe_, offsets, static_cast<uint64_t>(positions) + 1);
+    offset_table_.Clip(static_cast<uint64_t>(range_.last) + 1);
+    column_table_.Init(pipe_, columns, candidates);
+    gold_table_.Init(pipe_, gold, positions);
+    gold_table_.Clip(range_.last);
+    pipe_.InitBuffer(picked_in_, 2, kMaxTile * kSlot * sizeof(T));
+    pipe_.InitBuffer(wide_, kMaxTile * kSlot * sizeof(float));
+    pipe_.InitBuffer(slots_, kMaxTile * sizeof(int32_t));
+    pipe_.InitBuffer(z_out_, 2, kMaxTile * sizeof(float));
+    state_.Init(pipe_, stats, positions);
+    // where in the buffer, in bytes, the tile's elements lie
+    const LocalTensor<int32_t> slots = slots_.Get<int32_t>();
+    CreateVecIndex(slots, 0, kMaxTile);
+    PipeBarrier<PIPE_V>();
+    Muls(slots, slots, static_cast<int32_t>(kSlot * sizeof(float)), static_cast<int32_t>(kMaxTile));
+    PipeBarrier<PIPE_V>();
+  }
+
+  __aicore__ inline void Process() {
+    if (range_.first == range_.last) return;
+    token_ = range_.first;
+    at_ = static_cast<uint64_t>(offset_table_.At(token_));
+    column_table_.Clip(EndOf(range_.last - 1));
+    end_ = EndOf(token_);
+    Tile tile = Take();
+    Load(tile);
+    while (true) {
+      const bool more = token_ < range_.last;
+      Tile next{};
+      if (more) {
+        next = Take();
+        Load(next);
+      }
+      if (tile.opens) state_.Open();
+      if (tile.count) Compute(tile);
+      if (tile.closes) state_.Close(tile.token);
+      if (!more) return;
+      tile = next;
+    }
+  }
+
+ private:
+  static constexpr uint32_t kSlot = 32 / sizeof(T);  // an element arrives in a block of its own
+
+  struct Tile {
+    uint32_t token, count;
+    uint64_t first;  // candidate
+    bool opens, closes;
+  };
+
+  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offset_table_.At(static_cast<uint64_t>(token) + 1)); }
+
+  __aicore__ inline Tile Take() {
+    const uint32_t count = static_cast<uint32_t>(Least<uint64_t>(kMaxTile, end_ - at_));
+    const Tile tile{token_, count, at_, opens_, at_ + count == end_};
+    at_ += count;
+    opens_ = tile.closes;
+    if (tile.closes && ++token_ < range_.last) end_ = EndOf(token_);
+    return tile;
+  }
+
+  __aicore__ inline void Load(const Tile& tile) {
+    if (!tile.count) return;
+    const LocalTensor<T> picked = picked_in_.template AllocTensor<T>();
+    const DataCopyExtParams one{1, sizeof(T), 0, 0, 0};
+    const DataCopyPadExtParams<T> unpadded{false, 0, 0, T{}};  // the rest of the block repeats the element
+    const GlobalTensor<T> row = logits_[static_cast<uint64_t>(tile.token) * stride_];
+    for (uint32_t i = 0; i < tile.count; ++i) {
+      DataCopyPad(picked[i * kSlot], row[static_cast<uint64_t>(column_table_.At(tile.first + i))], one, unpadded);
+    }
+    picked_in_.EnQue(picked);
+  }
+
+  __aicore__ inline void Compute(const Tile& tile) {
+    LocalTensor<T> picked = picked_in_.template DeQue<T>();
+    const LocalTensor<float> wide = wide_.Get<float>();
+    Widen(wide, picked, tile.count * kSlot);
+    PipeBarrier<PIPE_V>();
+    picked_in_.FreeTensor(picked);
+    LocalTensor<float> z = z_out_.template AllocTensor<float>();
+    Gather(z, wide, slots_.Get<uint32_t>(), 0, tile.count);
+    PipeBarrier<PIPE_V>();
+    state_.Add(z, tile.count);
+    const int64_t gold = gold_table_.At(tile.token);
+    if (gold >= static_cast<int64_t>(tile.first) && gold < static_cast<int64_t>(tile.first + tile.count)) {
+      state_.Gold(z, static_cast<uint32_t>(gold - tile.first));
+    }
+    z_out_.EnQue(z);
+    z = z_out_.template DeQue<float>();
+    DataCopyPad(z_[tile.first], z, DataCopyExtParams{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0});
+    z_out_.FreeTensor(z);
+  }
+
+  TPipe pipe_;
+  Window<int64_t> offset_table_, gold_table_;
+  Window<int32_t> column_table_;
+  GlobalTensor<T> logits_;
+  GlobalTensor<float> z_;
+  TQue<TPosition::VECIN, 2> picked_in_;
+  TQue<TPosition::VECOUT, 1> z_out_;
+  TBuf<TPosition::VECCALC> wide_, slots_;
+  SoftmaxState state_;
+  Range range_;
+  uint64_t at_, end_;
+  uint32_t stride_, token_;
+  bool opens_ = true;
+};
+
+template <typename T>
+__aicore__ inline void logits_fwd(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, uint32_t positions,
+                                  uint32_t vocab, uint32_t stride, uint32_t candidates) {
+  LogitsFwd<T> kernel;
+  kernel.Init(logits, offsets, columns, gold, z, stats, positions, vocab, stride, candidates);
+  kernel.Process();
+}
+
+}  // namespace megatron_replay::ascend
