@@ -51,7 +51,6 @@ SIGNATURES = {
     "restricted_fwd": Signature(1, "ppppppppuuuu"),
     "restricted_bwd_dh": Signature(1, "pppppuuuu"),
     "restricted_bwd_dw": Signature(2, "pppppppuuuuuu"),
-    "restricted_bwd_dw_merge": Signature(1, "ppppuuuuu"),
     "logits_fwd": Signature(1, "ppppppuuuu"),
     "logits_bwd": Signature(1, "ppppppppuuu"),
     "moclip_stats": Signature(1, "pppU"),
@@ -85,10 +84,10 @@ class Library:
             raise StandInError(error.decode())
         return self.counters()
 
-    def counters(self, block: int = -1) -> dict[str, int]:
-        """Of the last run: of one block, or of all."""
+    def counters(self, block: int = -1, kernel: int = 0) -> dict[str, int]:
+        """Of the last call: of one block, or of all; restricted_bwd_dw is two kernels."""
         out = (ctypes.c_uint64 * len(COUNTERS))()
-        self._library.sim_counters(block, out)
+        self._library.sim_counters(kernel, block, out)
         return dict(zip(COUNTERS, out, strict=True))
 
     def tiling(self, name: str, *arguments: Any) -> tuple[int, ...]:
@@ -117,8 +116,6 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
     """The kernels as they are, behind their launchers."""
     text = ["#include <cstring>", '#include "tiling.h"', '#include "run.h"', "using namespace megatron_replay::ascend;"]
     for name, signature in SIGNATURES.items():
-        if name.endswith("_merge"):  # launched with the kernel before it
-            continue
         launch = f"launch_{name}(nullptr, {signature.values()})"
         text.append(f'extern "C" const char* call_{name}({signature.parameters()}) {{ return ascend_sim::caught([&] {{ {launch}; }}); }}')
     for name, (arguments, call) in TILINGS.items():
@@ -156,14 +153,25 @@ def flattened(file: str, changes: Sequence[Mutation] = (), seen: set[str] | None
     return re.sub(r'#include "([^"]+)"', lambda match: flattened(match[1], changes, seen), text)
 
 
-def build_variants(folder: Path, core: Sequence[Path], kernel: str, template: str, mutations: Sequence[Mutation]) -> Path:
-    """All broken variants of a kernel in one library, v0, v1, ...; `template` are the kernel's template arguments."""
+TEMPLATES = {"restricted_bwd_dw": "bfloat16_t, float", "moclip_update": "float, bfloat16_t"}
+"""The element types that a kernel's variants are built for; bfloat16 of a kernel that is not here."""
+MERGE = (
+    "run_restricted_bwd_dw_merge({0}restricted_bwd_dw_merge<float>, blocks, static_cast<Element>(e1), "
+    "a1, a2, a5, a6, a8, a9, a10, a11, a12);"
+)
+
+
+def build_variants(folder: Path, core: Sequence[Path], kernel: str, mutations: Sequence[Mutation]) -> Path:
+    """All broken variants of a kernel in one library: v0, v1, ..."""
     signature = SIGNATURES[kernel]
-    text = ['#include "kernel_operator.h"', '#include "launchers.h"', "using namespace megatron_replay::ascend;"]
+    text = ['#include "kernel_operator.h"', '#include "launchers.h"', "using namespace ascend_sim;"]
     for i, mutation in enumerate(mutations):
         text.append(f"namespace v{i} {{\n{flattened(f'{kernel}.h', [mutation])}\n}}")
-        run = f"ascend_sim::run_{kernel}(v{i}::megatron_replay::ascend::{kernel}<{template}>, {signature.values()})"
-        text.append(f'extern "C" const char* v{i}_{kernel}({signature.parameters()}) {{ return ascend_sim::caught([&] {{ {run}; }}); }}')
+        inside = f"v{i}::megatron_replay::ascend::"
+        run = f"run_{kernel}({inside}{kernel}<{TEMPLATES.get(kernel, 'bfloat16_t')}>, {signature.values()});"
+        if kernel == "restricted_bwd_dw":  # a launch is both kernels
+            run += MERGE.format(inside)
+        text.append(f'extern "C" const char* v{i}_{kernel}({signature.parameters()}) {{ return caught([&] {{ {run} }}); }}')
     source = folder / f"{kernel}_variants.cpp"
     source.write_text("\n".join(text) + "\n")
     return compile_(folder / f"{kernel}_variants.so", "-w", "-shared", source, *core)

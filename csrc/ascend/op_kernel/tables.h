@@ -60,7 +60,7 @@ class Window {
 
   GlobalTensor<uint32_t> words_;
   TBuf<TPosition::VECIN> buffer_;
-  event_t filled_, emptied_;
+  TEventID filled_, emptied_;
   uint64_t start_, stop_, end_;
 };
 

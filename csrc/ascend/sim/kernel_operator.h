@@ -13,6 +13,7 @@
 #define __aicore__
 #define __global__
 #define GM_ADDR uint8_t*
+#define KERNEL_TASK_TYPE_DEFAULT(TYPE)  // the stand-in has vector cores only
 
 namespace AscendC {
 

@@ -56,8 +56,9 @@ inline void check_overlap(const char* api, uint32_t dst, uint64_t dst_bytes, uin
 
 // One vector instruction on elements that lie side by side: dst[i] = f(i) for i < count. Level 2 of the API splits what is longer than 255
 // repeats by itself.
-template <class D, class F, class... S>
-void elementwise(const char* api, const LocalTensor<D>& dst, int64_t count, F f, const LocalTensor<S>&... src) {
+// `also` is what the instruction reads besides.
+template <class A, class D, class F, class... S>
+void elementwise_after(const char* api, A also, const LocalTensor<D>& dst, int64_t count, F f, const LocalTensor<S>&... src) {
   dst.usable(api, count);
   (src.usable(api, count), ...);
   if (!count) return;
@@ -67,9 +68,15 @@ void elementwise(const char* api, const LocalTensor<D>& dst, int64_t count, F f,
   core.issue(ascend_sim::kVector, count * sizeof(D));
   core.counters.repeats += (count * widest + ascend_sim::kRepeatBytes - 1) / ascend_sim::kRepeatBytes;
   (core.read(api, ascend_sim::kVector, src.address(), count * sizeof(S)), ...);
+  also();
   core.write(api, ascend_sim::kVector, dst.address(), count * sizeof(D));
   D* out = dst.data();
   for (int64_t i = 0; i < count; ++i) out[i] = f(i);
+}
+
+template <class D, class F, class... S>
+void elementwise(const char* api, const LocalTensor<D>& dst, int64_t count, F f, const LocalTensor<S>&... src) {
+  elementwise_after(api, [] {}, dst, count, f, src...);
 }
 
 // One instruction with strides: visit(dst, sources...) gets the addresses of each active lane, as element indices.

@@ -137,9 +137,9 @@ class TPipe {
   }
 
   template <HardEvent event>
-  event_t AllocEventID() {
+  TEventID AllocEventID() {
     const int kind = static_cast<int>(event);
-    for (event_t id = 0; id < ascend_sim::kMaxEvents; ++id) {
+    for (TEventID id = 0; id < ascend_sim::kMaxEvents; ++id) {
       if (!(taken_[kind] >> id & 1)) {
         taken_[kind] |= 1u << id;
         return id;
@@ -149,7 +149,7 @@ class TPipe {
   }
 
   template <HardEvent event>
-  void ReleaseEventID(event_t id) {
+  void ReleaseEventID(TEventID id) {
     taken_[static_cast<int>(event)] &= ~(1u << id);
   }
 

@@ -9,8 +9,8 @@ bool& backwards() {
   return value;
 }
 
-Report& report() {
-  static thread_local Report value;
+std::vector<Report>& reports() {
+  static thread_local std::vector<Report> value;
   return value;
 }
 
@@ -19,8 +19,8 @@ void run(uint32_t blocks, const std::vector<Argument>& arguments, const std::fun
   for (const Argument& argument : arguments) {
     if (argument.start && argument.bytes) memory.add(argument.start, argument.bytes, argument.writable);
   }
-  report() = Report{};
-  report().blocks.resize(blocks);
+  Report& report = reports().emplace_back();
+  report.blocks.resize(blocks);
   current_memory() = &memory;
   const auto leave = [] {
     current_core() = nullptr;
@@ -38,8 +38,8 @@ void run(uint32_t blocks, const std::vector<Argument>& arguments, const std::fun
       leave();
       throw;
     }
-    report().blocks[block] = core.counters;
-    Counters& total = report().total;
+    report.blocks[block] = core.counters;
+    Counters& total = report.total;
     for (int pipe = 0; pipe < kPipes; ++pipe) {
       total.instructions[pipe] += core.counters.instructions[pipe];
       total.bytes[pipe] += core.counters.bytes[pipe];
@@ -55,6 +55,7 @@ void run(uint32_t blocks, const std::vector<Argument>& arguments, const std::fun
 const char* caught(const std::function<void()>& f) {
   static thread_local std::string text;
   text.clear();
+  reports().clear();
   try {
     f();
   } catch (const std::exception& error) {
@@ -69,10 +70,11 @@ extern "C" {
 
 void sim_backwards(int yes) { ascend_sim::backwards() = yes != 0; }
 
-// Counters of the last run: of block `block`, or of all where it is -1. out [12]: instructions and bytes of S, V, MTE2, MTE3; repeats, barriers,
+// Counters of a run of the last call (a launcher may start two kernels): of block `block`, or of all where it is -1. out [12]: instructions and bytes of S, V, MTE2, MTE3; repeats, barriers,
 // scalar waits, bytes of the unified buffer.
-void sim_counters(int block, uint64_t* out) {
-  const ascend_sim::Counters& c = block < 0 ? ascend_sim::report().total : ascend_sim::report().blocks.at(block);
+void sim_counters(int run, int block, uint64_t* out) {
+  const ascend_sim::Report& report = ascend_sim::reports().at(run);
+  const ascend_sim::Counters& c = block < 0 ? report.total : report.blocks.at(block);
   for (int pipe = 0; pipe < ascend_sim::kPipes; ++pipe) {
     out[pipe] = c.instructions[pipe];
     out[ascend_sim::kPipes + pipe] = c.bytes[pipe];

@@ -23,7 +23,7 @@ struct Report {
   Counters total;
   std::vector<Counters> blocks;
 };
-Report& report();  // of the last run
+std::vector<Report>& reports();  // of the runs since the last `caught` began
 bool& backwards();
 
 // Runs f; what it throws becomes text, "" when nothing. For callers that are not C++.

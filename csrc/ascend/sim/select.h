@@ -63,8 +63,9 @@ inline void Select(const LocalTensor<float>& dst, const LocalTensor<uint8_t>& ma
                    SELMODE mode, uint32_t count) {
   if (mode != SELMODE::VSEL_TENSOR_TENSOR_MODE) ascend_sim::fail("Select: the stand-in knows VSEL_TENSOR_TENSOR_MODE");
   mask.usable("Select", (count + 7) / 8);
-  ascend_sim::core().read("Select", ascend_sim::kVector, mask.address(), (count + 7) / 8);
-  detail::elementwise("Select", dst, count, [&](int64_t i) { return mask.data()[i / 8] >> (i % 8) & 1 ? a.data()[i] : b.data()[i]; }, a, b);
+  const auto read_mask = [&] { ascend_sim::core().read("Select", ascend_sim::kVector, mask.address(), (count + 7) / 8); };
+  const auto pick = [&](int64_t i) { return mask.data()[i / 8] >> (i % 8) & 1 ? a.data()[i] : b.data()[i]; };
+  detail::elementwise_after("Select", read_mask, dst, count, pick, a, b);
 }
 
 // The elements whose bit is set, side by side; in counter mode `mask` elements of one repeat. The count comes from a register that the call
@@ -100,17 +101,18 @@ template <class T>
 void Gather(const LocalTensor<T>& dst, const LocalTensor<T>& src, const LocalTensor<uint32_t>& offset, const uint32_t base, const uint32_t count) {
   src.usable("Gather", 0);
   offset.usable("Gather", count);
-  ascend_sim::Core& core = ascend_sim::core();
   const uint32_t* at = offset.data();
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint64_t byte = static_cast<uint64_t>(base) + at[i];
-    if (byte % sizeof(T)) ascend_sim::fail("Gather: byte offset %llu is no multiple of %zu", static_cast<unsigned long long>(byte), sizeof(T));
-    if (byte + sizeof(T) > static_cast<uint64_t>(src.GetSize()) * sizeof(T)) {
-      ascend_sim::fail("Gather: byte offset %llu lies beyond the source's %zu", static_cast<unsigned long long>(byte), src.GetSize() * sizeof(T));
+  const auto read_source = [&] {
+    for (uint32_t i = 0; i < count; ++i) {
+      const uint64_t byte = static_cast<uint64_t>(base) + at[i];
+      if (byte % sizeof(T)) ascend_sim::fail("Gather: byte offset %llu is no multiple of %zu", static_cast<unsigned long long>(byte), sizeof(T));
+      if (byte + sizeof(T) > static_cast<uint64_t>(src.GetSize()) * sizeof(T)) {
+        ascend_sim::fail("Gather: byte offset %llu lies beyond the source's %zu", static_cast<unsigned long long>(byte), src.GetSize() * sizeof(T));
+      }
+      ascend_sim::core().read("Gather", ascend_sim::kVector, src.address() + static_cast<uint32_t>(byte), sizeof(T));
     }
-    core.read("Gather", ascend_sim::kVector, src.address() + static_cast<uint32_t>(byte), sizeof(T));
-  }
-  detail::elementwise("Gather", dst, count, [&](int64_t i) { return src.data()[(base + at[i]) / sizeof(T)]; }, offset);
+  };
+  detail::elementwise_after("Gather", read_source, dst, count, [&](int64_t i) { return src.data()[(base + at[i]) / sizeof(T)]; }, offset);
 }
 
 }  // namespace AscendC
