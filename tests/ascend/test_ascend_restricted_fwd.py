@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, Sets, close, restricted_fwd, restricted_fwd_reference, sets
-from stand_in import Library
+from stand_in import Library, StandInError
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CASES = {
@@ -65,8 +65,15 @@ def test_large_and_small_logits(kernels: Library) -> None:
 
 def test_a_width_it_does_not_take(kernels: Library) -> None:
     for width in (0, 24, 8208):
-        with pytest.raises(Exception, match=f"multiple of 16 up to 8192, not {width}"):
+        with pytest.raises(StandInError, match=f"multiple of 16 up to 8192, not {width}"):
             restricted_fwd(kernels, sets([1], 3, width, torch.float32))
+
+
+def test_rows_that_begin_anywhere(kernels: Library) -> None:
+    x = sets([1, 2], 5, 16, torch.float32)
+    x.weight = torch.zeros(5 * 16 + 1)[1:].view(5, 16)
+    with pytest.raises(StandInError, match="begin at a multiple of 32 bytes; clone weight"):
+        restricted_fwd(kernels, x)
 
 
 @dtypes

@@ -51,6 +51,7 @@ BROKEN = {
     "a gather's offset": (BUF + "auto o = d.Get<uint32_t>(); Duplicate(o, 2u, 8); PipeBarrier<PIPE_V>(); Gather(y[64], y, o, 0, 8);", "no multiple of 4"),
     "a gather beyond its source": (BUF + "auto o = d.Get<uint32_t>(); Duplicate(o, 4096u, 8); PipeBarrier<PIPE_V>(); Gather(y[64], y, o, 0, 8);", "beyond the source"),
     "operands that overlap in part": (BUF + "Adds(y[8], y, 1.0f, 64);", "overlap without being the same"),
+    "a repeat that reads what the one before wrote": (BUF + "Mul(y[8], y, y, 8, 2, {1, 1, 1, 1, 1, 1});", "an earlier repeat of the same instruction"),
     # types
     "arithmetic on bfloat16": ("auto y = b.Get<bfloat16_t>(); Duplicate(y, bfloat16_t{}, 16); PipeBarrier<PIPE_V>(); Add(y, y, y, 16);", "bfloat16 has no arithmetic"),
     "narrowing without a rounding mode": (BUF + "Cast(d.Get<bfloat16_t>(), y, RoundMode::CAST_NONE, 16);", "needs a rounding mode"),
@@ -103,7 +104,7 @@ OBEYED = {
     "a scalar after its flag": BUF + "auto e = pipe.AllocEventID<HardEvent::V_S>(); SetFlag<HardEvent::V_S>(e); WaitFlag<HardEvent::V_S>(e); y.GetValue(3);",
     "a scalar's store after its flag": BUF + "auto e = pipe.AllocEventID<HardEvent::V_S>(); SetFlag<HardEvent::V_S>(e); WaitFlag<HardEvent::V_S>(e); y.SetValue(3, 2.0f); auto f = pipe.AllocEventID<HardEvent::S_V>(); SetFlag<HardEvent::S_V>(f); WaitFlag<HardEvent::S_V>(f); Adds(y, y, 1.0f, 8);",
     "copies to one place with a barrier": SEND + "DataCopy(out, z, 64); PipeBarrier<PIPE_MTE3>(); DataCopy(out, z, 64);" + FREE_Z,
-    "255 repeats": BUF + "WholeReduceSum(y, y, 64, 1, 1, 1, 8); PipeBarrier<PIPE_V>(); Mul(y, y, y, 64, 255, {0, 0, 0, 0, 0, 0});",
+    "255 repeats": BUF + "WholeReduceSum(y, y, 64, 1, 1, 1, 8); PipeBarrier<PIPE_V>(); Mul(y[512], y, y, 64, 255, {1, 1, 1, 0, 0, 0});",
     "eight tensors": "TQue<TPosition::VECIN, 8> many; pipe.InitBuffer(many, 8, 32); for (int i = 0; i < 8; ++i) { auto x = many.AllocTensor<float>(); DataCopy(x, in, 8); many.EnQue(x); } for (int i = 0; i < 8; ++i) { auto x = many.DeQue<float>(); many.FreeTensor(x); }",
 }  # fmt: skip
 

@@ -8,6 +8,7 @@
 namespace megatron_replay::ascend {
 namespace {
 
+constexpr uint32_t kAlignment = 32;     // bytes
 constexpr uint32_t kWindow = 256;       // entries of a table in the buffer: tables.h
 constexpr uint32_t kMaxRows = 15;       // 15 x 16 repeats of a reduction
 constexpr uint32_t kMaxHidden = 16;
@@ -42,6 +43,12 @@ uint32_t dw_bytes(Element element, Element grad_element, uint32_t width, bool ad
 void check_width(uint32_t width) {
   if (width == 0 || width % kWidthUnit || width > kMaxWidth) {
     throw std::invalid_argument("the Ascend kernels take a hidden size that is a multiple of 16 up to 8192, not " + std::to_string(width));
+  }
+}
+
+void check_start(const void* rows, const char* name) {
+  if (reinterpret_cast<uintptr_t>(rows) % kAlignment) {
+    throw std::invalid_argument(std::string("the Ascend kernels take rows that begin at a multiple of 32 bytes; clone ") + name);
   }
 }
 

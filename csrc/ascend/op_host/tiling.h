@@ -16,6 +16,9 @@ constexpr uint32_t bytes_of(Element element) { return element == Element::kFloat
 // Throws std::invalid_argument unless the width is a multiple of 16 up to 8,192.
 void check_width(uint32_t width);
 
+// Throws std::invalid_argument unless the rows begin at a multiple of 32 bytes, as every tensor of its own does.
+void check_start(const void* rows, const char* name);
+
 // rows: weight rows of a tile, at most 15 (so that no reduction takes more than 255 repeats); outs: buffers for rows of the mixture, two where
 // they fit; bytes: of the unified buffer. The same with and without a mixture, so that both sum in the same order.
 struct FwdTiling {

@@ -30,6 +30,8 @@ void launch_restricted_fwd(void* stream, uint32_t blocks, Element element, const
                            const void* columns, const void* gold, void* z, void* stats, void* mixture, uint32_t positions, uint32_t width,
                            uint32_t candidates, uint32_t vocab) {
   const FwdTiling tiling = fwd_tiling(element, width);
+  check_start(hidden, "hidden");
+  check_start(weight, "weight");
   const uint32_t mix = mixture != nullptr;
   LAUNCH_1(restricted_fwd, element, gm(hidden), gm(weight), gm(offsets), gm(columns), gm(gold), gm(z), gm(stats), gm(mixture), positions, width,
            candidates, vocab, mix, tiling.rows, tiling.outs)
@@ -39,6 +41,8 @@ void launch_restricted_bwd_dh(void* stream, uint32_t blocks, Element element, vo
                               const void* gold, const void* scale, uint32_t positions, uint32_t width, uint32_t candidates,
                               uint32_t vocab) {
   check_width(width);
+  check_start(mixture, "mixture");
+  check_start(weight, "weight");
   LAUNCH_1(restricted_bwd_dh, element, gm(mixture), gm(weight), gm(columns), gm(gold), gm(scale), positions, width, candidates, vocab)
 }
 
@@ -47,6 +51,8 @@ void launch_restricted_bwd_dw(void* stream, uint32_t blocks, Element element, El
                               uint32_t positions, uint32_t width, uint32_t num_touched, uint32_t entries, uint32_t vocab, bool add) {
   const DwTiling tiling = dw_tiling(element, grad_element, width, add);
   const uint32_t into = add;
+  check_start(hidden, "hidden");
+  check_start(grad, "grad");
   LAUNCH_2(restricted_bwd_dw, element, grad_element, gm(hidden), gm(starts), gm(touched), gm(tokens), gm(coefficient), gm(grad), gm(parts),
            positions, width, num_touched, entries, vocab, into, tiling.rows, tiling.outs)
   LAUNCH_1(restricted_bwd_dw_merge, grad_element, gm(starts), gm(touched), gm(grad), gm(parts), width, num_touched, entries, vocab, into)

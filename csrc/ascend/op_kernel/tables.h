@@ -14,11 +14,6 @@ __aicore__ inline T Least(T a, T b) {
   return a < b ? a : b;
 }
 
-template <typename T>
-__aicore__ inline T Most(T a, T b) {
-  return a > b ? a : b;
-}
-
 // A table that is read once and roughly in order, a stretch of kWindow entries at a time. It moves words of 32 bits, which every DataCopyPad
 // takes.
 template <typename T>

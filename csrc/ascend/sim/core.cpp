@@ -27,9 +27,11 @@ void Core::check_range(const char* api, uint32_t address, uint64_t bytes) const 
 
 void Core::judge_read(const char* api, Pipe pipe, Touch& touch, const char* where, uint64_t address) {
   const uint8_t writer = touch.writer;
-  const bool settled = writer == kPipes || (writer == kScalar && pipe == kScalar) || touch.written <= known_[pipe][writer] ||
-                       (writer == pipe && touch.written == issued_[pipe]);
+  const bool settled = writer == kPipes || (writer == kScalar && pipe == kScalar) || touch.written <= known_[pipe][writer];
   if (!settled) {
+    if (writer == pipe && touch.written == issued_[pipe]) {
+      fail("%s: reads %s %llu, which an earlier repeat of the same instruction wrote", api, where, static_cast<unsigned long long>(address));
+    }
     if (writer == pipe) {
       fail("%s: read after write of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, static_cast<unsigned long long>(address),
            name_of(pipe), name_of(pipe));

@@ -79,7 +79,7 @@ void elementwise(const char* api, const LocalTensor<D>& dst, int64_t count, F f,
   elementwise_after(api, [] {}, dst, count, f, src...);
 }
 
-// One instruction with strides: visit(dst, sources...) gets the addresses of each active lane, as element indices.
+// An operand of an instruction with strides, in blocks.
 struct Operand {
   uint32_t address, block_stride, repeat_stride;
   uint64_t bytes;  // of the tensor, from the address on
@@ -96,6 +96,7 @@ inline uint32_t block_of(const char* api, const Operand& o, uint32_t repeat, uin
   return o.address + static_cast<uint32_t>(offset);
 }
 
+// One instruction with strides: dst = f(sources' blocks, lane within the block) for every active lane.
 template <class T, size_t N, class F>
 void strided(const char* api, const Mask& mask, int64_t repeats, const Operand& dst, const Operand (&src)[N], F f) {
   check_repeats(api, repeats);

@@ -7,6 +7,7 @@
 namespace ascend_sim {
 
 using megatron_replay::ascend::bytes_of;
+using megatron_replay::ascend::check_start;
 using megatron_replay::ascend::Element;
 using megatron_replay::ascend::MoclipScalars;
 
@@ -17,6 +18,8 @@ void run_restricted_fwd(Kernel kernel, uint32_t blocks, Element element, const v
                         const void* columns, const void* gold, void* z, void* stats, void* mixture, uint32_t positions, uint32_t width,
                         uint32_t candidates, uint32_t vocab) {
   const auto tiling = megatron_replay::ascend::fwd_tiling(element, width);
+  check_start(hidden, "hidden");
+  check_start(weight, "weight");
   const uint64_t n = positions, h = width, m = candidates, size = bytes_of(element);
   const std::vector<Argument> arguments = {{hidden, n * h * size, false}, {weight, vocab * h * size, false}, {offsets, (n + 1) * 8, false},
                                            {columns, m * 4, false},       {gold, n * 8, false},              {z, m * 4, true},
@@ -31,6 +34,8 @@ template <class Kernel>
 void run_restricted_bwd_dh(Kernel kernel, uint32_t blocks, Element element, void* mixture, const void* weight, const void* columns,
                            const void* gold, const void* scale, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
   megatron_replay::ascend::check_width(width);
+  check_start(mixture, "mixture");
+  check_start(weight, "weight");
   const uint64_t n = positions, h = width;
   const std::vector<Argument> arguments = {{mixture, n * h * 4, true},
                                            {weight, vocab * h * bytes_of(element), false},
@@ -45,6 +50,8 @@ void run_restricted_bwd_dw(Kernel kernel, uint32_t blocks, Element element, Elem
                            const void* touched, const void* tokens, const void* coefficient, void* grad, void* parts, uint32_t positions,
                            uint32_t width, uint32_t num_touched, uint32_t entries, uint32_t vocab, bool add) {
   const auto tiling = megatron_replay::ascend::dw_tiling(element, grad_element, width, add);
+  check_start(hidden, "hidden");
+  check_start(grad, "grad");
   const uint64_t h = width, rows = add ? vocab : num_touched;
   const std::vector<Argument> arguments = {{hidden, positions * h * bytes_of(element), false},
                                            {starts, (num_touched + 1ull) * 4, false},

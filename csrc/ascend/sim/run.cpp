@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace ascend_sim {
+namespace {
+
+constexpr size_t kReports = 64;  // are kept, for callers that never look at them
+
+}  // namespace
 
 bool& backwards() {
   static thread_local bool value = false;
@@ -19,6 +24,7 @@ void run(uint32_t blocks, const std::vector<Argument>& arguments, const std::fun
   for (const Argument& argument : arguments) {
     if (argument.start && argument.bytes) memory.add(argument.start, argument.bytes, argument.writable);
   }
+  if (reports().size() >= kReports) reports().clear();
   Report& report = reports().emplace_back();
   report.blocks.resize(blocks);
   current_memory() = &memory;

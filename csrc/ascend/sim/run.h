@@ -23,7 +23,7 @@ struct Report {
   Counters total;
   std::vector<Counters> blocks;
 };
-std::vector<Report>& reports();  // of the runs since the last `caught` began
+std::vector<Report>& reports();  // of the latest runs; `caught` begins anew
 bool& backwards();
 
 // Runs f; what it throws becomes text, "" when nothing. For callers that are not C++.
