@@ -17,29 +17,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from megatron_replay.errors import DeviceError
+from megatron_replay.environment import VARIABLES
+from megatron_replay.errors import ConfigError, DeviceError
 
-_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "ASCEND_HOME_PATH",
-    "ASCEND_RT_VISIBLE_DEVICES",
-    "PYTORCH_NPU_ALLOC_CONF",
-    "TORCH_DEVICE_BACKEND_AUTOLOAD",
-    "TASK_QUEUE_ENABLE",
-    "CPU_AFFINITY_CONF",
-    "HCCL_CONNECT_TIMEOUT",
-    "HCCL_EXEC_TIMEOUT",
-    "HCCL_DETERMINISTIC",
-    "HCCL_IF_BASE_PORT",
-    "HCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME",
-)
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASCEND_HOME_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+"""Set by launchers and installations; what a user sets stands in `environment`."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +132,18 @@ def launcher_ranks() -> tuple[int, int, int] | None:
     return rank, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank))
 
 
+def node_rank() -> int | None:
+    """NODE_RANK, which a launcher sets on each node of several; None when it is not set. Raises ConfigError when it is no number."""
+    text = os.environ.get("NODE_RANK")
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"NODE_RANK={text!r} is no number; set it to 0 on the first node, 1 on the next, and so on")
+    return None if text is None else int(text)
+
+
 def environment() -> dict[str, str]:
     """The variables that are set and change how ranks run, find each other or use their device."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    names = (*_LAUNCHER, *(variable.name for variable in VARIABLES))
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def cores() -> int:

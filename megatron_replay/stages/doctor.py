@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
+from megatron_replay.environment import Finding
 from megatron_replay.errors import ReplayError
 from megatron_replay.scoring.table import show
 
@@ -34,7 +35,7 @@ REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 """Packages without which no model runs, and their versions: at least the first, below the second."""
 OPTIONAL = ("torch-npu", "mindspeed", "megatron-adaptor", "apex", "transformer-engine", "transformers")
 """Used where they are present."""
-PARTS = ("devices", "kernels", "processor", "megatron", "all_reduce", "model")
+PARTS = ("devices", "kernels", "processor", "environment", "megatron", "all_reduce", "model")
 """Of the report: what the functions of `stages.machine` found; None where one could not look."""
 GIB = 2**30
 
@@ -122,6 +123,7 @@ def _look(config: RunConfig, versions: dict[str, str | None]) -> tuple[dict[str,
     part("devices", machine.devices)
     part("kernels", lambda: machine.kernels(config.kernels))
     part("processor", machine.processor)
+    part("environment", lambda: machine.variables(config))
     part("megatron", lambda: machine.megatron(config, versions))
     part("device", lambda: device.dtype(config.precision, device.choose(config.device)))
     if config.model:
@@ -168,7 +170,7 @@ def _disk(output: Path) -> dict[str, Any]:
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
     """The short values of the report: bytes in GiB, absent packages as such."""
-    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key != "megatron" and report[key] is not None}
+    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key not in ("environment", "megatron") and report[key] is not None}
     rows["versions"] = {name: version or "not installed" for name, version in report["versions"].items()}
     return {key: _plain(key, value) for key, value in rows.items()}
 
@@ -177,6 +179,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     """What follows the table: sentences, the verdict last."""
     parts = report["megatron"] or {}
     lines = [f"{key}: {', '.join(s['name'] for s in said) if key == 'shims' else said}" for key, said in parts.items()]
+    lines += [f"environment: {Finding(**found)}" for found in report["environment"] or []]
     return [*lines, *report["notes"], *report["problems"], report["verdict"]]
 
 

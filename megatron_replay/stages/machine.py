@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from megatron_replay.config import RunConfig
 from megatron_replay.device import Device, available, choose, cores, environment
+from megatron_replay.environment import check
 from megatron_replay.errors import DeviceError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
@@ -51,6 +53,11 @@ def kernels(mode: str) -> dict[str, Any]:
 def processor() -> dict[str, Any]:
     """Cores, threads a process would start with, and the variables that are set."""
     return {"cores": cores(), "threads": torch.get_num_threads(), "variables": environment()}
+
+
+def variables(config: RunConfig) -> list[dict[str, str]]:
+    """Which variables ranks on this configuration's device should have, and what they have: `environment.Finding`s."""
+    return [dataclasses.asdict(finding) for finding in check(asked(config).name, environment())]
 
 
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:

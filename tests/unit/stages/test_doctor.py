@@ -78,7 +78,7 @@ def test_here_it_works_two_ranks_included(capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["doctor", "device=cpu"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "all_reduce.ok" in out and "kernels.cpu.topk_rows" in out
-    assert "shims: current_device, factories" in out
+    assert "shims: current_device, factories" in out and "environment: OMP_NUM_THREADS" in out
     assert re.search(r"the main job can run on: cpu \(1 x \d+\.\d GiB free\)\n$", out)
 
 
@@ -121,6 +121,9 @@ def test_the_json_has_these_keys(two_ranks: dict[str, Any], capsys: pytest.Captu
     assert set(found["kernels"]["cpu"].values()) <= {"compiled", "reference"}
     assert set(found["processor"]) == {"cores", "threads", "variables"}
     assert set(found["megatron"]) == {"adapter", "shims", "norm", "attention", "optimizer"}
+    assert {"state", "value", "wanted", "name", "why"} == set(found["environment"][-1]) and found["environment"][-1][
+        "name"
+    ] == "OMP_NUM_THREADS"
     here = shims.table(CPU, found["versions"]["megatron-core"])
     assert here and [shim["name"] for shim in found["megatron"]["shims"]] == [shim.name for shim in here]
     assert set(found["all_reduce"]) == set(WORKING) and set(found["disk"]) == {"path", "free_bytes", "total_bytes"}
