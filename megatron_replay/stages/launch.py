@@ -45,21 +45,21 @@ def run(
     command = [*command, f"device={cluster.device}"]
     findings = check(cluster.device, {**environment(), **cluster.environment.text()}, nodes=cluster.size)
     variables = {**completed(findings), **cluster.environment.text()}
-    told = [*_about(cluster, config, replicas), *map(_line, findings)]
+    told = [*_about(cluster, config, replicas), *([predicted_memory(config, cluster)] if dry_run else []), *map(_line, findings)]
     wrong = [finding for finding in findings if finding.state == "wrong"]
     if wrong and not dry_run:
         raise ConfigError(f"{wrong[0]}; correct it, or set it in the cluster file's `environment`")
     print("\n".join(told), flush=True)
     if slurm:
         return _slurm(Path(slurm), sbatch_file(cluster, variables, command), write=not dry_run)
+    nodes = [node_command(cluster, variables, command, rank=str(i)) for i in range(cluster.size)]
     if dry_run:
-        return _show(cluster, [node_command(cluster, variables, command, rank=str(i)) for i in range(cluster.size)], ssh=ssh)
+        return _show(cluster, nodes, ssh=ssh)
     if ssh:
         if not cluster.names:
             raise ConfigError("--ssh needs the nodes' names: set hosts or hostfile")
-        nodes = [node_command(cluster, variables, command, rank=str(i)) for i in range(cluster.size)]
         return _all([ssh_command(cluster, host, node) for host, node in zip(cluster.names, nodes, strict=True)])
-    mine = node_command(cluster, variables, command, rank=str(_rank(cluster, rank)))
+    mine = nodes[_rank(cluster, rank)]
     print(shlex.join(mine), flush=True)
     os.execvp(mine[0], mine)
 
@@ -76,7 +76,6 @@ def _about(cluster: Cluster, config: RunConfig, replicas: int) -> list[str]:
         f"nodes {cluster.size} x {cluster.device} devices {cluster.devices}{where}",
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {replicas}",
         f"micro-batch {config.batch.micro}, global batch {config.batch.total}, sequence length {config.data.seq_length}",
-        predicted_memory(config, cluster),
     ]
 
 
