@@ -29,6 +29,7 @@ ALIASES = {
     "save": "train.save",
     "save-interval": "train.save_interval",
     "log-interval": "train.log_interval",
+    "profile": "train.profile=[2,4]",
     "lr": "optimizer.lr",
     "min-lr": "schedule.min_lr",
     "lr-decay-style": "schedule.style",

@@ -123,6 +123,8 @@ class Train:
     """Resume from this checkpoint folder (its latest iteration), whatever layout wrote it."""
     log_interval: int = 1
     tensorboard: bool = True
+    profile: tuple[int, ...] = ()
+    """First and last step, counted from this run's beginning, of which each rank writes a chrome trace; --profile: [2, 4]."""
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradient was not finite."""
     freeze_share: float = 0.0
@@ -130,6 +132,8 @@ class Train:
 
     def __post_init__(self) -> None:
         _positive(self, "iters", "epochs", "save_interval", "log_interval", "max_skipped")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(f"profile is the first and the last step to trace, such as [2, 4], got {list(self.profile)}")
         if not 0 <= self.freeze_share < 1:
             raise ConfigError(f"freeze_share is the share of the tensors that stays as it is, in [0, 1), got {self.freeze_share}")
 

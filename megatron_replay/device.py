@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import resource
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ class Device:
     def synchronize(self) -> None:
         if self.module is not None:
             self.module.synchronize()
+
+    def instant(self) -> Any:
+        """Now, for `seconds`: on a device an event at the end of what is queued, which nothing waits for."""
+        if self.module is None:
+            return time.perf_counter()
+        event = self.module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Between two instants; waits until the device has come to the last."""
+        if self.module is None:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1000
+
+    def profiler(self) -> Any:
+        """A profiler of this process and its device, not started: `start`, `stop`, `export_chrome_trace(path)`."""
+        if self.name == "npu":
+            return importlib.import_module("torch_npu.profiler").profile()  # host and device unless told otherwise
+        kinds = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if self.name == "cuda" else [kinds.CPU])
 
     def peak_memory(self) -> int:
         """Largest number of bytes this process ever held: device memory, or resident memory on the cpu."""

@@ -57,6 +57,7 @@ class Logs:
             "replay/tokens": int(tokens),
             "replay/shared_tokens": int(shared),
             **result.metrics,
+            **{f"time/{phase}": spent for phase, spent in result.seconds.items()},
         }
         self._write(iteration, values)
         if iteration % self.active.config.train.log_interval == 0 or iteration == self.steps:

@@ -34,6 +34,7 @@ from megatron_replay.stages.logs import Logs
 from megatron_replay.stages.places import check_folder
 from megatron_replay.stages.session import Session, session
 from megatron_replay.stages.signals import StopRequest
+from megatron_replay.stages.trace import Trace
 from megatron_replay.store import CandidateStore
 
 
@@ -163,10 +164,13 @@ def _loop(active: Session, feed: Feed) -> int:
     task_of = _task(active)
     logs = Logs(active, feed.steps)
     failures = 0
-    with StopRequest(active.world) as stop, logs, closing(ahead(feed.micro_batches, first, feed.steps)) as feeding:
+    feeding = ahead(feed.micro_batches, first, feed.steps)
+    with StopRequest(active.world) as stop, logs, closing(feeding), Trace(active, trainer.timers, feed.steps - first) as trace:
         for step in range(first, feed.steps):
+            trace.step()
             began = time.perf_counter()
-            batches = next(feeding)
+            with trainer.timers.phase("data"):  # the wait for it
+                batches = next(feeding)
             lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
             result = dataclasses.replace(result, metrics={**result.metrics, **_balance(active, batches)})
@@ -176,7 +180,8 @@ def _loop(active: Session, feed: Feed) -> int:
             signal = stop.asked()
             due = config.train.save_interval and (step + 1) % config.train.save_interval == 0
             if config.train.save and (due or signal or step + 1 == feed.steps):
-                _save(active, trainer, step + 1)
+                with trainer.timers.phase("checkpoint"):
+                    _save(active, trainer, step + 1)
             if signal:
                 active.say(f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else ""))
                 return 128 + signal
@@ -222,8 +227,9 @@ def _save(active: Session, trainer: Trainer, iteration: int) -> None:
         facts = {"head_multiple": active.model.layout.head_multiple, "dtype": str(active.model.dtype).removeprefix("torch.")}
         facts |= {"adapter": checkpoint.adapter_facts(active.model.adapter)}
         checkpoint.write_side_files(root, active.source.hf, facts)
+    began = time.perf_counter()
     checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": active.config.seed})
-    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root}")
+    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root} in {time.perf_counter() - began:.1f} s")
 
 
 def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:
