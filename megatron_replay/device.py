@@ -91,6 +91,12 @@ class Device:
             return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def held_memory(self) -> int:
+        """Bytes this process holds now: device memory, or resident memory on the cpu."""
+        if self.module is not None:
+            return int(self.module.memory_allocated())
+        return int(psutil.Process().memory_info().rss)
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the current device, or of the machine on the cpu."""
         if self.module is not None:

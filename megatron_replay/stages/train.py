@@ -19,15 +19,18 @@ from megatron_replay.device import launcher_ranks
 from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
 from megatron_replay.optim import learning_rate
 from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.activations import Load
 from megatron_replay.parallel.adapter import attach
-from megatron_replay.parallel.batch import MicroBatch, micro_batches
+from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
 from megatron_replay.parallel.freeze import freeze_half
 from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
+from megatron_replay.parallel.memory import num_micro_batches
 from megatron_replay.parallel.optimizer import foreign_options
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.torch_dist import is_checkpoint
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
+from megatron_replay.stages import memory
 from megatron_replay.stages.ahead import ahead
 from megatron_replay.stages.identity import check_store
 from megatron_replay.stages.logs import Logs
@@ -50,6 +53,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             active.say(feed.describe())
             for name, value in _balance(active, feed.micro_batches(0)).items():
                 active.say(f"{name} {value:.3f} in the first step")
+            active.say("\n".join(memory.lines(memory.predicted(active, feed.largest()))))
             return 0
         return _loop(active, feed)
 
@@ -134,6 +138,17 @@ class Feed:
         ids = [[s.ids for s in some] for some in chosen]
         share_prefixes = self.active.config.data.share_prefixes
         return micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes)
+
+    def largest(self) -> Load:
+        """What no micro-batch of the first epoch exceeds."""
+        config, world = self.active.config, self.active.world
+        rows = self.stream.rows(0)
+        tokens = max(sum(len(self.samples[i]) for i in row) for row in rows) * config.batch.micro
+        positions = max(sum(_count(self.store, self.samples[i]) for i in row) for row in rows) * config.batch.micro
+        counts = self.store.manifest.counts if self.store else {}
+        candidates = math.ceil(positions * counts["ids"] / max(1, counts["positions"])) if counts else 0
+        length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)  # shared ones count once
+        return Load(tokens=length, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, world.size))
 
     def describe(self) -> str:
         positions = sum(_count(self.store, sample) for sample in self.samples)
