@@ -10,7 +10,7 @@ keeps for later. `predicted_mb` includes `base_mb`, the process without a model,
 `error` is (predicted - measured) / (measured - base).
 
 --operators: head and loss alone, one forward and backward pass above what is left when it is over, at two sizes of the vocabulary
-(1024 positions of 1024 values, 100 candidates each); the weight and its gradient are not in it.
+(512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def collect(given: list[str], folder: Path) -> None:
     subprocess.run(command, env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
-def operator(kind: str, vocab: int, *, width: int = 1024, num: int = 1024, size: int = 100) -> int:
+def operator(kind: str, vocab: int, *, width: int = 512, num: int = 512, size: int = 100) -> int:
     """Peak bytes of one forward and backward pass of the loss above what is left when it is over."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (num, size), generator=generator)
