@@ -9,8 +9,8 @@ returns every block of 64 KB or more (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_
 keeps for later. `predicted_mb` includes `base_mb`, the process without a model, which the dry run measures under the same allocator;
 `error` is (predicted - measured) / (measured - base).
 
---operators: head and loss alone, one forward and backward pass above what is left when it is over, at two sizes of the vocabulary
-(512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
+--operators: head and restricted loss alone, one forward and backward pass above what is left when it is over, at two sizes of the
+vocabulary (512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "contract"))
 
 from tinymodel import QWEN3, write_model
 
-from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import CandidateSets, restricted_linear_cross_entropy
 
 MODEL = {
     **QWEN3,
@@ -175,35 +175,30 @@ def collect(given: list[str], folder: Path) -> None:
     subprocess.run(command, env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
-def operator(kind: str, vocab: int, *, width: int = 512, num: int = 512, size: int = 100) -> int:
-    """Peak bytes of one forward and backward pass of the loss above what is left when it is over."""
+def operator(vocab: int, *, width: int = 512, num: int = 512, size: int = 100) -> int:
+    """Peak bytes of one forward and backward pass of the restricted loss above what is left when it is over."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (num, size), generator=generator)
-    gold = ids[:, 0]
-    sets = CandidateSets.from_lists(ids.tolist(), gold.tolist())
+    sets = CandidateSets.from_lists(ids.tolist(), ids[:, 0].tolist())
     hidden = torch.randn(num, width, generator=generator).requires_grad_()
     weight = torch.randn(vocab, width, generator=generator).requires_grad_()
     main_grad = torch.zeros_like(weight)
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        if kind == "restricted":
-            restricted_linear_cross_entropy(hidden, weight, sets, main_grad=main_grad).mean().backward()
-        else:
-            linear_cross_entropy(hidden, weight, gold).mean().backward()
+        restricted_linear_cross_entropy(hidden, weight, sets, main_grad=main_grad).mean().backward()
 
     step()  # lazy initialisation is not its memory
     return temporary_bytes(step)
 
 
 def operators() -> list[dict[str, Any]]:
-    """A row for each loss and vocabulary, each from a fresh process."""
+    """A row for each vocabulary, each from a fresh process."""
     rows = []
-    for kind in ("restricted", "full"):
-        for vocab in (49_152, 151_936):
-            peak = int(frugal([__file__, "--operator", kind, str(vocab)]))
-            row = dict.fromkeys(COLUMNS, "")
-            rows.append({**row, "case": f"head + {kind} loss", "ranks": 1, "vocabulary": vocab, "measured_mb": f"{peak / 1e6:.1f}"})
+    for vocab in (49_152, 151_936):
+        peak = int(frugal([__file__, "--operator", str(vocab)]))
+        row = {**dict.fromkeys(COLUMNS, ""), "case": "head and restricted loss alone", "ranks": 1, "vocabulary": vocab}
+        rows.append({**row, "measured_mb": f"{peak / 1e6:.2f}"})
     return rows
 
 
@@ -213,13 +208,13 @@ def main() -> None:
     parser.add_argument("--operators", action="store_true", help="head and loss alone")
     parser.add_argument("--output", type=Path, help="append rows to this file; without it they are printed")
     parser.add_argument("--job", help="what a process of this program is to train, for the program itself")
-    parser.add_argument("--operator", nargs=2, help="which loss, at which vocabulary, for the program itself")
+    parser.add_argument("--operator", type=int, help="at which vocabulary, for the program itself")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.job:
         here(**json.loads(args.job))
     elif args.operator:
-        print(operator(args.operator[0], int(args.operator[1])))
+        print(operator(args.operator))
     elif args.operators:
         write(operators(), "memory", args.output)
     else:
