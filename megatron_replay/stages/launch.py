@@ -12,14 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_replay.config import RunConfig
 from megatron_replay.config_file import load
-from megatron_replay.device import environment, node_rank
+from megatron_replay.device import CPU, CUDA, NPU, dtype, environment, node_rank
 from megatron_replay.environment import Finding, check, completed
 from megatron_replay.errors import ConfigError
+from megatron_replay.parallel.memory import predict
+from megatron_replay.parallel.source import Source
 from megatron_replay.stages.cluster import Cluster, check_layout, node_command, sbatch_file, ssh_command
+from megatron_replay.stages.memory import lines
 
 
 def run(
@@ -65,8 +69,13 @@ def run(
 
 
 def predicted_memory(config: RunConfig, cluster: Cluster) -> str:
-    """What one device of each pipeline stage will need, for `--dry-run`."""
-    return "predicted memory per device: this version cannot predict it"
+    """What a device of each pipeline stage will hold at its peak when it trains, for `--dry-run`; without what the process itself takes."""
+    if not Path(config.model).is_dir():
+        return f"predicted memory per device: not without the model (model={config.model!r} is not here)"
+    source, device = Source.open(config.model), {d.name: d for d in (CPU, CUDA, NPU)}[cluster.device]
+    config = replace(config, layout=source.layout(config.layout))
+    ranks = cluster.size * cluster.devices
+    return "\n".join(lines(predict(source.spec, config, ranks=ranks, dtype=dtype(config.precision, device), device=device)))
 
 
 def _about(cluster: Cluster, config: RunConfig, replicas: int) -> list[str]:
