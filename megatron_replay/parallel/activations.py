@@ -49,13 +49,14 @@ def norm(spec: ModelSpec, tokens: int, itemsize: int, *, trained: bool = True) -
     return tokens * (spec.hidden_size * (exact + itemsize + trained * itemsize) + exact)
 
 
-def layer(spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, *, norms_trained: bool = True) -> Layer:
+def layer(spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, *, counted: int | None = None, norms_trained: bool = True) -> Layer:
     """What autograd keeps of one layer and one micro-batch, with attention that keeps no matrix of scores.
 
     The fused query, key and value stay whole, for the values are a view of them. The MLP keeps the fused gate and up projection, silu's
-    output, the other half and their product.
+    output, the other half and their product. `counted`: of the last layer, behind whose attention only so many rows go on.
     """
-    here = tokens_here(layout, tokens)
+    rows = tokens if counted is None else counted
+    here, behind = tokens_here(layout, tokens), tokens_here(layout, rows)
     heads, groups = (count // layout.tensor for count in spec.padded_heads(layout.head_multiple))
     query, key, ffn = heads * spec.head_dim, groups * spec.head_dim, spec.ffn_size // layout.tensor
     exact = max(itemsize, FLOAT)
@@ -67,8 +68,10 @@ def layer(spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, *, norms_
         if itemsize == exact:  # the fp32 input of the keys' norm is the fused tensor itself; that of the queries, where that is a view
             normed -= tokens * (key + (query if groups in (1, heads) else 0)) * itemsize
     core = tokens * (query * itemsize + heads * FLOAT)
-    mlp = 5 * tokens * ffn * itemsize
-    whole = 2 * norm(spec, here, itemsize, trained=norms_trained) + fused + rotary + normed + core + tokens * query * itemsize + mlp
+    mlp = 5 * rows * ffn * itemsize
+    index = 0 if counted is None else 8 * rows
+    norms = norm(spec, here, itemsize, trained=norms_trained) + norm(spec, behind, itemsize, trained=norms_trained)
+    whole = norms + fused + rotary + normed + core + rows * query * itemsize + mlp + index
     if layout.recompute == "full":
         return Layer(here * spec.hidden_size * itemsize, whole)
     return Layer(whole - core, core) if layout.recompute == "selective" else Layer(whole, 0)

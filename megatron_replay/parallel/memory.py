@@ -146,10 +146,12 @@ class _Run:
         adapter = self.config.adapter
         plain = not adapter.rank
         layer = activations.layer(spec, layout, load.tokens, size, norms_trained=plain)
+        counted = -(-max(load.positions, 1) // layout.tensor) * layout.tensor
+        end = activations.layer(spec, layout, load.tokens, size, counted=counted, norms_trained=plain) if last else layer
         received = not first and size < FLOAT and layout.recompute != "full"  # else a layer keeps it
         edges = here * spec.hidden_size * size * (int(not last) + int(received))
         low = len(adapter.targets) * load.tokens * adapter.rank * size
-        each = layers * (layer.kept + low) + edges + load.tokens * spec.head_dim * FLOAT
+        each = (layers - 1) * layer.kept + end.kept + layers * low + edges + load.tokens * spec.head_dim * FLOAT
         flight = min(layout.pipeline - stage, load.micro_batches)
         rows = spec.padded_vocab() // layout.tensor
         dense = self.config.train.loss == "full" and (EMBEDDING if spec.tied else OUTPUT) in names
@@ -162,7 +164,10 @@ class _Run:
                 if self.config.train.loss == "restricted"
                 else activations.full_head(spec, load, size, rows, trained=dense, cpu=self.device.name == "cpu")
             )
-            moments["head"] = {"activations": flight * each + activations.norm(spec, here, size, trained=plain), "head": loss}
+            moments["head"] = {
+                "activations": flight * each + activations.norm(spec, activations.tokens_here(layout, counted), size, trained=plain),
+                "head": loss,
+            }
         if first and EMBEDDING in names:
             gradient = rows * spec.hidden_size * size
             moments["embedding"] = {"activations": (flight - 1) * each, "head": 2 * waiting, "passing": gradient}

@@ -70,7 +70,7 @@ def run(
 
 def predicted_memory(config: RunConfig, cluster: Cluster) -> str:
     """What a device of each pipeline stage will hold at its peak when it trains, for `--dry-run`; without what the process itself takes."""
-    if not Path(config.model).is_dir():
+    if not config.model or not Path(config.model).is_dir():
         return f"predicted memory per device: not without the model (model={config.model!r} is not here)"
     source, device = Source.open(config.model), {d.name: d for d in (CPU, CUDA, NPU)}[cluster.device]
     config = replace(config, layout=source.layout(config.layout))

@@ -16,6 +16,7 @@ from megatron_replay.device import CPU, NPU
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel import activations
 from megatron_replay.parallel.adapter import attach
+from megatron_replay.parallel.attention import pack
 from megatron_replay.parallel.freeze import freeze_half
 from megatron_replay.parallel.memory import predict
 from megatron_replay.parallel.trainer import make_trainer
@@ -31,10 +32,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(write_folder(root / name, config)) for name, config in configs.items()}
 
 
-def kept(job: Job) -> int:
-    """On a rank: bytes of the distinct tensors that autograd keeps of one layer, its parameters aside."""
+def kept(job: Job, counted: int | None) -> int:
+    """On a rank: bytes of the distinct tensors that autograd keeps of the first layer, or of the last one with so many rows that count; its
+    parameters aside."""
     with opened(job.folder, job.layout, job.dtype) as model:
-        layer = model.module.decoder.layers[0]
+        layer = model.module.decoder.layers[0 if counted is None else -1]
         own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
         seen: dict[int, torch.Tensor] = {}
 
@@ -45,7 +47,8 @@ def kept(job: Job) -> int:
         model.module.rotary_pos_emb.positions = torch.arange(TOKENS)[None]
         x = torch.randn(activations.tokens_here(job.layout, TOKENS), 1, model.spec.hidden_size, dtype=job.dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer(x, attention_mask=torch.tensor([[0, TOKENS]]), rotary_pos_emb=model.module.rotary_pos_emb())
+            table = pack(torch.tensor([[0, TOKENS, -1]]), torch.arange(counted or 0))
+            layer(x, attention_mask=table, rotary_pos_emb=model.module.rotary_pos_emb())
         return sum(tensor.untyped_storage().nbytes() for pointer, tensor in seen.items() if pointer not in own)
 
 
@@ -61,10 +64,13 @@ def kept(job: Job) -> int:
     ],
     ids=["qwen3", "llama", "selective", "TP2", "TP4 with sequence parallelism"],
 )
-def test_activations_are_what_autograd_keeps(folders: dict[str, str], name: str, layout: Layout, dtype: torch.dtype) -> None:
-    found = fresh(layout.tensor, kept, Job(folder=folders[name], layout=layout, dtype=dtype))
-    wanted = activations.layer(ModelSpec.from_hf(folders[name]), layout, TOKENS, dtype.itemsize).kept
-    assert all(0 <= size - wanted <= 64 for size in found), "a checkpointed attention keeps its table of segments too"
+@pytest.mark.parametrize("counted", [None, 8], ids=["a layer", "the last one"])
+def test_activations_are_what_autograd_keeps(
+    folders: dict[str, str], name: str, layout: Layout, dtype: torch.dtype, counted: int | None
+) -> None:
+    found = fresh(layout.tensor, kept, Job(folder=folders[name], layout=layout, dtype=dtype), counted)
+    wanted = activations.layer(ModelSpec.from_hf(folders[name]), layout, TOKENS, dtype.itemsize, counted=counted).kept
+    assert all(0 <= size - wanted <= 160 for size in found), "a checkpointed attention keeps its table of segments and rows too"
 
 
 def held(job: Job, config: RunConfig) -> tuple[int, int, int, int]:
