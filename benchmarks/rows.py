@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,17 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
     command = " ".join(["python benchmarks/run.py", table, *(a for a in sys.argv[1:] if a != "--output" and a != str(output))])
-    common = about(command, machine())
+    append([{**about(command, machine()), **row} for row in rows], output)
+
+
+def append(rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Add rows of one form to a table, which gets a header when it is new, or print them."""
     new = output is None or not output.exists()
-    with output.open("a", newline="") if output else sys.stdout as file:
-        out = csv.DictWriter(file, [*common, *rows[0]], lineterminator="\n")
+    with output.open("a", newline="") if output else nullcontext(sys.stdout) as file:
+        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             out.writeheader()
-        out.writerows({**common, **row} for row in rows)
+        out.writerows(rows)
 
 
 def about(command: str, machine: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_replay import __version__
-from megatron_replay.cli_args import ALIASES, Arguments, configuration, entry, is_file, keys_help, read
+from megatron_replay.cli_args import ALIASES, Arguments, configuration, entry, fields_help, is_file, keys_help, read
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.registry import nearest
@@ -48,6 +48,21 @@ def _generate(given: Arguments) -> tuple[Any, ...]:
     if len(prompts) > 1:
         raise ConfigError(f"one prompt at most, got {len(prompts)}; put it in quotes")
     return (dataclasses.replace(config, generate=dataclasses.replace(config.generate, prompt=prompts[0])) if prompts else config,)
+
+
+def _launch(given: Arguments) -> tuple[Any, ...]:
+    """The cluster's file and overrides, and the command that follows, which is read here so that its mistakes are told before it starts."""
+    runnable = [name for name, its in VERBS.items() if "ranks" in its.flags]
+    if not given.command or given.command[0] not in runnable:
+        raise ConfigError(f"needs the command that the nodes run: [CLUSTER.yaml] {{{','.join(runnable)}}} [RUN.yaml] ...")
+    if len(given.words) > 1:
+        raise ConfigError(f"one cluster file at most, got {len(given.words)}: {', '.join(given.words)}")
+    verb = VERBS[given.command[0]]
+    its = read(given.command[1:], {flag: bool(one.value) for flag, one in verb.flags.items()})
+    if "ranks" in its.flags:
+        raise ConfigError(f"--ranks {its.flags['ranks']}: launch starts as many ranks as the nodes have devices; leave it out")
+    config: RunConfig = verb.arguments(its)[0]
+    return config, given.command, given.words[0] if given.words else None, given.overrides
 
 
 def _store(given: Arguments) -> tuple[Any, ...]:
@@ -90,6 +105,8 @@ class Verb:
     """From what was given to the positional arguments of the function."""
     keys: bool = True
     """Whether it reads a configuration."""
+    runs: bool = False
+    """Whether another verb's command line follows; its own flags stand before that, and the rest is passed on as it is."""
 
 
 VERBS = {
@@ -136,6 +153,20 @@ VERBS = {
         flags=RANKS,
         arguments=_generate,
     ),
+    "launch": Verb(
+        "launch:run",
+        "Start a verb on the devices of one node or several: torchrun on each, with its environment checked.",
+        words="[flags] [CLUSTER.yaml] [key=value ...] VERB [RUN.yaml] [section.key=value ...]",
+        flags={
+            "dry-run": Flag("Print what each node would run, its environment and the predicted memory, and stop."),
+            "node-rank": Flag("Which node this is, from 0; NODE_RANK when it is not given.", "N", argument="rank"),
+            "ssh": Flag("Start all nodes from here, by ssh."),
+            "slurm": Flag("Write a file for sbatch instead.", "FILE"),
+        },
+        arguments=_launch,
+        keys=False,
+        runs=True,
+    ),
     "demo": Verb(
         "demo:run",
         "The whole way on this machine: collect, train and compare with plain fine-tuning.",
@@ -160,6 +191,10 @@ def verb_usage(name: str) -> str:
     text = [f"megatron-replay {name} {verb.words} [flags]", "", verb.meaning]
     if verb.flags:
         text += ["", "Flags", *(entry(f"--{flag} {its.value}".rstrip(), its.meaning) for flag, its in verb.flags.items())]
+    if verb.runs:
+        from megatron_replay.stages.cluster import Cluster
+
+        text += ["", "Keys of the cluster (YAML, or key=value before VERB)", *fields_help(Cluster)]
     if verb.keys:
         spelled = [entry(f"--{flag}" + (" VALUE" if "=" not in key else ""), key) for flag, key in ALIASES.items()]
         text += ["", keys_help(verb.sections), "", "The same keys in Megatron's spelling", *spelled]
@@ -169,7 +204,10 @@ def verb_usage(name: str) -> str:
 def call(name: str, tokens: Sequence[str]) -> int:
     """Read the tokens after the verb `name` and run its function, here or on `--ranks` processes; returns the exit code."""
     verb = VERBS[name]
-    given = read(tokens, {flag: bool(its.value) for flag, its in verb.flags.items()}, keys=verb.keys)
+    at = next((i for i, token in enumerate(tokens) if token in VERBS), len(tokens)) if verb.runs else len(tokens)
+    spellings = ALIASES if verb.keys else {}
+    given = read(tokens[:at], {flag: bool(its.value) for flag, its in verb.flags.items()}, keys=verb.keys or verb.runs, spellings=spellings)
+    given.command = list(tokens[at:])
     ranks = _ranks(given.flags.pop("ranks", "1"))
     args, target = verb.arguments(given), f"megatron_replay.stages.{verb.target}"
     kwargs = {

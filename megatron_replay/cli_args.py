@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ ALIASES = {
     "save": "train.save",
     "save-interval": "train.save_interval",
     "log-interval": "train.log_interval",
+    "profile": "train.profile=[2,4]",
     "lr": "optimizer.lr",
     "min-lr": "schedule.min_lr",
     "lr-decay-style": "schedule.style",
@@ -57,15 +59,19 @@ class Arguments:
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, str] = field(default_factory=dict)
     """The verb's own flags that were given; an empty value for those that take none."""
+    command: list[str] = field(default_factory=list)
+    """The command line of another verb that followed."""
 
 
-def read(tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True) -> Arguments:
+def read(tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True, spellings: Mapping[str, str] = ALIASES) -> Arguments:
     """Sort the tokens after a verb; `own` says of each of its flags whether it takes a value, `keys` whether it has a configuration.
+
+    `spellings` are the flags that set its keys, and the keys.
 
     Everything after `--` is a word. Raises ConfigError for an unknown flag (with the nearest one) and for a value too many or missing.
     """
     given = Arguments()
-    takes_value = {**({flag: "=" not in key for flag, key in ALIASES.items()} if keys else {}), **own}
+    takes_value = {**({flag: "=" not in key for flag, key in spellings.items()} if keys else {}), **own}
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
@@ -86,7 +92,7 @@ def read(tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True) -
             if name in own:
                 given.flags[name] = value
             else:
-                given.overrides.append(ALIASES[name] + f"={value}" * takes_value[name])
+                given.overrides.append(spellings[name] + f"={value}" * takes_value[name])
         elif keys and _OVERRIDE.match(token):
             given.overrides.append(token)
         else:
@@ -125,6 +131,13 @@ def keys_help(sections: Sequence[str]) -> str:
         lines += ["", textwrap.fill(f"{section}: {ast.get_docstring(kind)}", WIDTH) if ast.get_docstring(kind) else f"{section}:"]
         lines += _fields(kind, getattr(RunConfig(), section), f"{section}.")
     return "\n".join(lines)
+
+
+def fields_help(kind: type) -> list[str]:
+    """The keys of a dataclass of its own, each with its default and what its source says of it."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    return _fields(definition, kind(), "")
 
 
 def _fields(kind: ast.ClassDef, defaults: object, prefix: str) -> list[str]:

@@ -52,12 +52,20 @@ class Data:
     over_length: Literal["error", "drop", "truncate"] = "error"
     packing: bool = True
     """Put several samples in one row (attention never crosses samples); false: one sample in a row."""
+    share_prefixes: bool = False
+    """Compute a beginning that samples of a micro-batch have in common once; exact but for rounding. `collect` and `evaluate` also lay
+    samples that begin alike together."""
+    group_prefixes: bool = False
+    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once; docs/prefixes.md has what that
+    changes. Needs share_prefixes."""
     shuffle: bool = True
     limit: int | None = None
     """Use only the first so many samples."""
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "limit")
+        if self.group_prefixes and not (self.share_prefixes and self.packing):
+            raise ConfigError("group_prefixes fills rows by what their samples share; set share_prefixes=true and packing=true with it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,8 @@ class Train:
     """Resume from this checkpoint folder (its latest iteration), whatever layout wrote it."""
     log_interval: int = 1
     tensorboard: bool = True
+    profile: tuple[int, ...] = ()
+    """First and last step, counted from this run's beginning, of which each rank writes a chrome trace; --profile: [2, 4]."""
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradient was not finite."""
     freeze_share: float = 0.0
@@ -122,6 +132,8 @@ class Train:
 
     def __post_init__(self) -> None:
         _positive(self, "iters", "epochs", "save_interval", "log_interval", "max_skipped")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(f"profile is the first and the last step to trace, such as [2, 4], got {list(self.profile)}")
         if not 0 <= self.freeze_share < 1:
             raise ConfigError(f"freeze_share is the share of the tensors that stays as it is, in [0, 1), got {self.freeze_share}")
 
@@ -197,9 +209,17 @@ class Layout:
     head_multiple: int = 1
     """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on
     export."""
+    stripe: bool | None = None
+    """Deal the vocabulary's rows out in stripes, so that every tensor rank holds its share of the frequent tokens; exact, undone on export.
+    When unset: where layout.tensor is above 1."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor", "pipeline", "head_multiple")
+
+    @property
+    def striped(self) -> bool:
+        """Whether vocabulary rows lie in stripes."""
+        return self.tensor > 1 if self.stripe is None else self.stripe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +20,11 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from megatron_replay import compiled
-from megatron_replay.errors import DeviceError
+from megatron_replay.environment import VARIABLES
+from megatron_replay.errors import ConfigError, DeviceError
 
-_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "ASCEND_HOME_PATH",
-    "ASCEND_RT_VISIBLE_DEVICES",
-    "PYTORCH_NPU_ALLOC_CONF",
-    "TORCH_DEVICE_BACKEND_AUTOLOAD",
-    "TASK_QUEUE_ENABLE",
-    "CPU_AFFINITY_CONF",
-    "HCCL_CONNECT_TIMEOUT",
-    "HCCL_EXEC_TIMEOUT",
-    "HCCL_DETERMINISTIC",
-    "HCCL_IF_BASE_PORT",
-    "HCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME",
-)
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASCEND_HOME_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+"""Set by launchers and installations; what a user sets stands in `environment`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,28 @@ class Device:
         if self.module is not None:
             self.module.synchronize()
 
+    def instant(self) -> Any:
+        """Now, for `seconds`: on a device an event at the end of what is queued, which nothing waits for."""
+        if self.module is None:
+            return time.perf_counter()
+        event = self.module.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Between two instants; waits until the device has come to the last."""
+        if self.module is None:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1000
+
+    def profiler(self) -> Any:
+        """A profiler of this process and its device, not started: `start`, `stop`, `export_chrome_trace(path)`."""
+        if self.name == "npu":
+            return importlib.import_module("torch_npu.profiler").profile()  # host and device unless told otherwise
+        kinds = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if self.name == "cuda" else [kinds.CPU])
+
     def peak_memory(self) -> int:
         """Largest number of bytes this process ever held: device memory, or resident memory on the cpu."""
         if self.module is not None:
@@ -87,6 +92,12 @@ class Device:
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def held_memory(self) -> int:
+        """Bytes this process holds now: device memory, or resident memory on the cpu."""
+        if self.module is not None:
+            return int(self.module.memory_allocated())
+        return int(psutil.Process().memory_info().rss)
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the current device, or of the machine on the cpu."""
@@ -153,9 +164,18 @@ def launcher_ranks() -> tuple[int, int, int] | None:
     return rank, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank))
 
 
+def node_rank() -> int | None:
+    """NODE_RANK, which a launcher sets on each node of several; None when it is not set. Raises ConfigError when it is no number."""
+    text = os.environ.get("NODE_RANK")
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"NODE_RANK={text!r} is no number; set it to 0 on the first node, 1 on the next, and so on")
+    return None if text is None else int(text)
+
+
 def environment() -> dict[str, str]:
     """The variables that are set and change how ranks run, find each other or use their device."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    names = (*_LAUNCHER, *(variable.name for variable in VARIABLES))
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def fused_operator(name: str, device_type: str) -> Callable[..., Any] | None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_replay.data import prefixes
 from megatron_replay.errors import DataError, LayoutError
 
 Row = list[int]
@@ -42,11 +43,7 @@ def pack(
     more than `OPEN_ROWS`. Every sample stands in exactly one row. False: one sample a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    if len(sizes) and sizes.max() > capacity:
-        longest = int(sizes.argmax())
-        raise DataError(
-            f"sample {longest} has {sizes[longest]} tokens, but a row holds {capacity}; raise data.seq_length, or set data.over_length"
-        )
+    _check(sizes, capacity)
     indices = np.arange(len(sizes)) if order is None else np.asarray(order)
     if not packing:
         return [[int(i)] for i in indices]
@@ -64,6 +61,29 @@ def pack(
             if len(rooms) > OPEN_ROWS:
                 rooms.pop(0)
     return rows
+
+
+class Grouping:
+    """Rows of samples that begin alike; a row may hold more tokens of its samples than `capacity`, since what they share counts once."""
+
+    def __init__(self, samples: Sequence[NDArray[np.integer]], capacity: int) -> None:
+        _check(np.array([len(ids) for ids in samples]), capacity)
+        self._samples, self._capacity = samples, capacity
+        self._forest = prefixes.forest(samples)
+
+    def rows(self, seed: int, epoch: int, shuffle: bool = True) -> list[Row]:
+        """One epoch: branches in random order, and the samples of each, cut into rows; then the rows in random order."""
+        ordered = self._forest.order(order(len(self._samples), seed, epoch, shuffle).tolist())
+        rows = prefixes.rows(self._samples, ordered, self._capacity)
+        return [rows[i] for i in order(len(rows), seed + 1, epoch, shuffle)]
+
+
+def _check(sizes: NDArray[np.int64], capacity: int) -> None:
+    if len(sizes) and sizes.max() > capacity:
+        longest = int(sizes.argmax())
+        raise DataError(
+            f"sample {longest} has {sizes[longest]} tokens, but a row holds {capacity}; raise data.seq_length, or set data.over_length"
+        )
 
 
 def batches(rows: Sequence[Row], total: int) -> list[list[Row]]:
@@ -89,20 +109,31 @@ class Stream:
     """The rows of all epochs one after another, cut into global batches of `total` rows.
 
     A batch at the end of an epoch is filled with the first rows of the next one, so every batch is full and no sample is left out.
+    `grouping` makes the rows of an epoch in place of `pack`.
     """
 
     def __init__(
-        self, lengths: Sequence[int] | NDArray[np.integer], seed: int, capacity: int, packing: bool, shuffle: bool, total: int
+        self,
+        lengths: Sequence[int] | NDArray[np.integer],
+        seed: int,
+        capacity: int,
+        packing: bool,
+        shuffle: bool,
+        total: int,
+        grouping: Grouping | None = None,
     ) -> None:
         if len(lengths) == 0:
             raise DataError("there are no samples to make batches of; check data.path")
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._seed, self._capacity, self._packing, self._shuffle, self._total = seed, capacity, packing, shuffle, total
+        self._grouping = grouping
         self._starts = [0]  # row number at which each epoch begins, as far as known
         self.rows = lru_cache(maxsize=2)(self._rows)  # a batch spans two epochs at most, short ones aside
 
     def _rows(self, epoch: int) -> list[Row]:
         """The rows of one epoch (cached as `rows`)."""
+        if self._grouping is not None:
+            return self._grouping.rows(self._seed, epoch, self._shuffle)
         ordered = order(len(self._lengths), self._seed, epoch, self._shuffle)
         return pack(self._lengths, self._capacity, packing=self._packing, order=ordered)
 

@@ -6,7 +6,8 @@ Letters: A query heads, G key/value heads (groups), D head size, H hidden, F ffn
 - linear_qkv [G^ (A/G + 2) D, H]: per group its query heads, then its key, then its value; padded groups are zero rows at the end.
 - linear_proj [H, G^ A/G D]: the columns of padded groups are zero, so padded heads add exactly nothing.
 - linear_fc1 [2F, H]: gate rows, then up rows; a tensor-parallel rank holds its part of each half.
-- embedding and output layer [V^, H]: padded rows are zero.
+- embedding and output layer [V^, H]: padded rows are zero. Striped: id v lies in row (v mod 8) (V^ / 8) + v div 8, so that the frequent
+  (low) ids are spread over the tensor ranks; one order for every layout.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Axis = Literal[0, 1, "gate_up"] | None
 Kind = Literal["copy", "qkv", "gate_up", "vocab", "o_proj", "rows", "columns"]
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+STRIPES = 8
+"""Of a striped vocabulary; 1, 2, 4 and 8 tensor ranks hold whole stripes."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,29 @@ class Weight:
     """Whole megatron shape, padding included."""
     hf_shapes: tuple[tuple[int, ...], ...]
     layer: int | None = None
+    striped: bool = False
+    """Whether the rows are a striped vocabulary's."""
 
 
-def weights(spec: ModelSpec, *, head_multiple: int = 1) -> list[Weight]:
+def weights(spec: ModelSpec, *, head_multiple: int = 1, striped: bool = False) -> list[Weight]:
     """Every distinct parameter, in the model's order; a tied output layer is not listed, it is the embedding (see `weight_of`)."""
     hidden, vocab = spec.hidden_size, spec.vocab_size
     shape = (spec.padded_vocab(), hidden)
-    table = [Weight(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0, shape, ((vocab, hidden),))]
+    table = [Weight(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0, shape, ((vocab, hidden),), striped=striped)]
     for layer in range(spec.num_layers):
         table += _layer(spec, layer, head_multiple)
     table.append(_norm("decoder.final_layernorm.weight", "model.norm.weight", hidden))
     if not spec.tied:
-        table.append(Weight(OUTPUT, ("lm_head.weight",), "vocab", 0, shape, ((vocab, hidden),)))
+        table.append(Weight(OUTPUT, ("lm_head.weight",), "vocab", 0, shape, ((vocab, hidden),), striped=striped))
     return table
 
 
-def weight_of(spec: ModelSpec, name: str, *, head_multiple: int = 1) -> Weight:
+def weight_of(spec: ModelSpec, name: str, *, head_multiple: int = 1, striped: bool = False) -> Weight:
     """The Weight of a megatron parameter; a tied model's `output_layer.weight` (a last stage holds a copy) is the embedding.
 
     Raises CheckpointError for a name the model does not have.
     """
-    table = _by_name(spec, head_multiple)
+    table = _by_name(spec, head_multiple, striped)
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -86,9 +91,13 @@ def merge(weight: Weight, tensors: Mapping[str, Tensor], spec: ModelSpec) -> Ten
     for name, part, shape in zip(weight.hf, parts, weight.hf_shapes, strict=True):
         if tuple(part.shape) != shape:
             raise CheckpointError(f"tensor {name!r} is {list(part.shape)}, expected {list(shape)}")
-    if len(parts) == 1 and weight.shape == weight.hf_shapes[0]:
+    if len(parts) == 1 and weight.shape == weight.hf_shapes[0] and not weight.striped:
         return parts[0]
     whole = parts[0].new_empty(weight.shape) if weight.kind == "gate_up" else parts[0].new_zeros(weight.shape)
+    if weight.striped:
+        for stripe, view in enumerate(_stripe_views(weight, whole)):
+            view.copy_(parts[0][stripe::STRIPES])
+        return whole
     for view, part in zip(_VIEWS[weight.kind](weight, whole, spec), parts, strict=True):
         view.copy_(part.reshape(view.shape))
     return whole
@@ -98,6 +107,11 @@ def split(weight: Weight, tensor: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
     """The Hugging Face tensors of a whole megatron tensor, padding cut off: the exact inverse of `merge`. Views where possible."""
     if tuple(tensor.shape) != weight.shape:
         raise CheckpointError(f"parameter {weight.name!r} is {list(tensor.shape)}, expected {list(weight.shape)}")
+    if weight.striped:
+        out = tensor.new_empty(weight.hf_shapes[0])
+        for stripe, view in enumerate(_stripe_views(weight, tensor)):
+            out[stripe::STRIPES] = view
+        return {weight.hf[0]: out}
     if len(weight.hf) == 1 and weight.shape == weight.hf_shapes[0]:
         return {weight.hf[0]: tensor}
     views = _VIEWS[weight.kind](weight, tensor, spec)
@@ -125,6 +139,13 @@ def unshard(parts: Sequence[Tensor], axis: Axis) -> Tensor:
     return torch.cat(list(parts), axis)
 
 
+def restripe(tensor: Tensor, *, striped: bool) -> Tensor:
+    """A whole vocabulary tensor [V^, ...] brought from the other order of rows into the order asked for, a copy."""
+    rows = tensor.shape[0]
+    cut = (rows // STRIPES, STRIPES) if striped else (STRIPES, rows // STRIPES)
+    return tensor.reshape(*cut, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
 def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
     """Query or key rows [num_heads * D, H] from interleaved rotary pairs (0 1)(2 3).. to half-split pairs (0 D/2)(1 D/2+1)...
 
@@ -135,8 +156,8 @@ def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _by_name(spec: ModelSpec, head_multiple: int) -> dict[str, Weight]:
-    table = {weight.name: weight for weight in weights(spec, head_multiple=head_multiple)}
+def _by_name(spec: ModelSpec, head_multiple: int, striped: bool) -> dict[str, Weight]:
+    table = {weight.name: weight for weight in weights(spec, head_multiple=head_multiple, striped=striped)}
     return {OUTPUT: table[EMBEDDING], **table}
 
 
@@ -183,6 +204,12 @@ def _row_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
     """Consecutive rows, one block for each Hugging Face tensor (gate and up, or the vocabulary without its padding)."""
     rows = [shape[0] for shape in weight.hf_shapes]
     return list(torch.split(whole[: sum(rows)], rows))
+
+
+def _stripe_views(weight: Weight, whole: Tensor) -> list[Tensor]:
+    """The real rows of each stripe s: those of the ids s, s + 8, s + 16, ..."""
+    vocab = weight.hf_shapes[0][0]
+    return [part[: len(range(stripe, vocab, STRIPES))] for stripe, part in enumerate(whole.chunk(STRIPES))]
 
 
 _VIEWS: dict[str, Callable[[Weight, Tensor, ModelSpec], list[Tensor]]] = {

@@ -6,7 +6,7 @@ from megatron_replay.ops.positions import BucketRule, bucket_counts, bucket_edge
 from megatron_replay.ops.restricted import restricted_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.ops.sets import CandidateSets, LocalSets
 from megatron_replay.ops.shard import VocabShard
-from megatron_replay.ops.topk import dynamic_topk
+from megatron_replay.ops.topk import dynamic_topk, linear_dynamic_topk
 
 __all__ = [
     "BucketRule",
@@ -18,6 +18,7 @@ __all__ = [
     "dynamic_topk",
     "kernels",
     "linear_cross_entropy",
+    "linear_dynamic_topk",
     "live",
     "position_uniform",
     "restricted_cross_entropy",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_replay.errors import DataError
-from megatron_replay.ops.shard import VocabShard, accumulator, num_real, shard_of
+from megatron_replay.ops.shard import VocabShard, accumulator, shard_of
 from megatron_replay.ops.torch_kernels import EMPTY
 
 CHUNK_ROWS = 256
@@ -44,7 +44,9 @@ def linear_cross_entropy(
     """
     shard = shard_of(weight.shape[0], shard)
     _check_gold(hidden, gold, shard, vocab_size)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, gold, shard, num_real(shard, vocab_size), chunk_rows or CHUNK_ROWS)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, gold, shard, shard.padding(vocab_size, weight.device), chunk_rows or CHUNK_ROWS
+    )
     return loss
 
 
@@ -64,41 +66,40 @@ def target_logprobs(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, real: int, chunk_rows: int) -> Tensor:
-        weight = weight[:real]
-        slot = gold.long() - shard.start
-        slot = torch.where((slot >= 0) & (slot < real), slot, -1)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: Tensor, chunk_rows: int) -> Tensor:
+        slot = shard.columns(gold.long())
         stats = hidden.new_empty(3, hidden.shape[0], dtype=accumulator(hidden.dtype))
         for rows in _chunks(hidden.shape[0], chunk_rows):
-            stats[:, rows] = _stats(_logits(hidden[rows], weight), slot[rows])
+            stats[:, rows] = _stats(_logits(hidden[rows], weight, padding), slot[rows])
         top, total, hit = stats
         peak = shard.max_(top.clone())
         total, hit = shard.sum_(torch.stack([total * (top - peak).exp(), hit]))
-        ctx.save_for_backward(hidden, weight, slot, peak, total)
-        ctx.chunk_rows, ctx.rows_here = chunk_rows, shard.size
+        ctx.save_for_backward(hidden, weight, slot, peak, total, padding)
+        ctx.chunk_rows = chunk_rows
         loss: Tensor = total.log() + (peak - hit)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, slot, peak, total = ctx.saved_tensors
+        hidden, weight, slot, peak, total, padding = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = weight.new_zeros(ctx.rows_here, weight.shape[1], dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_rows):
-            g = _logits(hidden[rows], weight).sub_(peak[rows, None]).exp_().div_(total[rows, None])
+            g = _logits(hidden[rows], weight, padding).sub_(peak[rows, None]).exp_().div_(total[rows, None])
             mine = (slot[rows] >= 0).nonzero()[:, 0]
             g[mine, slot[rows][mine]] -= 1
             g = g.mul_(grad[rows, None]).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = g @ weight
             if grad_weight is not None:
-                _add_product(grad_weight[: weight.shape[0]], g, hidden[rows])
+                _add_product(grad_weight, g, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.t()).to(accumulator(hidden.dtype))
+def _logits(hidden: Tensor, weight: Tensor, padding: Tensor) -> Tensor:
+    """[n, V], -inf in the columns of padding rows."""
+    return (hidden @ weight.t()).to(accumulator(hidden.dtype)).index_fill_(1, padding, -torch.inf)
 
 
 def _stats(logits: Tensor, slot: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _stats(logits: Tensor, slot: Tensor) -> Tensor:
     if not logits.shape[1]:
         return logits.new_tensor([EMPTY, 0.0, 0.0])[:, None].expand(3, logits.shape[0])
     hit = torch.where(slot >= 0, logits.gather(1, slot.clamp(min=0)[:, None])[:, 0], 0.0)
-    top = logits.amax(1)
+    top = logits.amax(1).clamp_(min=EMPTY)  # of padding alone it is -inf
     return torch.stack([top, logits.sub_(top[:, None]).exp_().sum(1), hit])
 
 

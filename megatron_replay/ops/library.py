@@ -1,20 +1,23 @@
 """Operator schemas: the one place where a compiled kernel and its plain-torch twin meet.
 
 Importing this module registers the schemas under `torch.ops.megatron_replay`, once: the only import of the package with an effect.
-Plain torch serves every device (CompositeExplicitAutograd); a compiled kernel registered for a device key (CPU, CUDA, PrivateUse1)
-under the same schema takes precedence there. Collectives stay in Python between the operators, so kernels never communicate.
+Plain torch serves every device (CompositeExplicitAutograd); a compiled kernel registered for a device key (CPU, PrivateUse1) under the
+same schema takes precedence there, and for CUDA what `on_cuda` chooses: Triton's, or plain torch where there is no Triton. Collectives stay
+in Python between the operators, so kernels never communicate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_replay import compiled
+from megatron_replay.ops import on_cuda
 from megatron_replay.ops import torch_kernels as plain
 from megatron_replay.ops.shard import accumulator
 
@@ -50,13 +53,17 @@ def kernels(mode: str = "auto") -> Kernels:
 
 
 def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
-    """Which kernel answers on tensors of a device type, for each operator: "compiled" or "reference"."""
+    """Which kernel answers on tensors of a device type, for each operator: "compiled", "triton" or "reference". Imports Triton for cuda."""
     kernels(mode)
     key = _DISPATCH_KEYS.get(device_type)
 
     def answer(name: str) -> str:
         registered = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
-        return "compiled" if registered and mode == "auto" else "reference"
+        if not registered or mode == "reference":
+            return "reference"
+        if device_type == "cuda":
+            return "triton" if on_cuda.triton() == "loaded" else "reference"
+        return "compiled"
 
     return {name: answer(name) for name in SCHEMAS}
 
@@ -102,6 +109,8 @@ def _register() -> Any:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd"):
             library.impl(name, getattr(plain, name), "CompositeExplicitAutograd")
             torch.library.register_fake(qualified, fakes[name], lib=library)
+        if name in on_cuda.OPERATORS and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+            library.impl(name, partial(on_cuda.call, name), "CUDA")
     return library
 
 

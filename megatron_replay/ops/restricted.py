@@ -50,16 +50,15 @@ def restricted_linear_cross_entropy(
         LayoutError: the shard is not as wide as `weight`.
     """
     shard = shard_of(weight.shape[0], shard)
-    sets = _matched(sets, hidden)
-    loss: Tensor = _RestrictedLinear.apply(hidden, weight, sets.local(shard), shard, main_grad, sparse, choose(kernels))
+    here = _local(sets, shard, hidden)
+    loss: Tensor = _RestrictedLinear.apply(hidden, weight, here, shard, main_grad, sparse, choose(kernels))
     return loss
 
 
 def restricted_cross_entropy(logits: Tensor, sets: CandidateSets, shard: VocabShard | None = None) -> Tensor:
     """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head."""
     shard = shard_of(logits.shape[1], shard)
-    sets = _matched(sets, logits)
-    loss: Tensor = _RestrictedLogits.apply(logits, sets.local(shard), shard)
+    loss: Tensor = _RestrictedLogits.apply(logits, _local(sets, shard, logits), shard)
     return loss
 
 
@@ -140,7 +139,8 @@ def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: 
     """dL/dz of the candidates here, [m]: (p~ - y) times the gradient of each position's loss."""
     rows = row_of(offsets, z.shape[0])
     out = (z - peak[rows]).exp_().div_(total[rows])
-    out[gold[gold >= 0]] -= 1
+    if z.shape[0]:  # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
+        out.scatter_add_(0, gold.clamp(min=0), -(gold >= 0).to(out.dtype))
     return out.mul_(grad[rows])
 
 
@@ -154,7 +154,8 @@ def _zeros_like(weight: Tensor) -> Tensor:
     return flat[start : start + size].view(weight.dtype).view(weight.shape)
 
 
-def _matched(sets: CandidateSets, rows: Tensor) -> CandidateSets:
+def _local(sets: CandidateSets, shard: VocabShard, rows: Tensor) -> LocalSets:
+    """The sets of `rows` as this shard sees them; cut where they are and moved then, so that no accelerator has to be waited for."""
     if sets.num_positions != rows.shape[0]:
         raise DataError(f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only")
-    return sets if sets.ids.device == rows.device else sets.to(rows.device)
+    return sets.local(shard).to(rows.device)

@@ -24,6 +24,9 @@ class LocalSets:
     gold: Tensor
     """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
 
+    def to(self, device: torch.device | str) -> LocalSets:
+        return LocalSets(self.offsets.to(device), self.columns.to(device), self.gold.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class CandidateSets:
@@ -130,8 +133,8 @@ class CandidateSets:
 
         Raises DataError for an id outside a shard that is the whole vocabulary.
         """
-        columns = self.ids - shard.start
-        mine = (columns >= 0) & (columns < shard.size)
+        columns = shard.columns(self.ids)
+        mine = columns >= 0
         at = self.offsets[:-1] + self.gold_slot
         if bool(mine.all()):
             return LocalSets(self.offsets, columns, at)

@@ -5,8 +5,9 @@ N positions, V vocabulary rows here, R ranks that share the vocabulary, K candid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.ops.library import kernels as choose
 from megatron_replay.ops.sets import CandidateSets
-from megatron_replay.ops.shard import VocabShard, has_float64, num_real, shard_of
+from megatron_replay.ops.shard import VocabShard, has_float64, shard_of
 
 SLACK = 1e-12
 """A cumulative probability this close below tau (relative) counts as tau.
@@ -30,7 +31,7 @@ NOBODY = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class _Ranked:
-    """The most probable ids of each position and what normalises them, the same on every rank."""
+    """The most probable ids of each position of a rank's share, and what normalises them."""
 
     values: Tensor
     """[N, K] logits, descending; ties by id ascending."""
@@ -60,8 +61,9 @@ def dynamic_topk(
     Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau, and
     K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids
     (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
-    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets. Where the logits' device has
-    no float64 (an NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done, and the sets returned, on the cpu.
+    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets. Over a sharded vocabulary
+    each rank merges the candidates of its share of the positions, so what travels a position is a set, not K candidates from every rank.
+    Where the logits' device has no float64 (an NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done on the cpu.
 
     Args:
         logits: [N, V] floating, the columns shard.start..shard.stop of the vocabulary.
@@ -77,47 +79,132 @@ def dynamic_topk(
         ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max, or an id of `always` is no id of the vocabulary.
         DataError: NaN or +inf logits, a row without a finite logit, or a gold id outside the vocabulary; it names the row, on every rank.
     """
-    _check_rule(logits, gold, tau, k_max, min_set_size)
     shard = shard_of(logits.shape[1], shard)
-    fixed = torch.tensor(sorted(set(always)), dtype=gold.dtype, device=gold.device)
-    extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
-    ranked = _rank(logits.detach()[:, : num_real(shard, vocab_size)], extra, k_max, shard, kernels)
-    count = _num_kept(ranked, tau, min_set_size)
-    return _cut(ranked, count, extra.to(ranked.ids.device, torch.int32), keep_logits)
-
-
-def _check_rule(logits: Tensor, gold: Tensor, tau: float, k_max: int, min_set_size: int) -> None:
-    if not 0 < tau <= 1:
-        raise ConfigError(f"tau is a probability mass in (0, 1], got {tau}")
-    if k_max < 1:
-        raise ConfigError(f"k_max must be at least 1, got {k_max}")
-    if not 1 <= min_set_size <= k_max:
-        raise ConfigError(f"min_set_size must lie in 1..k_max ({k_max}), got {min_set_size}")
     if gold.shape != logits.shape[:1]:
         raise DataError(f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+    rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
+    return _select([logits.detach()], gold, rule, shard)
 
 
-def _rank(logits: Tensor, extra: Tensor, k_max: int, shard: VocabShard, kernels: str) -> _Ranked:
-    """Local top k_max and log-sum-exp, one gather, merge: each member of the whole top k_max is in its own shard's top k_max."""
-    values, columns, lse = choose(kernels).topk_rows(logits, k_max)
-    ids = (columns + shard.start).to(torch.int32)
+def linear_dynamic_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    gold: Tensor,
+    tau: float = 0.95,
+    k_max: int = 200,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    *,
+    tile_rows: int = 256,
+    min_set_size: int = 1,
+    always: Sequence[int] = (),
+    keep_logits: bool = False,
+    kernels: str = "auto",
+) -> CandidateSets:
+    """The sets of `dynamic_topk` for the logits of a linear head, which exist for `tile_rows` positions at a time, in one buffer.
+
+    Args:
+        hidden: [N, H] floating.
+        weight: [V, H], the vocabulary rows shard.start..shard.stop.
+
+    The others, and what is raised, as there.
+    """
+    shard = shard_of(weight.shape[0], shard)
+    if gold.shape != hidden.shape[:1]:
+        raise DataError(f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+    rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
+    return _select(_tiles(hidden.detach(), weight.detach(), tile_rows), gold, rule, shard)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The arguments of `dynamic_topk`."""
+
+    tau: float
+    k_max: int
+    vocab_size: int | None
+    min_set_size: int
+    always: tuple[int, ...]
+    keep_logits: bool
+    kernels: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau is a probability mass in (0, 1], got {self.tau}")
+        if self.k_max < 1:
+            raise ConfigError(f"k_max must be at least 1, got {self.k_max}")
+        if not 1 <= self.min_set_size <= self.k_max:
+            raise ConfigError(f"min_set_size must lie in 1..k_max ({self.k_max}), got {self.min_set_size}")
+
+
+def _tiles(hidden: Tensor, weight: Tensor, tile_rows: int) -> Iterator[Tensor]:
+    """Logits of so many rows at a time, at least of none; each is gone when the next one comes."""
+    buffer = hidden.new_empty(min(tile_rows, len(hidden)), weight.shape[0])
+    for start in range(0, max(len(hidden), 1), tile_rows):
+        rows = hidden[start : start + tile_rows]
+        yield torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+
+
+def _select(tiles: Iterable[Tensor], gold: Tensor, rule: _Rule, shard: VocabShard) -> CandidateSets:
+    """Each rank looks at its columns of all rows, a tile at a time, and then merges and cuts its share of the rows."""
+    fixed = torch.tensor(rule.always, dtype=gold.dtype, device=gold.device)
+    extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
+    found, start = [], 0
+    for logits in tiles:
+        found.append(_look(logits, extra[start : start + len(logits)], rule, shard))
+        start += len(logits)
+    ranked = _rank(_Known(*(torch.cat(parts) for parts in zip(*found, strict=True))), extra, rule.k_max, shard)
+    count = _num_kept(ranked, rule.tau, rule.min_set_size)
+    share = extra[shard.share(len(gold))].to(ranked.ids.device, torch.int32)
+    sets = _cut(ranked, count, share, rule.keep_logits).to(gold.device)
+    return sets if shard.is_whole else _joined(sets, shard)
+
+
+class _Known(NamedTuple):
+    """What a rank knows of some rows from its own columns."""
+
+    values: Tensor
+    """[N, K] its largest logits."""
+    ids: Tensor
+    """[N, K] int32."""
+    lse: Tensor
+    """[N] float64."""
+    extra: Tensor
+    """[N, E] logits of the gold id and of those that are always kept, 0 where they are elsewhere."""
+    mine: Tensor
+    """[N, E] int32, whether they are here."""
+
+
+def _look(logits: Tensor, extra: Tensor, rule: _Rule, shard: VocabShard) -> _Known:
+    real, ids = shard.by_id(logits, rule.vocab_size)  # a kernel puts the first of equal columns first, which must be the lowest id
+    values, columns, lse = choose(rule.kernels).topk_rows(real, rule.k_max)
+    ids = ids[columns].to(torch.int32)
     if not shard.is_whole:
-        room = (0, k_max - values.shape[1])
+        room = (0, rule.k_max - values.shape[1])
         values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
-    slot = extra - shard.start
-    mine = (slot >= 0) & (slot < logits.shape[1])
+    slot = shard.columns(extra)
+    mine = (slot >= 0) if rule.vocab_size is None else (slot >= 0) & (extra < rule.vocab_size)
     if logits.shape[1]:
-        extra_logits = torch.where(mine, logits.gather(1, slot.clamp(0, logits.shape[1] - 1)).to(values.dtype), 0.0)
+        extra_logits = torch.where(mine, logits.gather(1, slot.clamp(min=0)).to(values.dtype), 0.0)
     else:
         extra_logits = values.new_zeros(extra.shape)
-    gathered = shard.gather(values, ids, lse, extra_logits, mine.to(torch.int32))
-    if not has_float64(values.device):
-        gathered = tuple(t.cpu() for t in gathered)
-    values, ids, lse, extra_logits, mine = gathered
+    return _Known(values, ids, lse, extra_logits, mine.to(torch.int32))
+
+
+def _rank(known: _Known, extra: Tensor, k_max: int, shard: VocabShard) -> _Ranked:
+    """Merge what the ranks know: a member of the whole top k_max is in its own shard's top k_max."""
+    lse, extra_logits, mine = _with_float64(*shard.gather(known.lse, known.extra, known.mine))
     lse = torch.logsumexp(lse, 0)
-    _check_rows(lse, extra, mine.sum(0))
+    _check_rows(lse, extra, mine.sum(0))  # of all rows, so that no rank waits for one that has stopped
+    values, ids = _with_float64(*shard.deal(known.values, known.ids))
     values, ids = _merge(values, ids, k_max)
-    return _Ranked(values, ids, lse, extra_logits.sum(0))
+    share = shard.share(len(lse))
+    return _Ranked(values, ids, lse[share], extra_logits.sum(0)[share])
+
+
+def _with_float64(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors where torch computes in float64: their own device, or the cpu."""
+    return tensors if has_float64(tensors[0].device) else tuple(t.cpu() for t in tensors)
 
 
 def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
@@ -175,6 +262,14 @@ def _cut(ranked: _Ranked, count: Tensor, extra: Tensor, keep_logits: bool) -> Ca
         lse=ranked.lse.float(),
         outside_mass=outside.masked_fill(outside < SLACK, 0.0).float(),
     )
+
+
+def _joined(sets: CandidateSets, shard: VocabShard) -> CandidateSets:
+    """The sets of all shares of the positions."""
+    rows = (sets.sizes(), sets.gold_slot, sets.lse, sets.outside_mass, sets.ids)
+    sizes, slots, lse, outside, ids, *logits = shard.join(*rows, *([] if sets.logits is None else [sets.logits]))
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return CandidateSets(offsets, ids, slots, logits[0] if logits else None, lse, outside)
 
 
 def _probability(logits: Tensor, lse: Tensor) -> Tensor:

@@ -163,9 +163,10 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             self.state_of(param, self.keys_of(place.kinds[row]))
             self.weight(param)
 
-    def keys_of(self, kind: Kind) -> tuple[str, ...]:
+    @classmethod
+    def keys_of(cls, kind: Kind) -> tuple[str, ...]:
         """Names of the state tensors that a parameter of this kind has."""
-        return self.state_keys
+        return cls.state_keys
 
     def state_of(self, param: Tensor, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
         """This parameter's state tensors, zeros when it has none yet; all of `state_keys` unless told otherwise."""

@@ -68,8 +68,9 @@ class Muon(AdamW):
         self.momentum, self.nesterov = momentum, nesterov
         self.ns_steps, self.ns_precision = int(ns_steps), ns_precision
 
-    def keys_of(self, kind: Kind) -> tuple[str, ...]:
-        return self.matrix_keys if kind in HIDDEN else self.state_keys
+    @classmethod
+    def keys_of(cls, kind: Kind) -> tuple[str, ...]:
+        return cls.matrix_keys if kind in HIDDEN else cls.state_keys
 
     def apply(self, moves: Sequence[Move], place: Placement) -> None:
         hidden = [move for move in moves if place.kinds[move.row] in HIDDEN]

@@ -1,19 +1,21 @@
 """Causal attention over a flat row of samples: each token sees the earlier tokens of its own sample and nothing else.
 
-A micro-batch is one flat row of T tokens; `segments` [n, 2] (start, length; int64, on the cpu) says which stretch is which sample. It
-travels in
-megatron's `attention_mask` argument, the one that reaches every layer on every megatron version, recomputation and pipeline stages
-included.
-Tokens of no segment are padding: their output is zero.
+A micro-batch is one flat row of T tokens; `segments` [n, 3] (start, length, parent; int64, on the cpu) says which stretch is which sample:
+a root (parent -1) is a whole sample, or a prefix that several share; any other segment goes on from its parent, and its tokens see all of
+the segments above it. Tokens of no segment are padding: their output is zero.
+
+The table, and the positions that count, travel in megatron's `attention_mask` argument (see `pack`), the one that reaches every layer on
+every megatron version, recomputation and pipeline stages included.
 
 T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment, R sequences being generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from megatron_replay.device import fused_operator
 from megatron_replay.parallel.fused import causal_within
+
+BLOCK = 256
+"""Queries of branches that are computed at a time: no mask is larger than this times the tokens of the row."""
 
 
 def import_base() -> Any:
@@ -30,29 +35,116 @@ def import_base() -> Any:
     return MegatronModule
 
 
+def pack(segments: Tensor, rows: Tensor) -> Tensor:
+    """Segments [n, 3] and the rows that count [N] as one table of three columns on the cpu."""
+    head = torch.tensor([[len(segments), len(rows), 0]])
+    return torch.cat([head, segments, F.pad(rows, (0, -len(rows) % 3)).view(-1, 3)])
+
+
+def unpack(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`."""
+    num_segments, num_rows, _ = table[0].tolist()
+    return table[1 : 1 + num_segments], table[1 + num_segments :].flatten()[:num_rows]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float | None = None) -> Tensor:
-    """Causal self-attention within each segment. query [T, Hq, D], key and value [T, Hk, D] -> [T, Hq, D]."""
+    """Causal self-attention within each sample. query [T, Hq, D], key and value [T, Hk, D] -> [T, Hq, D]."""
     fused = fused_operator("npu_fusion_attention", query.device.type)
-    if fused is not None and len(segments):
-        end = int(segments[-1].sum())
+    if fused is not None and len(segments) and bool((segments[:, 2] < 0).all()):  # branches see more than one stretch: block by block
+        end = int(segments[-1, :2].sum())
         out = fused(query[:end], key[:end], value[:end], **causal_within(segments, query, scale))[0]
         return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - end))
+    roots, branches = list(runs(segments)), blocks(segments, roots=False)
+    sizes = [count * length for _, count, length in roots]
+    lengths = segments[segments[:, 2] >= 0, 1].tolist()
+    rest = query.shape[0] - sum(sizes) - sum(lengths)
+    # split, not slices: the gradient of each slice would be as long as the row
+    queries = query.split([*sizes, *(block.visible.shape[0] for block in branches), rest])
+    keys, values = (x.split([*sizes, *lengths, rest]) for x in (key, value))
     parts = []
-    end = 0
-    for start, count, length in runs(segments):
-        assert start == end, "segments must follow each other"
-        end = start + count * length
-        q, k, v = (x[start:end].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-        parts.append(_sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(end - start, *query.shape[1:]))
+    for (_, count, length), *mine in zip(roots, queries, keys, values, strict=False):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in mine)
+        parts.append(_sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(count * length, *query.shape[1:]))
+    if branches:
+        each_key, each_value = (_by_segment(x, roots) for x in (keys, values))
+        for block, mine in zip(branches, queries[len(roots) :], strict=False):
+            q, k, v = (x.transpose(0, 1)[None] for x in (mine, gathered(each_key, block), gathered(each_value, block)))
+            parts.append(_sdpa(q, k, v, scale=scale, attn_mask=block.visible.to(query.device))[0].transpose(0, 1))
+    if not parts:
+        return torch.zeros_like(query)
     out = torch.cat(parts) if len(parts) != 1 else parts[0]
-    return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - end))
+    return F.pad(out, (0, 0, 0, 0, 0, rest))
 
 
 def runs(segments: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(start, count, length) of neighbouring segments of equal length: they are computed as one batch."""
-    for length, group in groupby(segments.tolist(), key=lambda row: row[1]):
+    """(start, count, length) of neighbouring roots of equal length: they are computed as one batch."""
+    for length, group in groupby((row for row in segments.tolist() if row[2] < 0), key=lambda row: row[1]):
         rows = list(group)
         yield rows[0][0], len(rows), length
+
+
+class Block(NamedTuple):
+    """Some neighbouring queries, and what they see."""
+
+    queries: slice
+    keys: tuple[int, ...]
+    """Rows of the table: the segments above, root first, then the queries' own and its neighbours."""
+    visible: Tensor
+    """[queries, keys] bool; the last keys are missing where no query sees them."""
+
+
+def blocks(segments: Tensor, *, roots: bool = True) -> Sequence[Block]:
+    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer segment in pieces."""
+    return _blocks(tuple(map(tuple, segments.tolist())), roots)
+
+
+@lru_cache(maxsize=4)  # every layer of a micro-batch asks for the same
+def _blocks(table: tuple[tuple[int, int, int], ...], roots: bool) -> tuple[Block, ...]:
+    found = []
+    for above, siblings in _families(table):
+        if above or roots:
+            begin, end = table[siblings[0]][0], sum(table[siblings[-1]][:2])
+            for low in range(begin, end, BLOCK):
+                high = min(low + BLOCK, end)
+                seen = visible(sum(table[i][1] for i in above), [table[i][1] for i in siblings], low - begin, high - begin)
+                found.append(Block(slice(low, high), (*above, *siblings), seen))
+    return tuple(found)
+
+
+def visible(above: int, siblings: Sequence[int], low: int, high: int) -> Tensor:
+    """[high - low, above + high] what queries low..high of some siblings, of these lengths, see: all tokens above, and the earlier ones of
+    their own segment."""
+    owner = torch.repeat_interleave(torch.arange(len(siblings)), torch.tensor(siblings))[:high]
+    own = (owner[low:, None] == owner[None]).tril(low)
+    return torch.cat([own.new_ones(high - low, above), own], 1)
+
+
+def _families(table: Sequence[tuple[int, int, int]]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """(segments above, neighbouring siblings): as many as fit a block, or a longer one alone."""
+    for parent, group in groupby(range(len(table)), key=lambda i: table[i][2]):
+        above: tuple[int, ...] = ()
+        while parent >= 0:
+            above, parent = (parent, *above), table[parent][2]
+        held: list[int] = []
+        for i in group:
+            if held and sum(table[i][:2]) - table[held[0]][0] > BLOCK:
+                yield above, held
+                held = []
+            held.append(i)
+        yield above, held
+
+
+def _by_segment(pieces: Sequence[Tensor], roots: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """Keys or values of each row of the table; the first pieces are runs of roots."""
+    each = [
+        x for piece, (_, count, length) in zip(pieces, roots, strict=False) for x in piece.view(count, length, *piece.shape[1:]).unbind()
+    ]
+    return [*each, *pieces[len(roots) : -1]]
+
+
+def gathered(each: Sequence[Tensor], block: Block) -> Tensor:
+    """Keys or values that a block sees, of those of each segment."""
+    return torch.cat([each[i] for i in block.keys])[: block.visible.shape[1]]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
@@ -85,7 +177,7 @@ class LayerCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache: Cache, scale: float | None) -> Tensor:
         """Store the new tokens and attend to all of their sequences' tokens so far; a pass is a whole prompt each, or one token each."""
         past = cache.past[cache.rows]
-        for (start, length), row, seen in zip(segments.tolist(), cache.rows, past.tolist(), strict=True):
+        for (start, length, _), row, seen in zip(segments.tolist(), cache.rows, past.tolist(), strict=True):
             self.keys[row, seen : seen + length] = key[start : start + length]
             self.values[row, seen : seen + length] = value[start : start + length]
         if not past.any():
@@ -106,6 +198,8 @@ def segment_attention() -> type:
         """Stands where DotProductAttention stands; see the top of this file for what `attention_mask` holds."""
 
         cache: Cache | None = None
+        narrow: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
 
         def __init__(self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
             super().__init__(config=config)
@@ -114,16 +208,18 @@ def segment_attention() -> type:
             self.watch: Callable[[Tensor, Tensor, Tensor, float | None], None] | None = None
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D]."""
+            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are narrowed."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            segments, rows = unpack(attention_mask)
             if self.watch is not None and self.training and self.cache is None:
-                self.watch(q, k, attention_mask, self.scale)
+                self.watch(q, k, segments, self.scale)
             if self.cache is None:
-                out = attend(q, k, v, attention_mask, self.scale)
+                out = attend(q, k, v, segments, self.scale)
             else:
                 self.layer = self.layer or LayerCache(self.cache, k)
-                out = self.layer.attend(q, k, v, attention_mask, self.cache, self.scale)
-            return out.reshape(query.shape[0], 1, -1)
+                out = self.layer.attend(q, k, v, segments, self.cache, self.scale)
+            out = out.reshape(query.shape[0], 1, -1)
+            return out if self.narrow is None else self.narrow(out, rows)
 
         def use(self, cache: Cache | None) -> None:
             """Begin (or with None end) generation with a key/value cache."""

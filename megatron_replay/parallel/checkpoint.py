@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
+from megatron_replay.models.weights import shard
 from megatron_replay.parallel import zero1
 from megatron_replay.parallel.model import Model
-from megatron_replay.parallel.optimizer import adam_form
+from megatron_replay.parallel.optimizer import adam_form, restripe_state
 from megatron_replay.parallel.torch_dist import LATEST, Reader, refuse_code, resolve
 from megatron_replay.parallel.trainer import Trainer
 
@@ -60,7 +61,8 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
 
     folder = resolve(root)
     refuse_code(folder)
-    Reader(folder).check(trainer.model.spec, head_multiple=trainer.model.layout.head_multiple)
+    reader = Reader(folder)
+    reader.check(trainer.model.spec, head_multiple=trainer.model.layout.head_multiple)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "optimizer" not in common:
         raise CheckpointError(f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load=")
@@ -79,6 +81,9 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
         trainer.model.module.load_state_dict(state["model"])
         with torch.no_grad():
             zero1.load_state(trainer.outer, state["optimizer"])
+    if reader.striped != trainer.model.layout.striped:
+        restripe_state(trainer.model, trainer.outer, trainer.inner, striped=reader.striped)
+        _restripe(trainer.model, reader)  # last: in fp32 the weights that were just moved are these
     trainer.inner.carry(*saved["travel"])
     # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
     # the rank
@@ -92,10 +97,21 @@ def load_model(root: Path, model: Model, adapter: Adapter | None = None) -> None
 
     folder = resolve(root)
     refuse_code(folder)
-    Reader(folder).check(model.spec, head_multiple=model.layout.head_multiple, adapter=adapter)
+    reader = Reader(folder)
+    reader.check(model.spec, head_multiple=model.layout.head_multiple, adapter=adapter)
     with _named(folder):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(folder))
     model.module.load_state_dict(state["model"])
+    if reader.striped != model.layout.striped:
+        _restripe(model, reader)
+
+
+@torch.no_grad()
+def _restripe(model: Model, reader: Reader) -> None:
+    """Read the embedding and head again, in the order of this run's rows: megatron loads rows by number."""
+    for _, weight, parameter in model.parameters():
+        if weight.kind == "vocab":
+            parameter.copy_(shard(reader.read(weight, model.spec), weight.axis, model.world.tensor_rank, model.world.tensor_size))
 
 
 def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
@@ -141,6 +157,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "optimizer": type(trainer.inner).__name__,
         "state": _form(trainer),
         "zero1": _zero1(trainer),
+        "striped": trainer.model.layout.striped,
         "layout": [world.tensor_size, world.pipeline_size, world.data_size],
         "skipped": trainer.inner.skipped,
     }

@@ -24,9 +24,9 @@ _RIGHT_DOWN_CAUSAL = 3
 def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
     """Arguments of `npu_fusion_attention` after query, key and value [T, heads, D] for causal attention within each segment.
 
-    segments [n, 2] (start, length; int64, on the cpu) follow each other from token 0 to the end of the three tensors.
+    segments [n, 3] (start, length, -1; int64, on the cpu) follow each other from token 0 to the end of the three tensors.
     """
-    ends = segments.sum(1).tolist()
+    ends = segments[:, :2].sum(1).tolist()
     assert segments[:, 0].tolist() == [0, *ends[:-1]], "segments must follow each other"
     return {
         "head_num": query.shape[1],

@@ -1,8 +1,8 @@
 """The output layer that never builds the logits of the batch: it hands hidden states and its weight to a task.
 
-megatron's GPTModel calls its output layer once, at the end of the last stage. Ours gathers the hidden states of the positions that count
-and calls
-`task(hidden [N, H], weight [V_local, H])`; the task (a loss, a selection, the logits of a few rows) returns one value a position or more.
+megatron's GPTModel calls its output layer once, at the end of the last stage, with the hidden states of the positions that count
+(`parallel.narrow`). Ours calls `task(hidden [N, H], weight [V_local, H])`; the task (a loss, a selection, the logits of a few rows) returns
+one value a position or more.
 Name, sharding, tied weight and checkpoint layout are those of megatron's layer.
 """
 
@@ -24,15 +24,16 @@ def install(model: Any) -> Any:
 
     class TaskHead(ColumnParallelLinear):
         task: Task
-        rows: Tensor
+        count: int
+        """N; what follows rounds up."""
 
         def forward(self, input_: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-            """input_ [T, 1, H] (or this rank's part of T) -> (task's result [N, ...] as [N, 1, ...], None)."""
+            """input_ [N^, 1, H] (or this rank's part of N^) -> (task's result [N, ...] as [N, 1, ...], None)."""
             if self.sequence_parallel:  # backward: reduce-scatter
                 hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
             else:  # backward: all-reduce; the tasks give each rank's part of the gradient
                 hidden = copy_to_tensor_model_parallel_region(input_)
-            out = self.task(hidden[:, 0].index_select(0, self.rows), self.weight if weight is None else weight)
+            out = self.task(hidden[: self.count, 0], self.weight if weight is None else weight)
             return out.unsqueeze(1), None
 
     model.output_layer.__class__ = TaskHead

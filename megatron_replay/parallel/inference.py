@@ -13,21 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_replay.data import prefixes
 from megatron_replay.ops import VocabShard, linear_cross_entropy
 from megatron_replay.parallel.attention import Cache
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches, row_length
 from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model, vocab_range
+from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.world import World
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-
-
-def vocab_shard(model: Model) -> VocabShard:
-    """The vocabulary rows of this rank, and the group that holds the others."""
-    start, stop = vocab_range(model)
-    return VocabShard(start, stop, model.world.tensor_group if model.world.tensor_size > 1 else None)
 
 
 def token_nll(
@@ -37,14 +33,15 @@ def token_nll(
     *,
     vocab_size: int,
     row_tokens: int,
+    share: bool = False,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Negative log-likelihood (nats, fp32) of the token after each of the given positions of each sequence.
 
-    vocab_size: real vocabulary; row_tokens: sequences are laid together up to this many tokens a forward pass.
+    vocab_size: real vocabulary; row_tokens: sequences are laid together up to this many tokens a forward pass; share:
+    those that begin alike as a tree.
     """
     world = model.world
-    mine = range(world.data_rank, len(sequences), world.data_size)
     shard = vocab_shard(model)
     found: dict[int, np.ndarray] = {}
 
@@ -56,13 +53,10 @@ def token_nll(
         for index, part in zip(batch.notes["index"], np.split(values, batch.notes["cuts"]), strict=True):
             found[index] = part
 
-    for rows in in_groups(fill(mine, [len(s) for s in sequences], row_tokens), 2 * world.pipeline_size):
-        length = row_length([sum(len(sequences[i]) for i in row) for row in rows], world.tensor_size)
-        batches = []
-        for row in rows:
-            cuts = np.cumsum([len(positions[i]) for i in row])[:-1]
-            notes = {"index": row, "cuts": cuts}
-            batches.append(flatten([sequences[i] for i in row], [positions[i] for i in row], length, world.torch_device, notes))
+    for rows in in_groups(deal(sequences, row_tokens, world, share=share), 2 * world.pipeline_size):
+        ids, wanted = ([[some[i] for i in row] for row in rows] for some in (sequences, positions))
+        notes = [{"index": row, "cuts": np.cumsum([len(at) for at in some])[:-1]} for row, some in zip(rows, wanted, strict=True)]
+        batches = micro_batches(ids, wanted, notes, world.torch_device, multiple=world.tensor_size, share=share)
         forward(model, batches, task_of, consume=consume)
         if progress is not None:
             progress(sum(len(row) for row in rows) * world.data_size)
@@ -127,11 +121,11 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
     # flatten asks for the token after each position: the last one has none yet
     ids = [np.array([*tokens, 0]) for tokens in feed]
     batch = flatten([i[:-1] for i in ids], [np.zeros(0, dtype=np.int64)] * len(ids), length, world.torch_device)
-    ends = batch.segments.sum(1) - 1
+    ends = batch.segments[:, :2].sum(1) - 1
     starts = torch.repeat_interleave(cache.past[cache.rows], batch.segments[:, 1])
     places = batch.places.clone()
     places[0, : len(starts)] += starts.to(places.device)
-    batch = MicroBatch(batch.tokens, places, batch.segments, ends.to(world.torch_device), batch.gold)
+    batch = MicroBatch(batch.tokens, places, batch.segments, ends, batch.gold)
     result = torch.zeros(len(feed), dtype=torch.int64, device=world.torch_device)
 
     def keep(_: MicroBatch, tokens: Tensor) -> None:
@@ -145,14 +139,25 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
 
 def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
     """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank."""
-    logits = (hidden @ weight.t()).float()
-    logits[:, max(0, vocab_size - shard.start) :] = -torch.inf
-    value, column = logits.max(1)
-    if shard.group is None:
-        return column + shard.start
-    values, ids = shard.gather(value, column + shard.start)
-    rank = values.cpu().argmax(0).to(ids.device)  # shards in rank order hold rising ids: the first of equals wins
-    return ids.gather(0, rank[None])[0]
+    logits = (hidden @ weight.t()).float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    real, ids = shard.by_id(logits, vocab_size)
+    if len(ids):
+        value, column = real.max(1)  # of equal ones the first, which is the lowest id
+        id = ids[column]
+    else:
+        value, id = logits.new_full(logits.shape[:1], -torch.inf), ids.new_full(logits.shape[:1], vocab_size)
+    values, found = shard.gather(value, id)
+    return torch.where(values == values.amax(0), found, vocab_size).amin(0)
+
+
+def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share: bool) -> list[list[int]]:
+    """This replica's rows for a single pass over all sequences: every so-manieth of them, neighbours laid together up to `row_tokens`; or,
+    with `share`, a stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row."""
+    if not share:
+        return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)
+    ordered = prefixes.forest(sequences).order(range(len(sequences)))
+    first, last = (len(ordered) * rank // world.data_size for rank in (world.data_rank, world.data_rank + 1))
+    return prefixes.rows(sequences, ordered[first:last], row_tokens)
 
 
 def fill(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.inference import vocab_shard
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.store import SampleSets
 
@@ -48,6 +47,19 @@ def _main_grad(weight: Tensor) -> Tensor | None:
     finds no `weight.grad`, or that of a tied embedding alone, and adds nothing twice.
     """
     return getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
+
+
+def imbalance(model: Model, batches: Sequence[MicroBatch]) -> float:
+    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, all replicas together: 1 is even. Collective.
+
+    The restricted loss costs a rank what its ids cost, and the others wait for it.
+    """
+    here = torch.zeros(model.world.tensor_size, dtype=torch.int64)
+    if model.head is not None:
+        shard = vocab_shard(model)
+        here[model.world.tensor_rank] = sum(int((shard.columns(batch.notes["sets"].ids) >= 0).sum()) for batch in batches)
+    counts = torch.stack(model.world.gather(here)).sum(0).double()
+    return float(counts.max() / counts.mean()) if counts.any() else 1.0
 
 
 def full_task(model: Model, vocab_size: int) -> TaskOf:

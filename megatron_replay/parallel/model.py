@@ -15,10 +15,13 @@ from megatron_replay.models.adapter import A, B, beside, factors, merged
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import OUTPUT, Weight, merge, shard, weight_of, weights
+from megatron_replay.models.weights import OUTPUT, STRIPES, Weight, merge, shard, weight_of, weights
+from megatron_replay.ops import VocabShard
+from megatron_replay.ops.shard import Stripes
 from megatron_replay.parallel import head, shims
 from megatron_replay.parallel.attention import Cache, segment_attention
 from megatron_replay.parallel.layers import RMSNorm, TokenRotary
+from megatron_replay.parallel.narrow import Narrowing
 from megatron_replay.parallel.world import World
 
 
@@ -52,7 +55,7 @@ class Model:
 
     def table(self) -> list[Weight]:
         """Every distinct parameter of the whole model, the same on every rank; an adapter's factors come last."""
-        table = weights(self.spec, head_multiple=self.layout.head_multiple)
+        table = weights(self.spec, head_multiple=self.layout.head_multiple, striped=self.layout.striped)
         return table + (factors(self.spec, self.adapter, head_multiple=self.layout.head_multiple) if self.adapter else [])
 
     def trained(self) -> list[Weight]:
@@ -62,9 +65,20 @@ class Model:
     def parameters(self) -> Iterator[tuple[str, Weight, Any]]:
         """(global megatron name, its place in the Hugging Face layout, parameter) of everything this rank holds."""
         added = {weight.name: weight for weight in self.table()} if self.adapter else {}
+        layout = self.layout
         for name, parameter in self.module.named_parameters():
             known = self.global_name(name)
-            yield known, added.get(known) or weight_of(self.spec, known, head_multiple=self.layout.head_multiple), parameter
+            weight = added.get(known) or weight_of(self.spec, known, head_multiple=layout.head_multiple, striped=layout.striped)
+            yield known, weight, parameter
+
+    def stripes(self) -> Stripes | None:
+        """The order of the vocabulary's rows; None: by id."""
+        return Stripes(self.spec.padded_vocab(), STRIPES) if self.layout.striped else None
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The embedding's rows of token ids: what megatron's embedding takes for ids."""
+        stripes = self.stripes()
+        return ids if stripes is None else stripes.row_of(ids)
 
     def freeze(self, names: Iterable[str]) -> None:
         """Train all of these no more; a tied output layer goes with its embedding. Before the model is wrapped for training."""
@@ -97,7 +111,10 @@ def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, 
     )
     module.rotary_pos_emb = TokenRotary(spec)
     module.to(world.torch_device)
-    task_head = head.install(module) if world.last_stage else None
+    task_head = None
+    if world.last_stage:
+        task_head = head.install(module)
+        Narrowing(module.decoder.layers[-1])
     return Model(spec, layout, world, config, module, dtype, task_head)
 
 
@@ -203,10 +220,12 @@ def local_part(weight: Weight, folder: HFFolder, spec: ModelSpec, world: World) 
     return shard(whole, weight.axis, world.tensor_rank, world.tensor_size)
 
 
-def vocab_range(model: Model) -> tuple[int, int]:
-    """Token ids [start, stop) whose embedding and head rows this rank holds."""
-    rows = model.spec.padded_vocab() // model.world.tensor_size
-    return model.world.tensor_rank * rows, (model.world.tensor_rank + 1) * rows
+def vocab_shard(model: Model) -> VocabShard:
+    """The embedding and head rows of this rank, which ids they are, and the group that holds the others."""
+    world = model.world
+    rows = model.spec.padded_vocab() // world.tensor_size
+    group = world.tensor_group if world.tensor_size > 1 else None
+    return VocabShard(world.tensor_rank * rows, (world.tensor_rank + 1) * rows, group, model.stripes())
 
 
 @torch.no_grad()

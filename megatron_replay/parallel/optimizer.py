@@ -7,6 +7,7 @@ torch optimizer is exchanged. One row a logical tensor of the whole model, one g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,9 +92,14 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
         ),
         [wrapped],
     )
+    return outer, _exchange(_only(outer), model, settings, kernels)
+
+
+def _only(outer: Any) -> Any:
+    """The wrapper itself, where megatron chains several."""
     parts = getattr(outer, "chained_optimizers", [outer])
     assert len(parts) == 1, "a dense model has one optimizer"
-    return outer, _exchange(parts[0], model, settings, kernels)
+    return parts[0]
 
 
 def foreign_options(settings: OptimizerConfig) -> dict[str, str]:
@@ -189,6 +195,27 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
             del inner.state[param]["exp_avg_sq"]
         for param, base in bases.items():
             inner.state[param]["base"] = base
+
+
+@torch.no_grad()
+def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped: bool) -> None:
+    """Bring the vocabulary rows of main weights and optimizer state into the model's order; they lie `striped`, or not. Collective."""
+    ours, outer = model.trained(), _only(outer)
+    theirs = [dataclasses.replace(weight, striped=striped) if weight.kind == "vocab" else weight for weight in ours]
+    # a tied head's stage has no other copy, so there it counts
+    counts = hasattr(outer, "model_param_group_index_map") or model.world.data_rank == 0
+    found = [(held, part) for held, part in _parts(outer, inner, model).values() if ours[part.row].kind == "vocab"]
+    parts = {held: dataclasses.replace(part, counted=counts) for held, part in found}
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    exchange = Exchange(model.world, model.spec, theirs, parts, dtype, into=ours)
+    params, keys = list(parts), inner.keys_of("embedding")
+
+    def tensors(index: int) -> list[Tensor]:
+        return [params[index], *(inner.state[params[index]][key] for key in keys)]
+
+    for i, moved in exchange.each_whole(params, lambda index: torch.stack(tensors(index)), lambda values: values, 1 + len(keys)):
+        for tensor, value in zip(tensors(i), moved, strict=True):
+            tensor.copy_(value)
 
 
 def set_rates(inner: ReplayOptimizer, lr: float, weight_decay: float) -> None:

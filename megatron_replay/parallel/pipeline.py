@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_replay.parallel.attention import pack
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.timers import Timers
 
 TaskOf = Callable[[MicroBatch], Task]
 
@@ -27,7 +29,7 @@ def forward(model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, con
         _schedule(model, model.module, batches, task_of, finish, forward_only=True)
 
 
-def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf) -> tuple[float, int]:
+def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf, timers: Timers) -> tuple[float, int]:
     """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the wrapped model's
     buffers,
     divided by the number of positions in the whole global batch. Returns (sum of losses, positions) of this replica; zeros before the
@@ -37,13 +39,22 @@ def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], 
     sums: list[tuple[Tensor, int]] = []
 
     def finish(batch: MicroBatch, out: Tensor) -> Any:
-        total = out.sum()
-        sums.append((total.detach().clone(), out.numel()))  # megatron divides the tensor it gets in place
-        count = torch.tensor(out.numel(), dtype=torch.int, device=out.device)
+        with timers.phase("loss"):
+            total = out.sum()
+            sums.append((total.detach().clone(), out.numel()))  # megatron divides the tensor it gets in place
+            count = torch.tensor(out.numel(), dtype=torch.int, device=out.device)
         return total, count, {}
 
-    _schedule(model, wrapped, batches, task_of, finish, forward_only=False)
+    _schedule(model, wrapped, batches, lambda batch: _timed(task_of(batch), timers), finish, forward_only=False)
     return float(sum(float(total) for total, _ in sums)), sum(count for _, count in sums)
+
+
+def _timed(task: Task, timers: Timers) -> Task:
+    def timed(hidden: Tensor, weight: Tensor) -> Tensor:
+        with timers.phase("head"):
+            return task(hidden, weight)
+
+    return timed
 
 
 def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of: TaskOf, finish: Any, *, forward_only: bool) -> None:
@@ -53,8 +64,8 @@ def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of:
         batch = next(iterator)
         model.module.rotary_pos_emb.positions = batch.places
         if model.head is not None:
-            model.head.task, model.head.rows = task_of(batch), batch.rows
-        out = chunk(batch.tokens, batch.places, batch.segments)
+            model.head.task, model.head.count = task_of(batch), len(batch.rows)
+        out = chunk(model.rows_of(batch.tokens), batch.places, pack(batch.segments, batch.rows))
         return out, lambda result: finish(batch, result[0])
 
     get_forward_backward_func()(

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_replay.optim.muonclip import qk_factor
-from megatron_replay.parallel.attention import runs
+from megatron_replay.parallel.attention import blocks, gathered
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.whole import Part
 
-BLOCK = 512
-"""Queries at a time."""
 QKV, NORMS = ".self_attention.linear_qkv.weight", (".self_attention.q_layernorm.weight", ".self_attention.k_layernorm.weight")
 
 
@@ -29,16 +27,12 @@ def largest_logits(query: Tensor, key: Tensor, segments: Tensor, scale: float | 
     heads = key.shape[1]
     scale = scale or 1 / math.sqrt(key.shape[2])
     found = torch.full((heads,), -math.inf, device=key.device)
-    for first, count, length in runs(segments):
-        for start in range(first, first + count * length, length):
-            k = key[start : start + length].transpose(0, 1)
-            for low in range(0, length, BLOCK):
-                q = query[start + low : start + min(low + BLOCK, length)]
-                size = q.shape[0]
-                grouped = q.view(size, heads, -1, q.shape[2]).permute(1, 2, 0, 3).reshape(heads, -1, q.shape[2])
-                logits = (grouped @ k[:, : low + size].transpose(1, 2)).float().view(heads, -1, size, low + size)
-                later = torch.ones(size, low + size, dtype=torch.bool, device=key.device).triu(low + 1)
-                found = torch.maximum(found, logits.masked_fill(later, -math.inf).amax((1, 2, 3)))
+    each = key[: int(segments[:, 1].sum())].split(segments[:, 1].tolist())
+    for block in blocks(segments):
+        q, k = query[block.queries], gathered(each, block).transpose(0, 1)
+        grouped = q.view(len(q), heads, -1, q.shape[2]).permute(1, 2, 0, 3).reshape(heads, -1, q.shape[2])
+        logits = (grouped @ k.transpose(1, 2)).float().view(heads, -1, *block.visible.shape)
+        found = torch.maximum(found, logits.masked_fill(~block.visible.to(key.device), -math.inf).amax((1, 2, 3)))
     return found * scale
 
 

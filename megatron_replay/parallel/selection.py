@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, target_logprobs
+from megatron_replay.ops import CandidateSets, VocabShard, linear_dynamic_topk, target_logprobs
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.inference import vocab_shard
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf
 
 
@@ -81,22 +80,18 @@ def confidence(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, 
 
 
 def candidate_sets(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, rule: SetRule) -> CandidateSets:
-    """The sets of n positions, in chunks of rows; the same on every tensor rank."""
-    parts = []
-    for start in range(0, len(gold), rule.chunk_rows):
-        rows = slice(start, start + rule.chunk_rows)
-        parts.append(
-            dynamic_topk(
-                hidden[rows] @ weight.t(),
-                gold[rows],
-                rule.tau,
-                rule.k_max,
-                rule.vocab_size,
-                shard,
-                min_set_size=rule.min_set_size,
-                always=rule.always,
-                keep_logits=True,
-                kernels=rule.kernels,
-            )
-        )
-    return CandidateSets.cat(parts)
+    """The sets of n positions; the same on every tensor rank."""
+    return linear_dynamic_topk(
+        hidden,
+        weight,
+        gold,
+        rule.tau,
+        rule.k_max,
+        rule.vocab_size,
+        shard,
+        tile_rows=rule.chunk_rows,
+        min_set_size=rule.min_set_size,
+        always=rule.always,
+        keep_logits=True,
+        kernels=rule.kernels,
+    )

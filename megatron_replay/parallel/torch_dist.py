@@ -42,7 +42,7 @@ from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.adapter import A, B, beside, factors, merged
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, weights
+from megatron_replay.models.weights import Weight, restripe, weights
 from megatron_replay.parallel.untrusted import COMMON, METADATA, first_line, read_metadata, refuse_code
 
 __all__ = ["LATEST", "Reader", "is_checkpoint", "iteration_name", "refuse_code", "resolve", "write_model"]
@@ -136,6 +136,10 @@ class Reader:
         self.folder = resolve(path)
         refuse_code(self.folder)
         self._metadata = read_metadata(self.folder)
+        common = torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
+        progress = common.get("progress") if isinstance(common, dict) else None
+        self.striped = isinstance(progress, dict) and bool(progress.get("striped"))
+        """Whether the vocabulary's rows are stored in stripes, as the run that wrote them held them."""
 
     def keys(self) -> list[str]:
         """Keys of the tensors, sorted; those of the layers are stacked."""
@@ -159,10 +163,15 @@ class Reader:
             self._entry(weight, spec)
 
     def read(self, weight: Weight, spec: ModelSpec) -> Tensor:
-        """One whole megatron tensor [weight.shape]; CheckpointError when it is missing, misshapen or damaged.
+        """One whole megatron tensor [weight.shape], rows as `weight` has them; CheckpointError when missing, misshapen or damaged.
 
-        Memory: the tensor, and one chunk of it where it was written in several.
+        Memory: the tensor, and one chunk of it where it was written in several, or a copy where its rows are stored in another order.
         """
+        whole = self._read(weight, spec)
+        return restripe(whole, striped=weight.striped) if weight.kind == "vocab" and weight.striped != self.striped else whole
+
+    def _read(self, weight: Weight, spec: ModelSpec) -> Tensor:
+        """The tensor as it is stored."""
         entry = self._entry(weight, spec)
         key, size, offset = _place(weight, spec)
         wanted = tuple(1 for _ in range(len(size) - len(weight.shape))) + weight.shape

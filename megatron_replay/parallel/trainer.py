@@ -14,6 +14,7 @@ from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.optimizer import set_rates, wrap
 from megatron_replay.parallel.pipeline import TaskOf, forward_backward
+from megatron_replay.parallel.timers import PHASES, Timers
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class StepResult:
     applied: bool
     """False: the gradient was not finite and nothing was changed."""
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    """Of each phase (`timers.PHASES`) there was, on the rank where it took longest."""
 
 
 @dataclass
@@ -39,22 +42,35 @@ class Trainer:
     """megatron's optimizer wrapper."""
     inner: ReplayOptimizer
     weight_decay: float
+    timers: Timers
 
     def step(self, batches: Sequence[MicroBatch], task_of: TaskOf, lr: float) -> StepResult:
         """One update from this replica's micro-batches."""
-        self.wrapped.zero_grad_buffer()
-        self.outer.zero_grad()
-        loss, positions = forward_backward(self.model, self.wrapped, batches, task_of)
-        set_rates(self.inner, lr, self.weight_decay)
-        self.outer.step()
-        total, count = self.model.world.total(loss, positions)
+        with self.timers.phase("optimizer"):
+            self.wrapped.zero_grad_buffer()
+            self.outer.zero_grad()
+        loss, positions = forward_backward(self.model, self.wrapped, batches, task_of, self.timers)
+        with self.timers.phase("optimizer"):
+            set_rates(self.inner, lr, self.weight_decay)
+            self.outer.step()
+        total, count, seconds = self._exchanged(loss, positions)
         return StepResult(
             loss=total / count if count else 0.0,
-            positions=int(count),
+            positions=count,
             grad_norm=self.inner.grad_norm,
             applied=self.inner.last_step_ok,
             metrics=self.inner.metrics,
+            seconds=seconds,
         )
+
+    def _exchanged(self, loss: float, positions: int) -> tuple[float, int, dict[str, float]]:
+        """Loss and positions of all replicas, and each phase's seconds on its slowest rank, in one gather."""
+        world = self.model.world
+        ours = [loss, positions] if world.speaks else [0.0, 0.0]
+        table = torch.stack(world.gather(torch.tensor([*ours, *self.timers.take()], dtype=torch.float64)))
+        total, count = table[:, :2].sum(0).tolist()
+        slowest = zip(PHASES, table[:, 2:].amax(0).tolist(), strict=True)
+        return total, int(count), {name: seconds for name, seconds in slowest if seconds}
 
 
 def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto") -> Trainer:
@@ -67,4 +83,5 @@ def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto")
     wrapped = DistributedDataParallel(model.config, settings_ddp, model.module)
     outer, inner = wrap(model, wrapped, settings, kernels)
     model.config.finalize_model_grads_func = finalize_model_grads
-    return Trainer(model, wrapped, outer, inner, settings.weight_decay)
+    model.config.timers = timers = Timers(model.world.device)
+    return Trainer(model, wrapped, outer, inner, settings.weight_decay, timers)

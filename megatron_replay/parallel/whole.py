@@ -38,8 +38,19 @@ class Part:
 class Exchange:
     """The plan for one model on one layout, the same on every rank of a pipeline stage; collective to make."""
 
-    def __init__(self, world: World, spec: ModelSpec, table: Sequence[Weight], parts: Mapping[Tensor, Part], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        world: World,
+        spec: ModelSpec,
+        table: Sequence[Weight],
+        parts: Mapping[Tensor, Part],
+        dtype: torch.dtype,
+        *,
+        into: Sequence[Weight] | None = None,
+    ) -> None:
+        """into: what the results are laid out as, where that is not the `table` the values come in."""
         self._world, self._spec, self._table, self._dtype = world, spec, table, dtype
+        self._into = into or table
         self._mine = dict(parts)
         held: list[list[Part]] = world.gather_stage_objects(list(parts.values()))
         self._held = [{part.row: part for part in parts} for parts in held]
@@ -82,7 +93,7 @@ class Exchange:
             local[part.tensor_rank][:, part.start : part.stop] = piece
         layers = [split(weight, unshard([x[k].view(shape) for x in local], weight.axis), self._spec) for k in range(stacked)]
         results = {name: function(torch.stack([layer[name] for layer in layers])) for name in weight.hf}
-        whole = [merge(weight, {name: result[k] for name, result in results.items()}, self._spec) for k in range(stacked)]
+        whole = [merge(self._into[row], {name: result[k] for name, result in results.items()}, self._spec) for k in range(stacked)]
         for tensor_rank in range(size):
             flat = torch.stack([shard(w, weight.axis, tensor_rank, size).reshape(-1) for w in whole])
             for rank, held in enumerate(self._held):

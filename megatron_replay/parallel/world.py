@@ -113,7 +113,7 @@ def start(layout: Layout, device: Device, *, seed: int = 42, minutes: float = 30
     torch_device = device.select(local)
     shims.install(device)
     if not dist.is_initialized():
-        with _rendezvous_alone(size):
+        with contextlib.nullcontext() if launcher_ranks() else _rendezvous_alone():
             dist.init_process_group(device.backend, rank=rank, world_size=size, timeout=timedelta(minutes=minutes))
     from megatron.core import parallel_state, tensor_parallel
 
@@ -178,13 +178,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _rendezvous_alone(size: int) -> Iterator[None]:
-    """A process that runs alone needs an address too; the environment is put back."""
-    if size > 1 or "MASTER_ADDR" in os.environ:
-        yield
-        return
+def _rendezvous_alone() -> Iterator[None]:
+    """A process that runs alone needs an address too, and not that of a cluster the shell knows; the environment is put back."""
+    before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     try:
         yield
     finally:
-        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

@@ -1,6 +1,7 @@
 """Stage 0: run the base model once, forward only, and store the candidate set of each chosen position (arXiv 2510.09152, section 2).
 
-Each data-parallel replica takes every so-manieth sample and writes its own segment files. A run that was stopped goes on where it was.
+Each data-parallel replica takes every so-manieth sample (with `data.share_prefixes` those that begin alike) and writes its own segment
+files. A run that was stopped goes on where it was, and with the same rows: one that was half done is computed again as a whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from megatron_replay.data.samples import Sample, fingerprint, load_samples, uniq
 from megatron_replay.errors import ConfigError
 from megatron_replay.ops import BucketRule, CandidateSets, bucket_counts, bucket_edges, position_uniform
 from megatron_replay.ops.positions import bucket_of
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
-from megatron_replay.parallel.inference import fill, in_groups
+from megatron_replay.parallel.batch import MicroBatch, micro_batches
+from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import TaskOf, forward
 from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
 from megatron_replay.stages.identity import model_fingerprint
@@ -48,6 +48,8 @@ class Collection:
     active: Session
     samples: list[Sample]
     rule: SetRule = field(init=False)
+    shared: int = 0
+    """Tokens of this replica's samples that were computed with another sample's."""
 
     def __post_init__(self) -> None:
         collect = self.active.config.collect
@@ -73,9 +75,9 @@ class Collection:
         done = {uid for uids in world.gather_objects(writer.done if writer else set()) for uid in uids}
         for line in [line for lines in world.gather_objects(writer.recovered if writer else []) for line in lines]:
             active.say(line)
-        todo = [sample for i, sample in enumerate(self.samples) if i % world.data_size == world.data_rank and sample.uid not in done]
+        self.shared = 0  # not those of the bucket edges
         try:
-            seconds = self._pass(todo, plan, writer)
+            seconds = self._pass(done, plan, writer)
         except BaseException:
             if writer is not None:
                 writer.suspend()
@@ -83,9 +85,10 @@ class Collection:
         if writer is not None:
             writer.close()
         world.barrier()
+        (shared,) = world.total(self.shared)
         if world.is_main:
             finish(path, plan)
-            active.say(_summary(path, seconds, sum(len(s) for s in self.samples)))
+            active.say(_summary(path, seconds, sum(len(s) for s in self.samples), int(shared)))
         world.barrier()
 
     def predict(self) -> None:
@@ -100,7 +103,7 @@ class Collection:
         def keep(batch: MicroBatch, _: Tensor) -> None:
             found.append(batch.notes["sets"])
 
-        self._run(picked, self._wanted, select_task(active.model, self.rule, choose), keep)
+        self._run(self._rows(picked), self._wanted, select_task(active.model, self.rule, choose), keep)
         seconds = time.perf_counter() - began
         ids, positions = active.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
         share = sum(map(len, self.samples)) / sum(map(len, picked))
@@ -166,7 +169,6 @@ class Collection:
         collect, world = self.active.config.collect, self.active.world
         if collect.strategy != "bucket":
             return (), ()
-        mine = [s for i, s in enumerate(picked) if i % world.data_size == world.data_rank]
         values: list[np.ndarray] = [np.zeros(0, np.float64)]
         with self.active.progress("bucket edges", sum(map(len, picked)), "tokens") as advance:
 
@@ -174,7 +176,7 @@ class Collection:
                 values.append(out.cpu().double().numpy())
                 advance(sum(map(len, batch.notes["samples"])) * world.data_size)
 
-            self._run(mine, lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
+            self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
         edges = bucket_edges(joined, collect.buckets)
         return edges, bucket_counts(joined, edges)
@@ -188,17 +190,26 @@ class Collection:
             return sample.positions[position_uniform(self.active.config.seed, sample.uid, sample.positions) < collect.fraction]
         return sample.positions
 
-    def _pass(self, todo: list[Sample], plan: Manifest, writer: Writer | None) -> float:
+    def _rows(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """This replica's rows of some samples."""
+        config = self.active.config
+        row_tokens = config.data.seq_length * config.batch.micro
+        dealt = deal([s.ids for s in samples], row_tokens, self.active.world, share=config.data.share_prefixes)
+        return [[samples[i] for i in row] for row in dealt]
+
+    def _pass(self, done: set[bytes], plan: Manifest, writer: Writer | None) -> float:
+        todo = [row for row in self._rows(self.samples) if any(sample.uid not in done for sample in row)]
         began = time.perf_counter()
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
-        with self.active.progress("collect", sum(map(len, todo)) * self.active.world.data_size, "tokens") as advance:
+        with self.active.progress("collect", sum(len(s) for row in todo for s in row) * self.active.world.data_size, "tokens") as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
                 if writer is not None:
                     for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, batch.notes.pop("sets")):
-                        writer.add(sample.uid, sets)
+                        if sample.uid not in done:
+                            writer.add(sample.uid, sets)
                 advance(sum(map(len, batch.notes["samples"])) * self.active.world.data_size)
 
             self._run(todo, self._wanted, select_task(self.active.model, self.rule, choose), keep)
@@ -206,22 +217,20 @@ class Collection:
 
     def _run(
         self,
-        samples: Sequence[Sample],
+        rows: Sequence[list[Sample]],
         wanted: Callable[[Sample], np.ndarray],
         task_of: TaskOf,
         consume: Callable[[MicroBatch, Tensor], None],
     ) -> None:
-        """Forward the samples in order, laid together into rows, a few rows in flight at a time."""
-        config, world = self.active.config, self.active.world
-        rows = fill(range(len(samples)), [len(s) for s in samples], config.data.seq_length * config.batch.micro)
+        """Forward the rows, a few in flight at a time."""
+        world = self.active.world
         for some in in_groups(rows, 2 * world.pipeline_size):
-            length = row_length([sum(len(samples[i]) for i in row) for row in some], world.tensor_size)
-            batches = []
-            for row in some:
-                chosen = [samples[i] for i in row]
-                positions = [wanted(s) for s in chosen]
-                notes: dict[str, Any] = {"samples": chosen, "positions": positions}
-                batches.append(flatten([s.ids for s in chosen], positions, length, world.torch_device, notes))
+            positions = [[wanted(s) for s in row] for row in some]
+            notes = [{"samples": row, "positions": at} for row, at in zip(some, positions, strict=True)]
+            ids = [[s.ids for s in row] for row in some]
+            share = self.active.config.data.share_prefixes
+            batches = micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share)
+            self.shared += sum(batch.notes["shared"] for batch in batches)
             forward(self.active.model, batches, task_of, consume=consume)
 
 
@@ -267,7 +276,10 @@ def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> l
     return found
 
 
-def _summary(path: str, seconds: float, tokens: int) -> str:
+def _summary(path: str, seconds: float, tokens: int, shared: int) -> str:
     manifest = CandidateStore.open(path).manifest
     counts = manifest.counts
-    return f"{path}: {counts['samples']} samples, {counts['positions']} positions, {counts['ids']} ids; {tokens} tokens in {seconds:.1f} s"
+    return (
+        f"{path}: {counts['samples']} samples, {counts['positions']} positions, {counts['ids']} ids; {tokens} tokens"
+        f"{f' ({shared} of them shared)' if shared else ''} in {seconds:.1f} s"
+    )

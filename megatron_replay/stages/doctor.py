@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
+from megatron_replay.environment import Finding
 from megatron_replay.errors import ReplayError
 from megatron_replay.scoring.table import show
 
@@ -34,7 +35,7 @@ REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 """Packages without which no model runs, and their versions: at least the first, below the second."""
 OPTIONAL = ("torch-npu", "mindspeed", "megatron-adaptor", "apex", "transformer-engine", "transformers")
 """Used where they are present."""
-PARTS = ("devices", "kernels", "processor", "megatron", "all_reduce", "model", "operators")
+PARTS = ("devices", "kernels", "processor", "environment", "megatron", "all_reduce", "model", "operators")
 """Of the report: what the functions of `stages.machine` found; None where one could not look."""
 GIB = 2**30
 
@@ -127,6 +128,7 @@ def _look(config: RunConfig, versions: dict[str, str | None], ops: bool) -> tupl
     part("devices", machine.devices)
     part("kernels", lambda: machine.kernels(config.kernels))
     part("processor", machine.processor)
+    part("environment", lambda: machine.variables(config))
     part("megatron", lambda: machine.megatron(config, versions))
     part("device", lambda: device.dtype(config.precision, device.choose(config.device)))
     if config.model:
@@ -158,6 +160,8 @@ def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
         notes.append(f"compiled kernels: {kernels['extension']}; every operator runs in plain torch")
     if kernels and kernels.get("npu_extension", "loaded") != "loaded":
         notes.append(f"NPU kernels: {kernels['npu_extension']}; on the NPU our operators run in plain torch (docs/ascend.md builds them)")
+    if kernels and "cuda" in kernels and kernels["triton"] != "loaded":
+        notes.append(f"triton: {kernels['triton']}; the restricted loss runs in plain torch on cuda")
     if versions["torch-npu"] and report["devices"] and "npu" not in report["devices"]:
         notes.append(f"torch-npu {versions['torch-npu']} is installed but finds no device (CANN missing, or no driver)")
     notes += (report["megatron"] or {}).get("adapters_not_used", [])
@@ -176,7 +180,8 @@ def _disk(output: Path) -> dict[str, Any]:
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
     """The short values of the report: bytes in GiB, absent packages as such."""
-    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key not in ("megatron", "operators") and report[key] is not None}
+    apart = ("environment", "megatron", "operators")
+    rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key not in apart and report[key] is not None}
     rows["versions"] = {name: version or "not installed" for name, version in report["versions"].items()}
     return {key: _plain(key, value) for key, value in rows.items()}
 
@@ -186,6 +191,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     parts = report["megatron"] or {}
     told = {key: said for key, said in parts.items() if key != "adapters_not_used"}  # those are among the notes
     lines = [f"{key}: {', '.join(s['name'] for s in said) if key == 'shims' else said}" for key, said in told.items()]
+    lines += [f"environment: {Finding(**found)}" for found in report["environment"] or []]
     return [*lines, *report["notes"], *report["problems"], report["verdict"]]
 
 

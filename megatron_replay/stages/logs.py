@@ -4,7 +4,7 @@ only."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,8 @@ from megatron_replay.stages.session import Session
 class Logs:
     """Use as a context; call `step` after each iteration."""
 
-    def __init__(self, active: Session, steps: int, *, tokens_of: Callable[[Sequence[MicroBatch]], int]) -> None:
-        self.active, self.steps, self.tokens_of = active, steps, tokens_of
+    def __init__(self, active: Session, steps: int) -> None:
+        self.active, self.steps = active, steps
         self.folder = Path(active.config.output)
         self.file: Any = None
         self.board: Any = None
@@ -43,8 +43,8 @@ class Logs:
                 sink.close()
 
     def step(self, iteration: int, result: StepResult, lr: float, seconds: float, batches: Sequence[MicroBatch], skipped: int) -> None:
-        """Every rank calls it (the tokens of all replicas are added up); the main rank writes."""
-        (tokens,) = self.active.world.total(self.tokens_of(batches))
+        """Every rank calls it (the tokens of all replicas are added up; the shared ones were not computed again); the main rank writes."""
+        tokens, shared = self.active.world.total(*(sum(batch.notes[key] for batch in batches) for key in ("tokens", "shared")))
         if not self.active.world.is_main:
             return
         values = {
@@ -54,7 +54,10 @@ class Logs:
             "iteration-time": seconds,
             "tokens-per-sec": tokens / seconds,
             "replay/positions": result.positions,
+            "replay/tokens": int(tokens),
+            "replay/shared_tokens": int(shared),
             **result.metrics,
+            **{f"time/{phase}": spent for phase, spent in result.seconds.items()},
         }
         self._write(iteration, values)
         if iteration % self.active.config.train.log_interval == 0 or iteration == self.steps:

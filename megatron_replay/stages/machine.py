@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from megatron_replay import compiled
 from megatron_replay.config import RunConfig
 from megatron_replay.device import Device, available, choose, cores, environment, fused_operator
+from megatron_replay.environment import check
 from megatron_replay.errors import DeviceError
 from megatron_replay.models.folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.weights import weights
-from megatron_replay.ops import library
+from megatron_replay.ops import library, on_cuda
 from megatron_replay.optim import kernels as optimizer
 from megatron_replay.parallel import attention, layers, shims
 from megatron_replay.parallel.probe import try_all_reduce
@@ -44,15 +46,22 @@ def _device(device: Device) -> dict[str, Any]:
 
 
 def kernels(mode: str) -> dict[str, Any]:
-    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones."""
+    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of Triton's."""
     each = {device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()}
     extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
-    return {"extension": extension, **({"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}), **each}
+    triton = on_cuda.triton() if "cuda" in each else "not needed: no cuda device here"
+    npu = {"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}
+    return {"extension": extension, "triton": triton, **npu, **each}
 
 
 def processor() -> dict[str, Any]:
     """Cores, threads a process would start with, and the variables that are set."""
     return {"cores": cores(), "threads": torch.get_num_threads(), "variables": environment()}
+
+
+def variables(config: RunConfig) -> list[dict[str, str]]:
+    """Which variables ranks on this configuration's device should have, and what they have: `environment.Finding`s."""
+    return [dataclasses.asdict(finding) for finding in check(asked(config).name, environment())]
 
 
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:

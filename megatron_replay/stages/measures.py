@@ -122,6 +122,7 @@ def _nll(active: Session, sequences: Sequence[np.ndarray], positions: Sequence[n
             positions,
             vocab_size=active.vocab_size,
             row_tokens=max(active.config.data.seq_length, 1) * active.config.batch.micro,
+            share=active.config.data.share_prefixes,
             progress=advance,
         )
 

@@ -3,33 +3,41 @@ same positions."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.config import RunConfig
-from megatron_replay.data.packing import Stream, share
+from megatron_replay.data.packing import Grouping, Stream, share
 from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.device import launcher_ranks
-from megatron_replay.errors import ConfigError, LayoutError, ReplayError
+from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
 from megatron_replay.optim import learning_rate
 from megatron_replay.parallel import checkpoint
+from megatron_replay.parallel.activations import Load
 from megatron_replay.parallel.adapter import attach
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
+from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
 from megatron_replay.parallel.freeze import freeze_half
-from megatron_replay.parallel.losses import full_task, restricted_task, sets_of
+from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
+from megatron_replay.parallel.memory import num_micro_batches
 from megatron_replay.parallel.optimizer import foreign_options
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.source import Source
 from megatron_replay.parallel.torch_dist import is_checkpoint
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
+from megatron_replay.stages import memory
+from megatron_replay.stages.ahead import ahead
 from megatron_replay.stages.identity import check_store
 from megatron_replay.stages.logs import Logs
 from megatron_replay.stages.places import check_folder
 from megatron_replay.stages.session import Session, session
 from megatron_replay.stages.signals import StopRequest
+from megatron_replay.stages.trace import Trace
 from megatron_replay.store import CandidateStore
 
 
@@ -43,6 +51,9 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         feed.rate(0)  # a schedule that cannot be is told before anything is built
         if dry_run:
             active.say(feed.describe())
+            for name, value in _balance(active, feed.micro_batches(0)).items():
+                active.say(f"{name} {value:.3f} in the first step")
+            active.say("\n".join(memory.lines(memory.predicted(active, feed.largest()))))
             return 0
         return _loop(active, feed)
 
@@ -85,10 +96,16 @@ class Feed:
 
     def __post_init__(self) -> None:
         data, batch = self.active.config.data, self.active.config.batch
+        found = len(self.samples)
+        self.samples = [sample for sample in self.samples if _count(self.store, sample)]
+        self.left_out = found - len(self.samples)
+        if not self.samples:
+            raise DataError(f"none of the {found} samples has a position to train on; check data.path and how the store was collected")
         lengths = [len(sample) for sample in self.samples]
-        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total)
+        grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
+        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         train = self.active.config.train
         return train.iters or self.stream.num_steps(train.epochs)
@@ -111,18 +128,27 @@ class Feed:
         mine = [
             [i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
         ]
-        # one length for all micro-batches of the step, so that pipeline stages know what they receive
-        length = row_length([sum(len(self.samples[i]) for i in micro) for micro in mine], world.tensor_size)
-        return [self._flatten(micro, length) for micro in mine]
-
-    def _flatten(self, indices: list[int], length: int) -> MicroBatch:
-        chosen = [self.samples[i] for i in indices]
-        stored = [self.store[sample.uid] for sample in chosen] if self.store is not None else None
-        positions = [s.positions for s in (stored or chosen)]
-        notes: dict[str, Any] = {"tokens": sum(map(len, chosen))}
+        chosen = [[self.samples[i] for i in micro] for micro in mine]
+        stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
+        positions = [[s.positions for s in some] for some in (stored or chosen)]
+        notes: list[dict[str, Any]] = [{"tokens": sum(map(len, some))} for some in chosen]
         if stored is not None and self.active.model.head is not None:
-            notes["sets"] = sets_of(stored, self.active.world.torch_device)
-        return flatten([s.ids for s in chosen], positions, length, self.active.world.torch_device, notes)
+            for noted, some in zip(notes, stored, strict=True):
+                noted["sets"] = sets_of(some, world.torch_device)
+        ids = [[s.ids for s in some] for some in chosen]
+        share_prefixes = self.active.config.data.share_prefixes
+        return micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes)
+
+    def largest(self) -> Load:
+        """What no micro-batch of the first epoch exceeds."""
+        config, world = self.active.config, self.active.world
+        rows = self.stream.rows(0)
+        tokens = max(sum(len(self.samples[i]) for i in row) for row in rows) * config.batch.micro
+        positions = max(sum(_count(self.store, self.samples[i]) for i in row) for row in rows) * config.batch.micro
+        counts = self.store.manifest.counts if self.store else {}
+        candidates = math.ceil(positions * counts["ids"] / max(1, counts["positions"])) if counts else 0
+        length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)  # shared ones count once
+        return Load(tokens=length, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, world.size))
 
     def describe(self) -> str:
         positions = sum(_count(self.store, sample) for sample in self.samples)
@@ -131,6 +157,7 @@ class Feed:
             f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an "
             f"epoch; "
             f"{self.steps} steps of {self.active.config.batch.total} rows"
+            + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
         )
 
 
@@ -150,21 +177,26 @@ def _loop(active: Session, feed: Feed) -> int:
         active.say(f"resumed from {config.train.load} at iteration {first}")
     active.say(feed.describe())
     task_of = _task(active)
-    logs = Logs(active, feed.steps, tokens_of=lambda batches: sum(b.notes["tokens"] for b in batches))
+    logs = Logs(active, feed.steps)
     failures = 0
-    with StopRequest(active.world) as stop, logs:
+    feeding = ahead(feed.micro_batches, first, feed.steps)
+    with StopRequest(active.world) as stop, logs, closing(feeding), Trace(active, trainer.timers, feed.steps - first) as trace:
         for step in range(first, feed.steps):
+            trace.step()
             began = time.perf_counter()
-            batches = feed.micro_batches(step)
+            with trainer.timers.phase("data"):  # the wait for it
+                batches = next(feeding)
             lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
+            result = dataclasses.replace(result, metrics={**result.metrics, **_balance(active, batches)})
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
             _stop_if_broken(result, failures, config.train.max_skipped, step + 1)
             signal = stop.asked()
             due = config.train.save_interval and (step + 1) % config.train.save_interval == 0
             if config.train.save and (due or signal or step + 1 == feed.steps):
-                _save(active, trainer, step + 1)
+                with trainer.timers.phase("checkpoint"):
+                    _save(active, trainer, step + 1)
             if signal:
                 active.say(f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else ""))
                 return 128 + signal
@@ -197,14 +229,22 @@ def _task(active: Session) -> TaskOf:
     return full_task(active.model, active.vocab_size)
 
 
+def _balance(active: Session, batches: list[MicroBatch]) -> dict[str, float]:
+    """How evenly the step's candidate ids lie on the tensor ranks, where that matters. Collective."""
+    if active.world.tensor_size == 1 or active.config.train.loss != "restricted":
+        return {}
+    return {"replay/tp_imbalance": imbalance(active.model, batches)}
+
+
 def _save(active: Session, trainer: Trainer, iteration: int) -> None:
     root = Path(active.config.train.save)
     if active.world.is_main:
         facts = {"head_multiple": active.model.layout.head_multiple, "dtype": str(active.model.dtype).removeprefix("torch.")}
         facts |= {"adapter": checkpoint.adapter_facts(active.model.adapter)}
         checkpoint.write_side_files(root, active.source.hf, facts)
+    began = time.perf_counter()
     checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": active.config.seed})
-    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root}")
+    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root} in {time.perf_counter() - began:.1f} s")
 
 
 def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:

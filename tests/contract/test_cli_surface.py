@@ -15,7 +15,7 @@ from megatron_replay import cli, cli_args
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import DataError
 
-VERBS = ["doctor", "convert", "collect", "store", "train", "evaluate", "generate", "demo"]
+VERBS = ["doctor", "convert", "collect", "store", "train", "evaluate", "generate", "launch", "demo"]
 
 
 class Stage:
@@ -167,6 +167,9 @@ def test_each_verb_calls_its_function_as_agreed(stage: Stage) -> None:
     ]:
         assert cli.main(argv) == 0
         assert stage.args == (RunConfig(), *positional) and stage.kwargs == kwargs, argv
+    assert cli.main(["launch", "--ssh", "--node-rank=1", "c.yaml", "devices=2", "train", "seed=7", "--dry-run", "--bf16"]) == 0
+    assert stage.args == (RunConfig(seed=7, precision="bf16"), ["train", "seed=7", "--dry-run", "--bf16"], "c.yaml", ["devices=2"])
+    assert stage.kwargs == {"dry_run": False, "rank": "1", "ssh": True, "slurm": None}
     cli.main(["store", "export", "a", "b", "--output", "c.jsonl", "--json"])
     assert stage.args == ("export", ["a", "b"]) and stage.kwargs == {"output": "c.jsonl", "as_json": True}
     cli.main(["store", "inspect", "runs/a=b"])

@@ -165,6 +165,15 @@ def test_train_speaks_megatrons_language(trained: Done, folder: Path) -> None:
     assert any(key.startswith("moclip/") for key in written[-1])
 
 
+def test_a_dry_run_says_how_evenly_the_candidates_lie(run: Run, trained: Done, tiny: Tiny) -> None:
+    """On two tensor ranks, with and without stripes; on one there is nothing to say."""
+    dry = ["train", f"train.store={tiny.store}", "--dry-run"]
+    said = [run(*dry, *TWO, "layout.tensor=2", *stripe).out for stripe in ([], ["layout.stripe=false"])]
+    even, uneven = (float(re.findall(r"replay/tp_imbalance (\d\.\d{3}) in the first step", out)[0]) for out in said)
+    assert 1 <= even < uneven <= 2
+    assert "tp_imbalance" not in run(*dry).out
+
+
 def test_tensorboard_has_the_same_numbers(trained: Done, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -189,6 +198,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(run: Run, trained: Done, t
     done = run("train", f"train.store={tiny.store}", f"train.iters={STEPS}", *places, *ranks)
     assert f"resumed from {name} at iteration {STEPS // 2}" in done.out
     resumed, whole = metrics(folder / name / "log"), metrics(folder / "run")[STEPS // 2 :]
+    assert all(("replay/tp_imbalance" in row) == ("layout.tensor=2" in ranks) for row in resumed)
     exact = 0 if not ranks else 1e-5  # another layout adds up in another order
     for key in ("iteration", "lm loss", "grad-norm", "learning-rate", "replay/positions"):
         assert [row[key] for row in resumed] == pytest.approx([row[key] for row in whole], rel=exact, abs=0), key
@@ -262,3 +272,62 @@ def test_the_export_is_a_model_of_transformers(run: Run, trained: Done, tiny: Ti
     told = run("generate", "model=saved", *asked).out
     assert told == f"count from 3{tokenizer.decode([i for i in answer.tolist() if i < 256])}\n"
     assert run("generate", "model=export", *asked, *TWO, "layout.pipeline=2").out == told
+
+
+@pytest.fixture(scope="module")
+def alike(run: Run, tiny: Tiny, folder: Path) -> list[str]:
+    """Questions about two schemas in turn, collected one by one; the settings that name them."""
+    schemas = ("table one with columns a, b, c", "table two with columns d, e")
+    lines = [{"prompt": f"{schemas[i % 2]}; what is {i}?", "completion": f" {i} {i + 1} {i + 2}"} for i in range(12)]
+    settings = [f"data.path={write_lines(folder / 'alike.jsonl', lines)}", "collect.strategy=all"]
+    run("collect", *settings, "collect.store=apart")
+    return settings
+
+
+@pytest.mark.parametrize("ranks", [[], TWO, [*TWO, "layout.tensor=2"], [*TWO, "layout.pipeline=2"]], ids=str)
+def test_collect_with_shared_prefixes_gives_the_same_sets(run: Run, alike: list[str], ranks: list[str]) -> None:
+    name = f"together-{'-'.join(ranks).strip('-')}"
+    done = run("collect", *alike, f"collect.store={name}", "data.share_prefixes=true", *ranks)
+    total, shared = map(int, re.search(r"(\d+) tokens \((\d+) of them shared\)", done.out).groups())  # type: ignore[union-attr]
+    assert shared > 0.4 * total
+    assert json.loads(run("store", "compare", "apart", name, "--json").out)["same"] is True
+
+
+@pytest.mark.parametrize("loss", [["train.store=apart"], ["train.loss=full"]], ids=["restricted", "full"])
+def test_train_with_shared_prefixes_takes_the_same_steps(run: Run, alike: list[str], folder: Path, loss: list[str]) -> None:
+    """The rows as they are: the same samples a step, so the same losses, and fewer tokens."""
+    job = [*alike, *loss, "train.iters=4", "batch.total=2", "optimizer.lr=1e-4", "data.seq_length=256"]
+    name = loss[0].partition("=")[2]
+    run("train", *job, f"output=apart-{name}")
+    run("train", *job, f"output=shared-{name}", "data.share_prefixes=true", *TWO)
+    apart, shared = metrics(folder / f"apart-{name}"), metrics(folder / f"shared-{name}")
+    for key in ("lm loss", "grad-norm", "replay/positions", "replay/tokens"):
+        assert [row[key] for row in shared] == pytest.approx([row[key] for row in apart], rel=1e-5), key
+    assert all(row["replay/shared_tokens"] == 0 for row in apart) and sum(row["replay/shared_tokens"] for row in shared) > 100
+
+
+def test_grouped_rows_take_more_samples_and_resume(run: Run, alike: list[str], folder: Path) -> None:
+    job = [*alike, "train.loss=full", "batch.total=1", "optimizer.lr=1e-4", "data.share_prefixes=true"]
+    assert re.search(r"12 samples in 6 rows", run("train", *job, "--dry-run").out)
+    grouped = [*job, "data.group_prefixes=true"]
+    rows = int(re.search(r"12 samples in (\d+) rows", run("train", *grouped, "--dry-run").out)[1])  # type: ignore[index]
+    assert rows <= 4
+    run("train", *grouped, "train.iters=4", "output=grouped", "train.save=grouped-saved", "train.save_interval=2")
+    whole = metrics(folder / "grouped")
+    assert sum(row["replay/shared_tokens"] for row in whole) > 0.4 * sum(row["replay/tokens"] for row in whole)
+    (folder / "grouped-saved" / "latest_checkpointed_iteration.txt").write_text("2")
+    run("train", *grouped, "train.iters=4", "output=grouped-again", "train.load=grouped-saved")
+    assert [row["lm loss"] for row in metrics(folder / "grouped-again")] == [row["lm loss"] for row in whole[2:]]
+    assert "set share_prefixes=true" in run("train", *alike, "train.loss=full", "data.group_prefixes=true", code=2).err
+
+
+def test_evaluate_with_shared_prefixes(run: Run, alike: list[str], questions: list[str], folder: Path) -> None:
+    asked = [questions[2], f"evaluate.targets={alike[0].partition('=')[2]}"]
+    run("evaluate", *asked, "evaluate.output=apart.json")
+    for ranks in ([], [*TWO], [*TWO, "layout.pipeline=2"]):
+        run("evaluate", *asked, "evaluate.output=shared.json", "data.share_prefixes=true", *ranks)
+        apart, shared = (json.loads((folder / f"{name}.json").read_text()) for name in ("apart", "shared"))
+        for part in ("choice", "targets"):
+            assert shared[part].keys() == apart[part].keys()
+            for key, value in apart[part].items():
+                assert shared[part][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), (part, key)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_replay"
 
 LAYERS = [
-    {"errors", "config", "config_file", "registry", "compiled"},
+    {"errors", "config", "config_file", "environment", "registry", "compiled"},
     {"ops", "optim", "models", "data", "store", "scoring"},
     {"device"},
     {"parallel"},

@@ -30,7 +30,7 @@ PAGES = ["docs/optimizers.md", "docs/adapters.md"]
 OURS = [line for page in ("README.md", *PAGES) for line in commands(page) if not line.startswith("make ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/optimizers.md", "docs/adapters.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/optimizers.md", "docs/adapters.md", "docs/profiling.md"])
 def test_python_blocks_run(page: str) -> None:
     found = blocks(page, "python")
     assert found

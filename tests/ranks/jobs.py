@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_replay.config import Layout, Optimizer
 from megatron_replay.device import CPU
 from megatron_replay.models.folder import HFFolder
-from megatron_replay.models.weights import EMBEDDING, OUTPUT, unshard
+from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight, restripe, unshard
 from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel import world
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
@@ -55,6 +55,7 @@ class Job:
     """Rows of a micro-batch."""
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = MOCLIP
+    kernels: str = "auto"
     replicas: int = 1
     """Data-parallel ranks."""
 
@@ -74,8 +75,8 @@ class Outcome:
     steps: list[StepResult]
     tensor_rank: int
     tied: bool
-    weights: dict[str, tuple[Any, np.ndarray]]
-    """Global megatron name -> (axis it is cut along, this rank's part)."""
+    weights: dict[str, tuple[Weight, np.ndarray]]
+    """Global megatron name -> (how it is laid out and cut, this rank's part)."""
 
 
 @dataclass(frozen=True)
@@ -116,25 +117,25 @@ def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.n
 
 def _flatten(rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device) -> MicroBatch:
     samples = [(ids, chosen) for row in rows for ids, chosen in zip(*row, strict=True)]
-    sets = CandidateSets.cat([_sets(ids, chosen) for ids, chosen in samples])
+    sets = CandidateSets.cat([candidates(ids, chosen) for ids, chosen in samples])
     return flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, device, {"sets": sets})
 
 
-def _sets(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
+def candidates(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
     """The gold token and twelve more of the first 250 ids."""
     gold = ids[chosen + 1].tolist()
     others = draw(12 * len(gold), 250, "candidates", *ids.tolist()).reshape(-1, 12).tolist()
     return CandidateSets.from_lists([[target, *row] for target, row in zip(gold, others, strict=True)], gold)
 
 
-def task(model: Model, loss: str) -> TaskOf:
-    return restricted_task(model) if loss == "restricted" else full_task(model, model.spec.vocab_size)
+def task(model: Model, loss: str, kernels: str = "auto") -> TaskOf:
+    return restricted_task(model, kernels) if loss == "restricted" else full_task(model, model.spec.vocab_size)
 
 
 def train(job: Job) -> Outcome:
     """On a rank: build the model and do the job's steps."""
     with opened(job.folder, job.layout, job.dtype) as model:
-        return advance(job, make_trainer(model, job.optimizer))
+        return advance(job, make_trainer(model, job.optimizer, job.kernels), task(model, job.loss, job.kernels))
 
 
 def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcome:
@@ -145,13 +146,13 @@ def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcom
     return Outcome(steps, model.world.tensor_rank, model.spec.tied, parts(model))
 
 
-def parts(model: Model) -> dict[str, tuple[Any, np.ndarray]]:
-    return {name: (weight.axis, parameter.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+def parts(model: Model) -> dict[str, tuple[Weight, np.ndarray]]:
+    return {name: (weight, parameter.detach().double().numpy()) for name, weight, parameter in model.parameters()}
 
 
 def whole(outcomes: Sequence[Outcome]) -> Whole:
     """Join the ranks' answers, after a check that whatever several ranks hold is the same on all of them, bit for bit."""
-    held: dict[str, dict[int, tuple[Any, np.ndarray]]] = {}
+    held: dict[str, dict[int, tuple[Weight, np.ndarray]]] = {}
     for outcome in outcomes:
         assert outcome.steps == outcomes[0].steps, "ranks disagree about loss, norm or metrics"
         for name, part in outcome.weights.items():
@@ -163,12 +164,14 @@ def whole(outcomes: Sequence[Outcome]) -> Whole:
     return Whole(outcomes[0].steps, weights)
 
 
-def _joined(name: str, by_rank: dict[int, tuple[Any, np.ndarray]]) -> Tensor:
+def _joined(name: str, by_rank: dict[int, tuple[Weight, np.ndarray]]) -> Tensor:
+    """The whole tensor; vocabulary rows by id."""
     tensors = [torch.from_numpy(by_rank[rank][1]) for rank in sorted(by_rank)]
-    axis = by_rank[0][0]
-    if axis is None:
+    weight = by_rank[0][0]
+    if weight.axis is None:
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), f"tensor ranks differ in {name}"
-    return unshard(tensors, axis)
+    whole = unshard(tensors, weight.axis)
+    return restripe(whole, striped=False) if weight.striped else whole
 
 
 def run(job: Job, function: Callable[..., Outcome] = train, *args: Any) -> Whole:

@@ -21,19 +21,20 @@ RUNS = [("restricted", True), ("restricted", False), ("full", True), ("full", Fa
 HEAD = "# ten MoClip steps of a tiny Qwen3 (tests/ranks/test_golden.py): loss, head, iteration, lm loss, grad norm, angle in degrees"
 
 
-def lines(folder: Path, loss: str, tied: bool) -> list[str]:
+def lines(folder: Path, loss: str, tied: bool, kernels: str = "auto") -> list[str]:
     """One line a step of the run, on one rank."""
     write_folder(folder, {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": tied})
-    steps = run(Job(folder=str(folder), loss=loss)).steps
+    steps = run(Job(folder=str(folder), loss=loss, kernels=kernels)).steps
     name = f"{loss:10} {'tied' if tied else 'untied':6}"
     return [f"{name} {i:2} {s.loss:.8f} {s.grad_norm:.8f} {s.metrics.get('moclip/angle_mean', 0):.6f}" for i, s in enumerate(steps, 1)]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize(("loss", "tied"), RUNS, ids=str)
-def test_ten_steps_as_written_down(tmp_path: Path, loss: str, tied: bool) -> None:
+def test_ten_steps_as_written_down(tmp_path: Path, loss: str, tied: bool, kernels: str) -> None:
     kept = [line.split() for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     expected = [row for row in kept if row[:2] == [loss, "tied" if tied else "untied"]]
-    found = [line.split() for line in lines(tmp_path, loss, tied)]
+    found = [line.split() for line in lines(tmp_path, loss, tied, kernels)]
     assert len(expected) == len(found) == 10
     for ours, theirs in zip(found, expected, strict=True):
         assert ours[:3] == theirs[:3]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_replay.config import Layout
 from megatron_replay.errors import LayoutError
+from megatron_replay.models.weights import restripe
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.batch import flatten, row_length
 from megatron_replay.parallel.model import uneven_stages
@@ -25,7 +26,16 @@ EXACT = 1e-4
 LENGTHS = (13, 13, 7, 21)
 """Two equal neighbours, which attention computes as one batch, and two that are not."""
 PP31 = {"pipeline": 2, "split": (3, 1)}
-QWEN3_LAYOUTS = [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"tensor": 4}, {"pipeline": 2}, PP31]
+QWEN3_LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"stripe": True},
+    {"tensor": 2},
+    {"tensor": 2, "stripe": False},
+    {"tensor": 2, "sequence_parallel": True},
+    {"tensor": 4},
+    {"pipeline": 2},
+    PP31,
+]
 BOTH: dict[str, Any] = {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
 ROPE = {
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
@@ -50,7 +60,8 @@ def sharded(folder: Path, layout: Layout, rows: list[list[np.ndarray]], vocab: i
     answers = fresh(layout.tensor * layout.pipeline, logits, str(folder), layout, rows, dtype)
     last = [answer for answer in answers if answer is not None]
     assert len(last) == layout.tensor
-    return [torch.from_numpy(np.concatenate(columns, 1)[:, :vocab]) for columns in zip(*last, strict=True)]
+    whole = [torch.from_numpy(np.concatenate(columns, 1)) for columns in zip(*last, strict=True)]
+    return [(restripe(columns.t(), striped=False).t() if layout.striped else columns)[:, :vocab] for columns in whole]
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,7 +51,7 @@ def collect(kind: str, tau: float, k_max: int) -> list[Tensor | None]:
     return [getattr(sets, name) for name in FIELDS]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["double", "integer", "bf16"])
 @pytest.mark.parametrize(("tau", "k_max"), [(0.95, 200), (0.6, 5), (1.0, 1000), (0.99, 40)])
 def test_the_sets_do_not_depend_on_the_ranks(ranks, world: int, kind: str, tau: float, k_max: int) -> None:
@@ -71,6 +73,38 @@ def test_massive_ties_are_cut_at_the_same_id(ranks) -> None:
     for ids, offsets in ranks(4).run(equal_logits):
         assert ids == [*range(384), *range(384), 511]
         assert offsets == [0, 384, 769]
+
+
+def traffic() -> tuple[int, int]:
+    """Bytes that this rank received from the others in one selection from a vocabulary of Qwen's size, and if the logits were gathered."""
+    received = 0
+    all_gather, all_to_all = dist.all_gather, dist.all_to_all_single
+
+    def gathering(parts: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        nonlocal received
+        received += (len(parts) - 1) * parts[0].nbytes
+        return all_gather(parts, *args, **kwargs)
+
+    def exchanging(out: Tensor, packed: Tensor, sizes: list[int], *args: Any, **kwargs: Any) -> Any:
+        nonlocal received
+        received += out.nbytes * (len(sizes) - 1) // len(sizes)
+        return all_to_all(out, packed, sizes, *args, **kwargs)
+
+    shard = VocabShard.of_rank(151936, dist.group.WORLD)
+    logits = torch.randn(64, shard.size, generator=torch.Generator().manual_seed(dist.get_rank()))
+    logits[:, :30] += 12  # about 90 ids of a row reach 0.95
+    dist.all_gather, dist.all_to_all_single = gathering, exchanging  # in this process, for this call
+    try:
+        sets = dynamic_topk(logits, torch.arange(64), shard=shard, keep_logits=True)
+    finally:
+        dist.all_gather, dist.all_to_all_single = all_gather, all_to_all
+    assert 60 < len(sets.ids) / 64 < 150
+    return received, (dist.get_world_size() - 1) * logits.nbytes
+
+
+def test_what_travels_is_little(ranks) -> None:
+    for received, logits in ranks(4).run(traffic):
+        assert logits / received > 200
 
 
 def losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
@@ -111,7 +145,7 @@ def whole_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
     return {**parts, "logits": parts["restricted"]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["spread", "one shard"])
 def test_losses_and_gradients_are_those_of_the_whole(ranks, world: int, kind: str) -> None:
     whole = whole_losses(kind)

@@ -139,13 +139,12 @@ def test_each_matrix_is_seen_whole_once_in_the_world(folders: dict[str, str], la
 def test_largest_logits_are_the_naive_ones() -> None:
     gen = torch.Generator().manual_seed(1)
     query, key = torch.randn(21, 6, 8, generator=gen), torch.randn(21, 2, 8, generator=gen)
-    segments = torch.tensor([[0, 5], [5, 5], [10, 9]])  # two tokens of padding
+    segments = torch.tensor([[0, 5, -1], [5, 5, -1], [10, 4, 1], [14, 5, 1]])  # two tokens of padding
     naive = torch.full((2,), -torch.inf)
-    for start, length in segments.tolist():
+    for path in ([*range(5)], [*range(5, 14)], [*range(5, 10), *range(14, 19)]):
         for head in range(6):
-            q, k = query[start : start + length, head], key[start : start + length, head // 3]
-            logits = (q @ k.T) / 8**0.5
-            naive[head // 3] = torch.maximum(naive[head // 3], logits[torch.ones(length, length).tril().bool()].max())
+            logits = (query[path, head] @ key[path, head // 3].T) / 8**0.5
+            naive[head // 3] = torch.maximum(naive[head // 3], logits[torch.ones(len(path), len(path)).tril().bool()].max())
     torch.testing.assert_close(largest_logits(query, key, segments, None), naive)
 
 

@@ -28,6 +28,8 @@ TRUTHS: dict[tuple[str, bool], Whole] = {}
 """Loss, tied -> the run of one process, done once."""
 RESTRICTED = [
     (True, {"tensor": 2}),
+    (True, {"tensor": 2, "stripe": False}),
+    (False, {"stripe": True}),
     (True, {"tensor": 4, "sequence_parallel": True, "recompute": "selective"}),
     (True, {"pipeline": 2}),
     (True, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
@@ -41,6 +43,8 @@ FULL = [
     (True, {"tensor": 2, "replicas": 2}),
     (False, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     (False, {"pipeline": 2, "recompute": "selective"}),
+    (True, {"tensor": 2, "pipeline": 2, "stripe": False}),
+    (True, {"pipeline": 2, "stripe": True}),
 ]
 STORIES: list[tuple[str, dict[str, Any], torch.dtype, float, int]] = [
     ("restricted", {"tensor": 2, "pipeline": 2, "zero1": False}, torch.float64, 1e-12, 0),

@@ -94,6 +94,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("optimizer.betas=[0.5, 0.6]", "optimizer", "betas", (0.5, 0.6)),
         ("layout.split=[3, 4]", "layout", "split", (3, 4)),
         ("layout.split=null", "layout", "split", None),
+        ("layout.stripe=false", "layout", "stripe", False),
+        ("layout.stripe=null", "layout", "stripe", None),
         ("data.packing=false", "data", "packing", False),
         ("data.path=2024", "data", "path", "2024"),
         ("data.path=", "data", "path", ""),
@@ -200,3 +202,8 @@ def test_an_override_that_is_none_is_named() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().seed = 1  # type: ignore[misc]
+
+
+def test_stripes_are_for_tensor_ranks_unless_told_otherwise() -> None:
+    assert [Layout(tensor=tensor).striped for tensor in (1, 2, 4)] == [False, True, True]
+    assert Layout(stripe=True).striped and not Layout(tensor=2, stripe=False).striped

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import half_split_rows, hf_shapes, merge, shard, split, unshard, weight_of, weights
+from megatron_replay.models.weights import half_split_rows, hf_shapes, merge, restripe, shard, split, unshard, weight_of, weights
 
 
 def make_spec(heads_per_group=2, groups=3, dim=4, ffn=8, vocab=37, tied=False, qk_norm=True, layers=1, hidden=6) -> ModelSpec:
@@ -47,11 +47,11 @@ specs = st.builds(
 
 
 @settings(deadline=None, max_examples=40)
-@given(specs, st.sampled_from([1, 2, 4]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_merge_shard_unshard_split_is_bit_exact(spec, tensor_ranks, dtype):
+@given(specs, st.sampled_from([1, 2, 4]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_merge_shard_unshard_split_is_bit_exact(spec, tensor_ranks, dtype, striped):
     tensors = random_tensors(spec, dtype)
     back = {}
-    for weight in weights(spec, head_multiple=tensor_ranks):
+    for weight in weights(spec, head_multiple=tensor_ranks, striped=striped):
         whole = merge(weight, tensors, spec)
         assert tuple(whole.shape) == weight.shape
         assert whole.dtype == dtype
@@ -88,6 +88,28 @@ def test_qkv_rows_are_grouped_by_key_value_head():
     q, k, v = (torch.arange(n)[:, None] * 100 + i for i, n in enumerate((8, 4, 4)))
     fused = merge(weight, dict(zip(weight.hf, (q, k, v), strict=True)), spec).flatten().tolist()
     assert fused == [0, 100, 200, 300, 1, 101, 2, 102, 400, 500, 600, 700, 201, 301, 202, 302] + [0] * 8
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 37, 128, 130])
+def test_a_striped_vocabulary_is_dealt_out_in_eights(vocab):
+    """Row of id v in a vocabulary of V rows: (v mod 8) (V / 8) + v div 8; the rows of no id are zero."""
+    spec = make_spec(hidden=1, vocab=vocab)
+    plain, striped = (weight_of(spec, "output_layer.weight", striped=striped) for striped in (False, True))
+    tensors = {"lm_head.weight": torch.arange(1.0, vocab + 1)[:, None]}
+    whole, dealt = merge(plain, tensors, spec), merge(striped, tensors, spec)
+    rows = len(whole)
+    assert [float(dealt[v % 8 * (rows // 8) + v // 8]) for v in range(vocab)] == list(range(1, vocab + 1))
+    assert int((dealt != 0).sum()) == vocab
+    assert torch.equal(restripe(whole, striped=True), dealt) and torch.equal(restripe(dealt, striped=False), whole)
+    assert torch.equal(split(striped, dealt, spec)["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_only_vocabulary_weights_are_striped():
+    spec = make_spec()
+    assert [w.name for w in weights(spec, striped=True) if w.striped] == [w.name for w in weights(spec) if w.kind == "vocab"]
+    tied = make_spec(tied=True)
+    assert weight_of(tied, "output_layer.weight", striped=True) == weight_of(tied, "embedding.word_embeddings.weight", striped=True)
+    assert not any(w.striped for w in weights(spec))
 
 
 def test_padding_is_zero():

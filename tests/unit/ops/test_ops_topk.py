@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError, LayoutError
-from megatron_replay.ops import VocabShard, dynamic_topk
+from megatron_replay.ops import VocabShard, dynamic_topk, linear_dynamic_topk
 from megatron_replay.ops.reference import candidate_set, outside_mass
 from megatron_replay.ops.torch_kernels import topk_rows
 
@@ -71,6 +71,30 @@ def test_chunks_and_dtype_make_no_difference() -> None:
         assert torch.equal(getattr(from_rows, name), getattr(whole, name)), name
     rows = torch.repeat_interleave(torch.arange(70), whole.sizes())
     assert torch.equal(whole.logits, logits[rows, whole.ids.long()].float())
+
+
+@pytest.mark.parametrize("num", [0, 1, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_linear_head_s_sets_are_those_of_its_logits(num: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(num, 16, generator=g).to(dtype), torch.randn(300, 16, generator=g).to(dtype)
+    gold = torch.randint(290, (num,), generator=g)
+    options = {"tau": 0.8, "k_max": 20, "vocab_size": 290, "always": (7,), "keep_logits": True, "min_set_size": 2}
+    # the product of a row must not depend on its neighbours: whole numbers have no rounding
+    hidden, weight = (4 * hidden).round(), weight.sign()
+    whole = dynamic_topk(hidden @ weight.t(), gold, **options)
+    tiled = linear_dynamic_topk(hidden, weight.requires_grad_(), gold, **options, tile_rows=4)
+    for name in ("offsets", "ids", "gold_slot", "logits", "lse", "outside_mass"):
+        assert torch.equal(getattr(tiled, name), getattr(whole, name)), name
+
+
+def test_a_broken_hidden_state_is_named_by_its_row_in_the_call() -> None:
+    hidden, weight = torch.ones(9, 4), torch.ones(50, 4)
+    hidden[6, 0] = torch.nan
+    with pytest.raises(DataError, match=r"row 6 .*NaN"):
+        linear_dynamic_topk(hidden, weight, torch.zeros(9, dtype=torch.int64), tile_rows=4)
+    with pytest.raises(DataError, match="one gold id a row"):
+        linear_dynamic_topk(hidden, weight, torch.zeros(8, dtype=torch.int64))
 
 
 def test_equal_logits_reach_tau_exactly_and_take_the_lowest_ids() -> None:

@@ -78,7 +78,7 @@ def test_here_it_works_two_ranks_included(capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["doctor", "device=cpu"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "all_reduce.ok" in out and "kernels.cpu.topk_rows" in out
-    assert "shims: current_device, factories" in out
+    assert "shims: current_device, factories" in out and "environment: OMP_NUM_THREADS" in out
     assert re.search(r"the main job can run on: cpu \(1 x \d+\.\d GiB free\)\n$", out)
 
 
@@ -117,10 +117,12 @@ def test_the_json_has_these_keys(two_ranks: dict[str, Any], capsys: pytest.Captu
     assert list(found["versions"]) == ["megatron-replay", "python", *doctor.REQUIRED, *doctor.OPTIONAL]
     assert set(found["devices"]["cpu"]) == {"model", "count", "backend", "bf16", "free_bytes", "total_bytes"}
     assert 0 < found["devices"]["cpu"]["free_bytes"] <= found["devices"]["cpu"]["total_bytes"]
-    assert set(found["kernels"]) == {"extension", *found["devices"]}
+    assert set(found["kernels"]) == {"extension", "triton", *found["devices"]}
     assert set(found["kernels"]["cpu"].values()) <= {"compiled", "reference"}
     assert set(found["processor"]) == {"cores", "threads", "variables"}
     assert set(found["megatron"]) == {"adapter", "adapters_not_used", "shims", "norm", "attention", "optimizer"}
+    assert set(found["environment"][-1]) == {"state", "value", "wanted", "name", "why"}
+    assert found["environment"][-1]["name"] == "OMP_NUM_THREADS"
     here = shims.table(CPU, found["versions"]["megatron-core"])
     assert here and [shim["name"] for shim in found["megatron"]["shims"]] == [shim.name for shim in here]
     assert set(found["all_reduce"]) == set(WORKING) and set(found["disk"]) == {"path", "free_bytes", "total_bytes"}

@@ -1,0 +1,126 @@
+"""A whole training step, restricted loss against full at equal positions, on a real model and text, in one interleaved run.
+
+    python benchmarks/run.py step --model MODEL --text TEXT --output benchmarks/results/step.csv
+
+MODEL: a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every token is a target, or
+the share `--fraction` of them. Candidate sets are the model's own (tau 0.95, k_max 200). A step is zero, forward, backward, reduce and an
+AdamW update with a learning rate of 0, so that every step does the same. float32. `--ranks` runs on so many processes of `--threads`
+threads each: data-parallel, or `--tensor` of them tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to
+it: of the minima, and the median over rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rows import about, append, machine, options
+from torch import Tensor
+
+from megatron_replay.config import Layout, Optimizer
+from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.device import CPU
+from megatron_replay.models.folder import HFFolder
+from megatron_replay.parallel import world
+from megatron_replay.parallel.batch import MicroBatch, micro_batches
+from megatron_replay.parallel.launch import launch
+from megatron_replay.parallel.losses import full_task, restricted_task
+from megatron_replay.parallel.model import Model, build, load_hf
+from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.trainer import make_trainer
+
+
+def windows(model: Model, args: Namespace, vocab_size: int) -> list[MicroBatch]:
+    """The step's micro-batches, with the model's own candidate sets."""
+    text = args.text.read_text(encoding="utf-8")[: 8 * args.rows * args.seq_length]
+    ids = np.array(load_tokenizer(args.model).encode(text))
+    length = args.seq_length
+    here = model.world
+    samples = [[ids[i * length : (i + 1) * length + 1]] for i in range(here.data_rank, args.rows, here.data_size)]
+    drawn = np.random.default_rng(0)
+    positions = [[np.sort(drawn.permutation(length)[: round(args.fraction * length)])] for _ in samples]
+    found = micro_batches(samples, positions, [{} for _ in samples], torch.device("cpu"), multiple=here.tensor_size, share=False)
+    rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
+
+    def done(batch: MicroBatch, _: Tensor) -> None:
+        """The sets are in the batch's notes."""
+
+    forward(model, found, select_task(model, rule, None), consume=done)
+    return found
+
+
+def run(args: Namespace) -> int:
+    """On a rank: interleave the steps; the first one writes the rows."""
+    torch.set_num_threads(args.threads)
+    source = HFFolder(args.model)
+    layout = Layout(tensor=args.tensor, head_multiple=args.tensor)
+    with world.running(layout, CPU) as here:
+        model = build(source.spec, layout, here, torch.float32, seq_length=args.seq_length)
+        load_hf(model, source)
+        size = load_tokenizer(args.model).size
+        batches = windows(model, args, size)
+        trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
+        tasks = {
+            "restricted": restricted_task(model),
+            "restricted, plain torch": restricted_task(model, "reference"),
+            "full": full_task(model, size),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        losses = {}
+        for turn in range(args.rounds + 1):
+            for name, task_of in tasks.items():
+                here.barrier()
+                began = time.perf_counter()
+                losses[name] = trainer.step(batches, task_of, 0.0).loss
+                if turn:
+                    seconds[name].append(time.perf_counter() - began)
+        if here.is_main:
+            write(args, seconds, losses, batches)
+    return 0
+
+
+def write(args: Namespace, seconds: dict[str, list[float]], losses: dict[str, float], batches: list[MicroBatch]) -> None:
+    shown = [a for a in sys.argv[1:] if a != "--output" and a != str(args.output)]
+    for path in (args.model, args.text):  # its name alone
+        shown = [path.name if a == str(path) else a for a in shown]
+    common = about(" ".join(["python benchmarks/run.py step", *shown]), machine())
+    sizes = torch.cat([batch.notes["sets"].sizes() for batch in batches])
+    setting = {
+        "ranks": args.ranks,
+        "tensor": args.tensor,
+        "threads": args.threads,
+        "S": args.seq_length,
+        "rows": args.rows,
+        "positions here": len(sizes),
+        "nnz here": int(sizes.sum()),
+    }
+    table = []
+    for name, some in seconds.items():
+        paired = statistics.median(b / a for a, b in zip(some, seconds["full"], strict=True))
+        ratio = {"ratio": f"{min(seconds['full']) / min(some):.3f}", "median_ratio": f"{paired:.3f}"}
+        took = {"min_s": f"{min(some):.3f}", "median_s": f"{statistics.median(some):.3f}", "rounds": len(some)}
+        table.append({**common, "loss": name, **setting, **took, **ratio, "nats": f"{losses[name]:.4f}"})
+    append(table, args.output)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the tokens that are targets")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tensor", type=int, default=1)
+    args = parser.parse_args()
+    sys.exit(launch("step:run", [args], {}, args.ranks, "cpu") if args.ranks > 1 else run(args))
+
+
+if __name__ == "__main__":
+    main()

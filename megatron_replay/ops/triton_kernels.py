@@ -1,0 +1,223 @@
+"""The restricted loss in Triton: what each program of a grid does. `triton_launch` calls these; importing this imports Triton.
+
+Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and for the mixture
+that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's rows of the weight). The weight's
+gradient, a program for each distinct id: the candidates are sorted by id, and its row is summed in the order of the positions and written
+once. There are no atomics and no collectives, so the same input gives the same bits.
+
+A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The `further` kernels sum
+the pieces after the first into scratch rows, and the program of the run adds those in order. Piece starts of all runs are at least SPLIT
+apart, so at / SPLIT is a scratch row of their own, and the grid is known without asking the device how long the runs are.
+
+A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H, `num` N, `entries` m;
+`hidden_row` and its like are strides in elements, and rows are contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_kernels.EMPTY
+
+
+@triton.jit
+def num_below(table, num, value):
+    """How many of the ascending table[:num] are below `value`."""
+    low = tl.full((), 0, tl.int64)
+    high = low + num
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(table + middle) < value
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def gathered(matrix, stride, rows, across, wanted, width, ACC: tl.constexpr):
+    """matrix[rows[i], across] where wanted[i], else 0: [ROWS, WIDTH]."""
+    at = rows.to(tl.int64)[:, None] * stride + across[None, :]
+    return tl.load(matrix + at, mask=wanted[:, None] & (across[None, :] < width), other=0).to(ACC)
+
+
+@triton.jit
+def softmax_piece(
+    hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, gold,
+    ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Logits of the entries begin..end of position t into z; their maximum, sum of exponentials, gold logit, and mixture [WIDTH]."""
+    across = tl.arange(0, WIDTH)
+    h = tl.load(hidden + t * hidden_row + across, mask=across < width, other=0).to(ACC)
+    top = tl.full((), EMPTY, ACC)
+    total = tl.full((), 0, ACC)
+    target = tl.full((), 0, ACC)
+    mixture = tl.zeros((WIDTH,), ACC)
+    for at in range(begin, end, ROWS):
+        entries = at + tl.arange(0, ROWS)
+        here = entries < end
+        rows = gathered(weight, weight_row, tl.load(columns + entries, mask=here, other=0), across, here, width, ACC)
+        logits = tl.sum(rows * h[None, :], 1)
+        tl.store(z + entries, logits, mask=here)
+        target += tl.sum(tl.where(entries == gold, logits, 0), 0)
+        logits = tl.where(here, logits, -float("inf"))
+        peak = tl.maximum(top, tl.max(logits, 0))
+        share = tl.exp(logits - peak)
+        shrink = tl.exp(top - peak)
+        total = total * shrink + tl.sum(share, 0)
+        mixture = mixture * shrink + tl.sum(rows * share[:, None], 0)
+        top = peak
+    return top, total, target, mixture
+
+
+@triton.jit
+def restricted_fwd_further(
+    hidden, hidden_row, weight, weight_row, offsets, columns, gold, z, scratch_stats, scratch, width, num,
+    MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program p: the piece, not the first of its set, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
+    slot = tl.program_id(0).to(tl.int64)
+    t = num_below(offsets, num + 1, slot * SPLIT + 1) - 1  # the set that has this entry
+    first, last = tl.load(offsets + t), tl.load(offsets + t + 1)
+    begin = first + (slot * SPLIT - first + SPLIT - 1) // SPLIT * SPLIT
+    if (begin > first) & (begin < last):
+        end = tl.minimum(begin + SPLIT, last)
+        top, total, target, mixture = softmax_piece(
+            hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, tl.load(gold + t),
+            ACC, ROWS, WIDTH,
+        )  # fmt: skip
+        slots = tl.num_programs(0)
+        tl.store(scratch_stats + slot, top)
+        tl.store(scratch_stats + slots + slot, total)
+        tl.store(scratch_stats + 2 * slots + slot, target)
+        if MIX:
+            across = tl.arange(0, WIDTH)
+            tl.store(scratch + slot * width + across, mixture, mask=across < width)
+
+
+@triton.jit
+def restricted_fwd(
+    hidden, hidden_row, weight, weight_row, offsets, columns, gold, z, stats, mixtures,
+    scratch_stats, scratch, width, num, slots,
+    MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program t: the first SPLIT candidates of position t, then its further pieces in order."""
+    t = tl.program_id(0).to(tl.int64)
+    begin, last = tl.load(offsets + t), tl.load(offsets + t + 1)
+    top, total, target, mixture = softmax_piece(
+        hidden, hidden_row, weight, weight_row, columns, z, width, t, begin,
+        tl.minimum(begin + SPLIT, last), tl.load(gold + t), ACC, ROWS, WIDTH,
+    )  # fmt: skip
+    across = tl.arange(0, WIDTH)
+    for at in range(begin + SPLIT, last, SPLIT):
+        slot = at // SPLIT
+        other = tl.load(scratch_stats + slot)
+        peak = tl.maximum(top, other)
+        shrink, grow = tl.exp(top - peak), tl.exp(other - peak)
+        total = total * shrink + tl.load(scratch_stats + slots + slot) * grow
+        target += tl.load(scratch_stats + 2 * slots + slot)
+        if MIX:
+            more = tl.load(scratch + slot * width + across, mask=across < width, other=0)
+            mixture = mixture * shrink + more * grow
+        top = peak
+    tl.store(stats + t, top)
+    tl.store(stats + num + t, total)
+    tl.store(stats + 2 * num + t, target)
+    if MIX:
+        tl.store(mixtures + t * width + across, mixture, mask=across < width)
+
+
+@triton.jit
+def restricted_bwd_dh(mixture, weight, weight_row, columns, gold, scale, width, num, ACC: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (t, b): WIDTH elements of mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t]."""
+    t = tl.program_id(0).to(tl.int64)
+    across = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = across < width
+    target = tl.load(gold + t)
+    row = tl.load(mixture + t * width + across, mask=inside, other=0) * tl.load(scale + t)
+    if target >= 0:
+        column = tl.load(columns + target).to(tl.int64)
+        drop = tl.load(weight + column * weight_row + across, mask=inside, other=0).to(ACC)
+        row -= drop * tl.load(scale + num + t)
+    tl.store(mixture + t * width + across, row, mask=inside)
+
+
+@triton.jit
+def run_end(ordered, entries, begin, column, SPLIT: tl.constexpr):
+    """Where the run of `column` that the sorted entries hold at `begin` ends, or begin + SPLIT where it is longer."""
+    ahead = begin + tl.arange(0, SPLIT)
+    return begin + tl.sum((tl.load(ordered + ahead, mask=ahead < entries, other=-1) == column).to(tl.int64), 0)
+
+
+@triton.jit
+def sum_piece(
+    hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """sum of coefficient times hidden over the sorted entries begin..end: [WIDTH]."""
+    across = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), ACC)
+    for at in range(begin, end, ROWS):
+        some = at + tl.arange(0, ROWS)
+        here = some < end
+        source = tl.load(order + some, mask=here, other=0)
+        factor = tl.load(coefficient + source, mask=here, other=0)
+        rows = gathered(hidden, hidden_row, tl.load(positions + source, mask=here, other=0), across, here, width, ACC)
+        total += tl.sum(rows * factor[:, None], 0)
+    return total
+
+
+@triton.jit
+def restricted_bwd_further(
+    hidden, hidden_row, ordered, order, positions, coefficient, scratch, width, entries,
+    ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program p: the piece, not the first of its column, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
+    slot = tl.program_id(0).to(tl.int64)
+    column = tl.load(ordered + slot * SPLIT)
+    first = num_below(ordered, entries, column)
+    begin = first + (slot * SPLIT - first + SPLIT - 1) // SPLIT * SPLIT
+    end = run_end(ordered, entries, begin, column, SPLIT)
+    if (begin > first) & (end > begin):
+        total = sum_piece(hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC, ROWS, WIDTH)
+        across = tl.arange(0, WIDTH)
+        tl.store(scratch + slot * width + across, total, mask=across < width)
+
+
+@triton.jit
+def restricted_bwd(
+    hidden, hidden_row, ordered, order, positions, coefficient, targets, out, out_row, scratch, width, entries,
+    ADD: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program p: each column whose first sorted entry i is in p CHUNK .. (p + 1) CHUNK; its sum goes into row targets[i] of `out`."""
+    begin = tl.program_id(0).to(tl.int64) * CHUNK
+    stop = tl.minimum(begin + CHUNK, entries)
+    across = tl.arange(0, WIDTH)
+    inside = across < width
+    while begin < stop:
+        column = tl.load(ordered + begin)
+        end = run_end(ordered, entries, begin, column, SPLIT)
+        if tl.load(ordered + begin - 1, mask=begin > 0, other=-1) != column:
+            total = sum_piece(hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC, ROWS, WIDTH)
+            at = begin + SPLIT
+            while tl.load(ordered + at, mask=at < entries, other=-1) == column:
+                total += tl.load(scratch + at // SPLIT * width + across, mask=inside, other=0)
+                at += SPLIT
+            to = out + tl.load(targets + begin).to(tl.int64) * out_row + across
+            if ADD:
+                tl.store(to, tl.load(to, mask=inside, other=0) + total, mask=inside)
+            else:
+                tl.store(to, total, mask=inside)
+        begin = end
+
+
+@triton.jit
+def flaws(offsets, columns, gold, found, num, entries, vocab, BLOCK: tl.constexpr):
+    """found[p]: whether one of these BLOCK columns, bounds of sets or gold entries lies outside what it points into; gold may be None."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(columns + at, mask=at < entries, other=0)
+    wrong = (at < entries) & ((column < 0) | (column >= vocab))
+    begin = tl.load(offsets + at, mask=at < num, other=0)
+    end = tl.load(offsets + at + 1, mask=at < num, other=0)
+    wrong |= (begin < 0) | (end < begin) | (end > entries)
+    if gold is not None:
+        target = tl.load(gold + at, mask=at < num, other=-1)
+        wrong |= (target < -1) | (target >= entries)
+    tl.store(found + tl.program_id(0), tl.max(wrong.to(tl.int32), 0))

@@ -1,0 +1,186 @@
+"""The operators on Triton's kernels, for CUDA tensors: the twins of `torch_kernels`, under the schemas of `library`.
+
+Checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; never run on a GPU.
+No operator waits for the device, but `restricted_bwd_rows`, whose number of rows the device has to say. What does not fit together in shape
+or dtype is a RuntimeError; an id, offset or gold entry out of bounds is a device-side assertion, as in torch's own indexing.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_replay.ops import triton_kernels as programs
+from megatron_replay.ops.shard import accumulator
+from megatron_replay.ops.torch_kernels import row_of
+
+SPLIT = 256
+"""Entries of a set, or of an id, that one program sums; above the usual k_max, so that few runs are cut."""
+
+CHUNK = 16
+"""Sorted entries whose ids' sums one program writes: most ids are in few sets."""
+
+TILE = 8192
+"""Elements a program holds at a time, where rows are not longer: 64 a thread."""
+
+BLOCK = 1024
+"""Elements of a program that holds no rows."""
+
+_KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_SUM = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+
+
+def restricted_fwd(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch_kernels.restricted_fwd`."""
+    op = "restricted_fwd"
+    _check_matrix(op, "hidden", hidden)
+    _need(
+        weight.dim() == 2 and weight.dtype == hidden.dtype and weight.shape[1] == hidden.shape[1] and weight.device == hidden.device,
+        f"{op}: hidden is {_told(hidden)}, weight {_told(weight)}",
+    )
+    _check_table(op, hidden, offsets, columns, weight.shape[0], gold)
+    (n, width), m, kind = hidden.shape, columns.shape[0], accumulator(hidden.dtype)
+    slots = _slots(m)
+    z, stats, mixture, scratch_stats, scratch = (
+        hidden.new_empty(shape, dtype=kind) for shape in ((m,), (3, n), (n if mix else 0, width), (3, slots), (slots if mix else 0, width))
+    )
+    h, w = _with_rows(hidden), _with_rows(weight)
+    table = (h, h.stride(0), w, w.stride(0), offsets, columns, gold, z)
+    tile = {"MIX": mix, "ACC": _SUM[kind], "SPLIT": SPLIT, **_tile(width, kind)}
+    with _on(hidden):
+        if slots:
+            programs.restricted_fwd_further[(slots,)](*table, scratch_stats, scratch, width, n, **tile)
+        programs.restricted_fwd[(n,)](*table, stats, mixture, scratch_stats, scratch, width, n, slots, **tile)
+    return z, stats, mixture
+
+
+def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
+    """`torch_kernels.restricted_bwd_dh`."""
+    op, n, width = "restricted_bwd_dh", mixture.shape[0], weight.shape[-1]
+    _check_matrix(op, "weight", weight)
+    kind = accumulator(weight.dtype)
+    for name, tensor, shape in (("mixture", mixture, (n, width)), ("scale", scale, (2, n))):
+        _need(
+            tensor.shape == shape and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == weight.device,
+            f"{op}: {name} must be contiguous {list(shape)} {kind} on {weight.device}",
+        )
+    offsets = gold.new_zeros(n + 1)  # of no consequence here
+    _check_table(op, mixture, offsets, columns, weight.shape[0], gold)
+    w = _with_rows(weight)
+    with _on(mixture):
+        programs.restricted_bwd_dh[(n, triton.cdiv(width, BLOCK))](
+            mixture, w, w.stride(0), columns, gold, scale, width, n, ACC=_SUM[kind], WIDTH=BLOCK
+        )
+
+
+def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+    """`torch_kernels.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded once."""
+    op = "restricted_bwd_dw"
+    _check_gradient(op, hidden, offsets, columns, coefficient, grad_weight.shape[0])
+    _need(
+        grad_weight.dim() == 2 and grad_weight.shape[1] == hidden.shape[1] and grad_weight.device == hidden.device,
+        f"{op}: grad_weight is {_told(grad_weight)}, hidden {_told(hidden)}",
+    )
+    if grad_weight.dtype not in _KNOWN or _with_rows(grad_weight) is not grad_weight:
+        touched, rows = restricted_bwd_rows(hidden, offsets, columns, coefficient, grad_weight.shape[0])
+        grad_weight.index_add_(0, touched, rows.to(grad_weight.dtype))
+        return
+    ordered, order = columns.sort(stable=True)
+    _sum_by_column(hidden, offsets, ordered, order, coefficient, ordered, grad_weight, add=True)
+
+
+def restricted_bwd_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """`torch_kernels.restricted_bwd_rows`."""
+    _check_gradient("restricted_bwd_rows", hidden, offsets, columns, coefficient, vocab)
+    ordered, order = columns.sort(stable=True)
+    touched, target = torch.unique_consecutive(ordered, return_inverse=True)
+    rows = coefficient.new_empty(touched.shape[0], hidden.shape[1])
+    _sum_by_column(hidden, offsets, ordered, order, coefficient, target, rows, add=False)
+    return touched.long(), rows
+
+
+def _sum_by_column(
+    hidden: Tensor, offsets: Tensor, ordered: Tensor, order: Tensor, coefficient: Tensor, target: Tensor, out: Tensor, *, add: bool
+) -> None:
+    """The sum of each column of the sorted entries, stored into or added to row target[i] of `out`, i any of its entries."""
+    width, m = hidden.shape[1], ordered.shape[0]
+    h, slots, kind = _with_rows(hidden), _slots(m), coefficient.dtype
+    scratch = coefficient.new_empty(slots, width)
+    table = (h, h.stride(0), ordered, order, row_of(offsets, m), coefficient.contiguous())
+    tile = {"ACC": _SUM[kind], "SPLIT": SPLIT, **_tile(width, kind)}
+    with _on(hidden):
+        if slots:
+            programs.restricted_bwd_further[(slots,)](*table, scratch, width, m, **tile)
+        programs.restricted_bwd[(triton.cdiv(m, CHUNK),)](
+            *table, target, out, out.stride(0), scratch, width, m, ADD=add, CHUNK=CHUNK, **tile
+        )
+
+
+def _slots(entries: int) -> int:
+    """Scratch rows for the pieces of runs that are cut; none where no run can be."""
+    return triton.cdiv(entries, SPLIT) if entries > SPLIT else 0
+
+
+def _tile(width: int, kind: torch.dtype) -> dict[str, int]:
+    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them. At H = 4,096 nothing of float32 or
+    bfloat16 spills (ptxas, sm_90)."""
+    across = triton.next_power_of_2(max(width, 1))
+    rows = min(max(TILE // across, 1), SPLIT)
+    return {"ROWS": rows, "WIDTH": across, "num_warps": min(max(rows * across * kind.itemsize // 8192, 1), 16)}
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    kind = tensor.device.type
+    chosen: AbstractContextManager[None] = nullcontext() if kind == "cpu" else getattr(torch, kind).device(tensor.device)
+    return chosen
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous: itself where it is one."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _need(fits: bool, message: str) -> None:
+    if not fits:
+        raise RuntimeError(message)  # as the compiled kernels do
+
+
+def _told(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}"
+
+
+def _check_matrix(op: str, name: str, x: Tensor) -> None:
+    _need(x.dim() == 2, f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
+    _need(x.dtype in _KNOWN, f"{op}: {name} is {x.dtype}; written for float16, bfloat16, float32, float64 (kernels=reference takes others)")
+
+
+def _check_gradient(op: str, hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> None:
+    _check_matrix(op, "hidden", hidden)
+    _check_table(op, hidden, offsets, columns, vocab)
+    kind = accumulator(hidden.dtype)
+    _need(
+        coefficient.shape == columns.shape and coefficient.dtype == kind and coefficient.device == hidden.device,
+        f"{op}: coefficient must be [{columns.shape[0]}] {kind} on {hidden.device}",
+    )
+
+
+def _check_table(op: str, rows: Tensor, offsets: Tensor, columns: Tensor, vocab: int, gold: Tensor | None = None) -> None:
+    """offsets [N + 1] int64, columns [m] int32 and gold [N] int64 of the N `rows`, over `vocab` columns."""
+    n, m = rows.shape[0], columns.shape[0]
+    wanted = [("offsets", offsets, torch.int64, n + 1), ("columns", columns, torch.int32, m)]
+    for name, tensor, kind, size in [*wanted, ("gold", gold, torch.int64, n)] if gold is not None else wanted:
+        _need(
+            tensor.shape == (size,) and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == rows.device,
+            f"{op}: {name} must be contiguous [{size}] {kind} on {rows.device}",
+        )
+    blocks = triton.cdiv(max(n, m), BLOCK)
+    found = columns.new_empty(blocks)
+    with _on(rows):
+        programs.flaws[(blocks,)](offsets, columns, gold, found, n, m, vocab, BLOCK=BLOCK)
+    torch.ops.aten._assert_async.msg(~found.any(), f"{op}: a column, offset or gold entry points outside the {vocab} rows or {m} entries")

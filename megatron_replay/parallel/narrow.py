@@ -1,0 +1,48 @@
+"""The last layer computes only what counts: behind its attention each position stands alone, so its output projection, its MLP and the
+final norm see the positions whose hidden state goes to the head, and no others.
+
+Exact: what is left out reaches neither the loss nor a gradient. T positions of a flat row, N of them count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Narrowing:
+    """Where a layer's rows become fewer: at the output of its attention, and at the residual that is added to it."""
+
+    def __init__(self, layer: Any) -> None:
+        from megatron.core import parallel_state
+
+        self._ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self._scattered = bool(layer.config.sequence_parallel)
+        self._rows: Tensor | None = None
+        layer.self_attention.core_attention.narrow = self.attention
+        layer.self_attn_bda = self.bias_dropout_add
+
+    def attention(self, out: Tensor, rows: Tensor) -> Tensor:
+        """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence parallelism divides it."""
+        room = max(len(rows), 1)
+        room += -room % self._ranks
+        self._rows = torch.nn.functional.pad(rows, (0, room - len(rows))).to(out.device)
+        return out.index_select(0, self._rows)
+
+    def bias_dropout_add(self, training: bool, fused: bool) -> Any:
+        """megatron's factory of the sum of a sublayer and its residual; no model here has biases or dropout."""
+        return self._add
+
+    def _add(self, output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+
+        rows, self._rows = self._rows, None
+        assert rows is not None, "the layer's own attention came before"
+        if self._scattered:  # the rows that count lie on other ranks than their places among themselves
+            whole = gather_from_sequence_parallel_region(residual, tensor_parallel_output_grad=False)
+            residual = scatter_to_sequence_parallel_region(whole.index_select(0, rows))
+        else:
+            residual = residual.index_select(0, rows)
+        return output[0] + residual

@@ -1,0 +1,97 @@
+"""What the compiled operators refuse with an error, whoever calls them: wrong dtypes, shapes, bounds and strides, never a crash.
+
+`restricted_fwd` and `topk_rows` have theirs beside their other tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_replay.ops.library import NAMESPACE
+
+pytestmark = pytest.mark.usefixtures("compiled")
+OPS = getattr(torch.ops, NAMESPACE)
+N, H, V = 3, 5, 7
+HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
+OFFSETS, COLUMNS, GOLD = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 6, 0, 2], dtype=torch.int32), torch.tensor([1, -1, 2])
+FACTORS, SCALE = torch.ones(4), torch.ones(2, N)
+ENTRIES = (HIDDEN, OFFSETS, COLUMNS, FACTORS)
+SCALARS = torch.ones(1, 11, dtype=torch.float64)
+
+
+def dh(**changed: object) -> Callable[[], object]:
+    given = {"mixture": torch.ones(N, H), "weight": WEIGHT, "columns": COLUMNS, "gold": GOLD, "scale": SCALE, **changed}
+    return lambda: OPS.restricted_bwd_dh(*given.values())
+
+
+def gradient(**changed: object) -> list[Callable[[], object]]:
+    """Both operators of the weight's gradient."""
+    given = {"hidden": HIDDEN, "offsets": OFFSETS, "columns": COLUMNS, "coefficient": FACTORS, **changed}
+    return [lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)), lambda: OPS.restricted_bwd_rows(*given.values(), V)]
+
+
+def update(**changed: object) -> Callable[[], object]:
+    lists = {name: [torch.ones(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {"rounded": []}
+    return lambda: OPS.adam_update(*{**lists, "scalars": SCALARS, **changed}.values())
+
+
+REFUSED: dict[str, list[Callable[[], object]]] = {
+    "mixture must be contiguous": [
+        dh(mixture=torch.ones(N, H + 1)),
+        dh(mixture=torch.ones(H, N).t()),
+        dh(mixture=torch.ones(N, H, dtype=torch.float64)),
+    ],
+    "scale must be contiguous": [dh(scale=torch.ones(2, N - 1)), dh(scale=torch.ones(N, 2).t()), dh(scale=SCALE.double())],
+    "gold of position 0 points outside": [dh(gold=torch.tensor([4, 0, 0])), dh(gold=torch.tensor([-2, 0, 0]))],
+    "gold must be contiguous": [dh(gold=GOLD.int()), dh(gold=GOLD[:2]), dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2])],
+    "columns must be contiguous": [
+        dh(columns=COLUMNS.long()),
+        *gradient(columns=COLUMNS.long()),
+        *gradient(columns=COLUMNS.repeat(2)[::2]),
+    ],
+    "a column lies outside the 7 rows": [
+        dh(columns=torch.tensor([0, 7, 0, 0], dtype=torch.int32)),
+        dh(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
+        *gradient(columns=torch.tensor([0, 7, 0, 0], dtype=torch.int32)),
+        *gradient(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
+    ],
+    "offsets must rise from 0 to the 4 columns": [
+        *gradient(offsets=torch.tensor([0, 3, 2, 4])),
+        *gradient(offsets=torch.tensor([0, 2, 2, 5])),
+        *gradient(offsets=torch.tensor([-1, 2, 2, 4])),
+    ],
+    "offsets must be contiguous": [*gradient(offsets=OFFSETS.int()), *gradient(offsets=OFFSETS.repeat(2)[::2])],
+    "sets for 2 hidden states": gradient(hidden=HIDDEN[:2]),
+    "coefficient must be": [*gradient(coefficient=FACTORS[:3]), *gradient(coefficient=FACTORS.double())],
+    "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half())],
+    "must be a matrix": [dh(weight=WEIGHT[0]), *gradient(hidden=HIDDEN[0]), lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V))],
+    "grad_weight is": [lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V, H + 1))],
+    "1 gradients and 2 momenta": [lambda: OPS.optimizer_sums([HIDDEN], [None, None])],
+    "gradients of": [lambda: OPS.optimizer_sums([HIDDEN.half()], [None])],
+    "gradient 0 is not contiguous": [lambda: OPS.optimizer_sums([HIDDEN.t()], [None])],
+    "momentum 0 must be contiguous": [
+        lambda: OPS.optimizer_sums([HIDDEN], [HIDDEN[:2]]),
+        lambda: OPS.optimizer_sums([HIDDEN], [HIDDEN.double()]),
+        lambda: OPS.optimizer_sums([HIDDEN], [torch.ones(H, N).t()]),
+    ],
+    "parameters and gradients are float32 or bfloat16": [update(params=[torch.ones(4).double()]), update(grads=[torch.ones(4).half()])],
+    "parameters and gradients must be contiguous and of one size": [update(grads=[torch.ones(3)]), update(params=[torch.ones(8)[::2]])],
+    "must be contiguous float32 of the parameter's size": [
+        update(exp_avgs=[torch.ones(3)]),
+        update(exp_avg_sqs=[torch.ones(4).bfloat16()]),
+        update(exp_avgs=[torch.ones(8)[::2]]),
+    ],
+    "rounded copies are contiguous bfloat16": [update(rounded=[torch.ones(4)]), update(rounded=[torch.ones(3).bfloat16()])],
+    "lists of different lengths": [update(grads=[]), update(rounded=[torch.ones(4).bfloat16()] * 2)],
+    "scalars must be": [update(scalars=SCALARS[:, :10]), update(scalars=SCALARS.float()), update(scalars=SCALARS.expand(2, 11))],
+}
+
+
+@pytest.mark.parametrize("match", REFUSED)
+def test_what_does_not_fit_is_an_error(match: str) -> None:
+    for call in REFUSED[match]:
+        with pytest.raises(RuntimeError, match=match):
+            call()

@@ -1,0 +1,46 @@
+"""Compile every Triton kernel to machine code for two generations of GPUs, having none; `test_kernels_triton.py` runs it by itself."""
+
+from __future__ import annotations
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_for
+
+from megatron_replay.ops import triton_kernels, triton_launch
+
+KERNELS = ("flaws", "restricted_bwd", "restricted_bwd_dh", "restricted_bwd_further", "restricted_fwd", "restricted_fwd_further")
+TARGETS = {80: ("bf16", torch.float32), 90: ("fp64", torch.float64)}
+"""Compute capability -> dtype of the matrices, and that of sums."""
+WIDTH = 1000
+POINTERS = {
+    "i64": ("offsets", "gold", "order", "positions"),
+    "i32": ("columns", "ordered", "targets", "found"),
+    "matrix": ("hidden", "weight", "out"),
+    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient"),
+}
+
+
+def signature(name: str, matrix: str, total: str) -> str:
+    """Triton's type of an argument, by its name."""
+    if name.isupper():
+        return "constexpr"
+    kinds = [kind for kind, names in POINTERS.items() if name in names]
+    return "*" + {"matrix": matrix, "sum": total}.get(kinds[0], kinds[0]) if kinds else "i32"
+
+
+for capability, (matrix, kind) in TARGETS.items():
+    tile = triton_launch._tile(WIDTH, kind)
+    warps = tile.pop("num_warps")
+    values = {**tile, "MIX": True, "ADD": True, "ACC": triton_launch._SUM[kind], "SPLIT": triton_launch.SPLIT}
+    values |= {"CHUNK": triton_launch.CHUNK, "BLOCK": triton_launch.BLOCK}
+    for name in KERNELS:
+        kernel = getattr(triton_kernels, name)
+        total = {torch.float32: "fp32", torch.float64: "fp64"}[kind]
+        source = ASTSource(
+            kernel,
+            {arg: signature(arg, matrix, total) for arg in kernel.arg_names},
+            {(at,): values[arg] for at, arg in enumerate(kernel.arg_names) if arg.isupper()},
+        )
+        built = compile_for(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        print(f"sm_{capability} {name}: {len(built.asm['cubin'])} bytes of machine code")

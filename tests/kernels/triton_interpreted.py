@@ -1,0 +1,264 @@
+"""Triton's kernels against plain torch, under Triton's interpreter on CPU tensors; `test_kernels_triton.py` runs this by itself.
+
+Triton reads TRITON_INTERPRET when it is imported, so that has to be set before. A program takes about 10 ms here: there are few positions
+and ids, and the pieces into which long runs are cut are made small instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted, restricted_linear_cross_entropy, triton_launch
+from megatron_replay.ops.library import Kernels
+from megatron_replay.ops.sets import LocalSets
+
+PLAIN = kernels("reference")
+OURS = Kernels(
+    triton_launch.restricted_fwd,
+    triton_launch.restricted_bwd_dh,
+    triton_launch.restricted_bwd_dw,
+    triton_launch.restricted_bwd_rows,
+    PLAIN.topk_rows,
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6, torch.float64: 1e-13}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def sets_of(sizes: Sequence[int], vocab: int, zipf: bool = False) -> CandidateSets:
+    """Sets of these sizes; by Zipf's law the low ids are in most of them. Golds stand at their beginning, middle and end."""
+    gen = torch.Generator().manual_seed(0)
+    odds = 1 / torch.arange(1.0, vocab + 1) if zipf else torch.ones(vocab)
+    rows = [sorted(torch.multinomial(odds, size, generator=gen).tolist()) for size in sizes]
+    return CandidateSets.from_lists(rows, [row[(0, len(row) // 2, -1)[t % 3]] for t, row in enumerate(rows)])
+
+
+def matrices(n: int, vocab: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(7)
+    hidden, weight = (torch.randn(rows, width, generator=gen, dtype=torch.float64).to(dtype) for rows in (n, vocab))
+    return hidden, weight
+
+
+CASES = {
+    "random": (sets_of([1, 2, 5, 9, 20], 30), 30, 64),
+    "zipf": (sets_of([20, 1, 23, 7, 24, 24, 3, 17, 16], 30, zipf=True), 30, 24),
+    "tied": (CandidateSets.from_lists([[3, 7]] * 9 + [[7]], [7] * 10), 8, 5),
+    "one": (sets_of([1] * 4, 20), 20, 33),
+    "narrow": (sets_of([7, 3], 20), 20, 1),
+    "no positions": (sets_of([], 5), 5, 16),
+    "one position": (sets_of([11], 50), 50, 577),
+}
+
+
+@pytest.fixture(params=[(256, 16), (8, 3)], ids=["uncut", "cut"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the pieces as they are, and once with runs cut into pieces of 8 whose rows a program holds 4 at a time."""
+    split, chunk = request.param
+    monkeypatch.setattr(triton_launch, "SPLIT", split)
+    monkeypatch.setattr(triton_launch, "CHUNK", chunk)
+    if split == 8:
+        tile = triton_launch._tile
+        monkeypatch.setattr(triton_launch, "_tile", lambda width, kind: {**tile(width, kind), "ROWS": 4})
+
+
+def close(ours: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    assert ours.dtype == plain.dtype and ours.shape == plain.shape
+    scale = float(plain.abs().max()) if plain.numel() else 1.0
+    torch.testing.assert_close(ours, plain, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(scale, 1e-30))
+
+
+def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
+    """Every operator equals the plain one; what ours gave."""
+    dtype, table = hidden.dtype, (here.offsets, here.columns, here.gold)
+    wanted = PLAIN.restricted_fwd(hidden, weight, *table, True)
+    scale = wanted[1][:2].abs().clamp(1e-3, 2).contiguous()
+    grown = torch.arange(weight.numel()).view(weight.shape).sin().to(dtype)
+
+    def results(ops: Kernels) -> list[Tensor]:
+        forward = ops.restricted_fwd(hidden, weight, *table, True)
+        grad_hidden, grad_weight = wanted[2].clone(), grown.clone()
+        ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, scale)
+        entries = (hidden, here.offsets, here.columns, wanted[0])
+        ops.restricted_bwd_dw(*entries, grad_weight)
+        return [*forward, grad_hidden, *ops.restricted_bwd_rows(*entries, weight.shape[0]), grad_weight]
+
+    ours, plain = results(OURS), results(PLAIN)
+    for found, right in zip(ours[:-1], plain[:-1], strict=True):
+        close(found, right, dtype)
+    step = max(torch.finfo(dtype).eps, TOLERANCE[dtype])  # the plain form rounds a low gradient twice
+    torch.testing.assert_close(ours[-1], plain[-1], rtol=2 * step, atol=step * float(plain[-1].abs().max()) if plain[-1].numel() else 0)
+    return ours
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_is_the_references(case: str, cut: None) -> None:
+    sets, vocab, width = CASES[case]
+    check_all(*matrices(sets.num_positions, vocab, width, torch.float32), sets.local(VocabShard(0, vocab)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("cut", [(8, 3)], indirect=True)
+def test_other_dtypes(dtype: torch.dtype, cut: None) -> None:
+    sets, vocab, width = CASES["tied"]
+    check_all(*matrices(sets.num_positions, vocab, width, dtype), sets.local(VocabShard(0, vocab)))
+
+
+def test_the_same_bits_again_and_for_a_position_alone(cut: None) -> None:
+    sets, vocab, width = CASES["zipf"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    first, again = (check_all(hidden, weight, here) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    begin, end = here.offsets[4:6]
+    alone = LocalSets(here.offsets[4:6] - begin, here.columns[begin:end], here.gold[4:5] - begin)
+    z, stats, mixture = OURS.restricted_fwd(hidden[4:5], weight, alone.offsets, alone.columns, alone.gold, True)
+    assert torch.equal(z, first[0][begin:end]) and torch.equal(stats, first[1][:, 4:5]) and torch.equal(mixture, first[2][4:5])
+
+
+def test_sets_of_the_cap() -> None:
+    hidden, weight = matrices(2, 201, 48, torch.float32)
+    here = CandidateSets.from_lists([range(201)] * 2, [200, 20]).local(VocabShard(0, 201))
+    table = (here.offsets, here.columns, here.gold)
+    found, wanted = (ops.restricted_fwd(hidden, weight, *table, True) for ops in (OURS, PLAIN))
+    rows = [ops.restricted_bwd_rows(hidden, here.offsets, here.columns, wanted[0], 201) for ops in (OURS, PLAIN)]
+    for ours, plain in zip((*found, *rows[0]), (*wanted, *rows[1]), strict=True):
+        close(ours, plain, torch.float32)
+
+
+def test_without_the_mixture(cut: None) -> None:
+    sets, vocab, width = CASES["zipf"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    with_it, without = (OURS.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix) for mix in (True, False))
+    assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1]) and without[2].shape == (0, width)
+
+
+@pytest.mark.parametrize("shard", [(0, 12), (12, 14), (40, 40), (2, 30)])
+def test_a_shard_that_lacks_candidates_or_the_gold_id(shard: tuple[int, int], cut: None) -> None:
+    sets, _, width = CASES["zipf"]
+    hidden, weight = matrices(sets.num_positions, shard[1] - shard[0], width, torch.float32)
+    here = sets.local(VocabShard(*shard, group=object()))  # type: ignore[arg-type]
+    assert here.gold.lt(0).any()
+    stats = check_all(hidden, weight, here)[1]
+    empty = here.offsets.diff() == 0
+    assert stats[0, empty].eq(-3e38).all() and stats[1:, empty].eq(0).all() and stats.isfinite().all()
+
+
+def results(hidden: Tensor, weight: Tensor, sets: CandidateSets, mode: str, **options: bool) -> tuple[Tensor, ...]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = restricted_linear_cross_entropy(hidden, weight, sets, kernels=mode, **options)  # type: ignore[arg-type]
+    (loss * torch.linspace(0.5, 1, len(loss), dtype=loss.dtype)).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad.to_dense()
+
+
+@pytest.fixture
+def ours_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes Triton's kernels, as for CUDA tensors."""
+    monkeypatch.setattr(restricted, "choose", lambda mode: OURS if mode == "auto" else PLAIN)
+
+
+@dtypes
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("cut", [(8, 3)], indirect=True)
+def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype, sparse: bool, cut: None, ours_live: None) -> None:
+    sets, vocab, width = CASES["zipf"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, dtype)
+    for ours, plain in zip(results(hidden, weight, sets, "auto", sparse=sparse), results(hidden, weight, sets, "reference"), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
+
+
+def test_gradcheck(ours_live: None) -> None:
+    hidden, weight = (t.requires_grad_() for t in matrices(2, 6, 2, torch.float64))
+    sets = CandidateSets.from_lists([[0, 2, 5], [2, 3]], [5, 2])
+    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, sets), (hidden, weight))
+
+
+def test_a_set_of_65535_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "SPLIT", 4096)
+    hidden, weight = matrices(2, 65_600, 4, torch.float32)
+    here = CandidateSets.from_lists([range(65_535), [7, 65_599]], [65_534, 7]).local(VocabShard(0, 65_600))
+    table = (here.offsets, here.columns, here.gold)
+    exact = PLAIN.restricted_fwd(hidden.double(), weight.double(), *table, True)
+    for ours, right in zip(OURS.restricted_fwd(hidden, weight, *table, True), exact, strict=True):
+        assert (ours.double() - right).norm() <= 1e-6 * right.norm()
+
+
+def test_an_id_of_65535_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "SPLIT", 4096)
+    monkeypatch.setattr(triton_launch, "CHUNK", 4096)
+    hidden = matrices(65_535, 1, 4, torch.float32)[0]
+    offsets, columns, factors = torch.arange(65_536), torch.full((65_535,), 2, dtype=torch.int32), torch.linspace(-1, 1, 65_535)
+    columns[40_000:40_003] = torch.tensor([0, 5, 0], dtype=torch.int32)
+    touched, rows = OURS.restricted_bwd_rows(hidden, offsets, columns, factors, 6)
+    exact = PLAIN.restricted_bwd_rows(hidden.double(), offsets, columns, factors.double(), 6)
+    assert touched.tolist() == [0, 2, 5] and (rows.double() - exact[1]).norm() <= 1e-6 * exact[1].norm()
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    sets, vocab, width = CASES["tied"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    wanted = check_all(hidden, weight, here)
+    turned = check_all(hidden.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :width], here)
+    assert all(map(torch.equal, wanted[:3], turned[:3]))
+    grads = [torch.ones(weight.shape), torch.ones(weight.shape).t().contiguous().t(), torch.ones(vocab, 2 * width)[:, ::2]]
+    for grad in grads:
+        OURS.restricted_bwd_dw(hidden, here.offsets, here.columns, wanted[0], grad)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float64, torch.float16], ids=str)
+def test_a_gradient_of_another_dtype(kept: torch.dtype) -> None:
+    sets, vocab, width = CASES["tied"]
+    hidden, _ = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    grads = [torch.ones(vocab, width, dtype=kept) for _ in range(2)]
+    for ops, grad in zip((OURS, PLAIN), grads, strict=True):
+        ops.restricted_bwd_dw(hidden, here.offsets, here.columns, torch.linspace(-1, 1, len(here.columns)), grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=2 * max(torch.finfo(kept).eps, 1e-6) * float(grads[1].abs().max()))
+
+
+def test_logits_without_bounds(ours_live: None) -> None:
+    hidden, weight = torch.ones(2, 16), torch.zeros(40, 16)
+    weight[3], weight[20] = 1e4, -1e4
+    sets = CandidateSets.from_lists([range(40), [20, 3]], [3, 20])
+    loss, dh, dw = results(hidden, weight, sets, "auto")
+    assert loss.tolist() == [0.0, 320_000.0] and dh.isfinite().all() and dw.isfinite().all()
+    weight[5, 0] = torch.nan
+    assert restricted_linear_cross_entropy(hidden, weight, sets).isnan().tolist() == [True, False]
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    sets, vocab, width = CASES["random"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    offsets, columns, gold = here.offsets, here.columns, here.gold
+    fwd, dw = OURS.restricted_fwd, OURS.restricted_bwd_dw
+    factors, grad = torch.zeros(len(columns)), torch.zeros_like(weight)
+    beyond = "points outside"
+    for match, call in {
+        f"{beyond} the 9 rows": lambda: fwd(hidden, weight[:9], offsets, columns, gold, True),
+        beyond: lambda: fwd(hidden, weight, offsets, columns - 300, gold, True),
+        f"fwd.*{beyond}": lambda: fwd(hidden, weight, offsets.flip(0), columns, gold, True),
+        f"restricted_fwd: .*{beyond}": lambda: fwd(hidden, weight, offsets, columns, gold + 10_000, True),
+        f"bwd_dh.*{beyond}": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight[:9], columns, gold, torch.ones(2, 5)),
+        f"bwd_dw.*{beyond}": lambda: dw(hidden, offsets, columns, factors, grad[:9]),
+        f"bwd_rows.*{beyond}": lambda: OURS.restricted_bwd_rows(hidden, offsets, columns, factors, 9),
+        "offsets must be contiguous": lambda: fwd(hidden, weight, offsets.int(), columns, gold, True),
+        "columns must be contiguous": lambda: fwd(hidden, weight, offsets, columns.long(), gold, True),
+        "gold must be contiguous": lambda: fwd(hidden, weight, offsets, columns, gold[:2], True),
+        "hidden is .*float64.*, weight .*float32": lambda: fwd(hidden.double(), weight, offsets, columns, gold, True),
+        "kernels=reference takes others": lambda: fwd(hidden.int(), weight.int(), offsets, columns, gold, True),
+        r"offsets must be contiguous \[5\]": lambda: fwd(hidden[:4], weight, offsets, columns, gold, True),
+        "hidden must be a matrix": lambda: fwd(hidden[0], weight, offsets, columns, gold, True),
+        "scale must be contiguous": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight, columns, gold, torch.ones(5, 2).t()),
+        "coefficient must be": lambda: dw(hidden, offsets, columns, factors[:3], grad),
+        "grad_weight is": lambda: dw(hidden, offsets, columns, factors, grad[:, :3]),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            call()

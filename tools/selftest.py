@@ -1,0 +1,269 @@
+"""Is this device sound? Every operator against plain torch, collectives, ten training steps against the golden losses, timings.
+
+    python tools/selftest.py --device npu kernels
+    python tools/selftest.py --device cpu collectives
+
+A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). `npu_selftest.sh` runs all.
+Needs the project's checkout and pytest: the golden losses and the tiny model are those of tests/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_replay.config import Layout
+from megatron_replay.device import Device, choose
+from megatron_replay.errors import ReplayError
+from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import library as operators
+from megatron_replay.ops.shard import shard_of
+from megatron_replay.optim import MoClip
+from megatron_replay.optim import kernels as optimizer
+from megatron_replay.parallel import world
+from megatron_replay.parallel.launch import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = 3
+KERNEL_TOLERANCE = 1e-4
+"""Largest difference to float64 on the cpu, relative to the largest value; inputs are rounded before, so float32 sums remain."""
+GOLDEN_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3, "npu": 1e-3}
+"""Relative, of loss and gradient norm; devices' float32 matrix products may be rounded to fewer bits."""
+RANKS = 2
+
+Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
+"""What to do with the operators, after putting each input where they compute; its results."""
+
+
+class Problem:
+    """Inputs of the operators: N positions, H hidden, V rows, sets of 0 to K ids."""
+
+    def __init__(self, dtype: torch.dtype, *, n: int = 50, hidden: int = 96, vocab: int = 700, k: int = 40) -> None:
+        gen = torch.Generator().manual_seed(0)
+        self.hidden = torch.randn(n, hidden, generator=gen).to(dtype)
+        self.weight = (torch.randn(vocab, hidden, generator=gen) / 8).to(dtype)
+        ids = [torch.randperm(vocab, generator=gen)[: 1 + t % k].tolist() for t in range(n)]
+        local = CandidateSets.from_lists(ids, [row[0] for row in ids]).local(shard_of(vocab, None))
+        self.offsets, self.columns, self.gold = local.offsets, local.columns, local.gold
+        self.coefficient = torch.randn(len(self.columns), generator=gen)
+        self.scale = torch.rand(2, n, generator=gen)
+        self.mixture = torch.randn(n, hidden, generator=gen)
+        self.logits = (torch.randn(n, 5000, generator=gen) * 4).to(dtype)
+        self.grads = [torch.randn(size, generator=gen).to(dtype) for size in ((64, 33), (7,), (1000,))]
+        self.momenta = [torch.randn(grad.shape, generator=gen) for grad in self.grads]
+
+    def cases(self) -> dict[str, Run]:
+        """Operator -> a call of it; the operators of the loss and the selection come as an argument, those of optimizers by their mode."""
+
+        def fwd(ops: Any, on: Any) -> Sequence[Tensor]:
+            table = map(on, (self.hidden, self.weight, self.offsets, self.columns, self.gold))
+            return tuple(ops.restricted_fwd(*table, True))
+
+        def dh(ops: Any, on: Any) -> Sequence[Tensor]:
+            mixture = on(self.mixture).clone()
+            ops.restricted_bwd_dh(mixture, *map(on, (self.weight, self.columns, self.gold, self.scale)))
+            return (mixture,)
+
+        def dw(ops: Any, on: Any) -> Sequence[Tensor]:
+            grad = on(torch.zeros(self.weight.shape))
+            ops.restricted_bwd_dw(*map(on, (self.hidden, self.offsets, self.columns, self.coefficient)), grad)
+            return (grad,)
+
+        def rows(ops: Any, on: Any) -> Sequence[Tensor]:
+            table = map(on, (self.hidden, self.offsets, self.columns, self.coefficient))
+            return tuple(ops.restricted_bwd_rows(*table, len(self.weight)))
+
+        def topk(ops: Any, on: Any) -> Sequence[Tensor]:
+            return tuple(ops.topk_rows(on(self.logits), 100))
+
+        def sums(ops: Any, on: Any) -> Sequence[Tensor]:
+            mode = "auto" if ops is not REFERENCE else "reference"
+            return (optimizer.sums([on(grad) for grad in self.grads], [on(m) for m in self.momenta], mode=mode),)
+
+        def update(ops: Any, on: Any) -> Sequence[Tensor]:
+            mode = "auto" if ops is not REFERENCE else "reference"
+            weights = [torch.nn.Parameter(on(m).clone()) for m in self.momenta]
+            stepper = MoClip(weights, lr=1e-2, kernels=mode)
+            for turn in (1.0, -0.5, 0.25):
+                for weight, grad in zip(weights, self.grads, strict=True):
+                    weight.grad = on(grad.float() * turn).to(weight.dtype)
+                stepper.step()
+            return [weight.detach() for weight in weights]
+
+        calls: list[Run] = [fwd, dh, dw, rows, topk, sums, update]
+        return dict(zip((*operators.SCHEMAS, *optimizer.OPERATORS), calls, strict=True))
+
+
+REFERENCE = operators.kernels("reference")
+
+
+def kernels(device: Device) -> int:
+    """Each operator on the device against plain torch in float64 on the cpu."""
+    live = {**operators.live(device.name), **optimizer.live(device.name)}
+    print(f"compiled kernels: {operators.EXTENSION}")
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, call in Problem(dtype).cases().items():
+            try:
+                found = call(operators.kernels("auto"), lambda t: t.to(device.at()))
+                wanted = call(REFERENCE, lambda t: t.double() if t.is_floating_point() else t)
+                error = max(difference(a, b) for a, b in zip(found, wanted, strict=True))
+                said = f"{'right' if error <= KERNEL_TOLERANCE else 'WRONG'}: off by {error:.1e}"
+            except (RuntimeError, NotImplementedError) as err:
+                said = f"WRONG: {type(err).__name__}: {str(err).splitlines()[0]}"
+            wrong += said.startswith("WRONG")
+            print(f"{name:20} {str(dtype).removeprefix('torch.'):8} {live[name]:9} {said}")
+    return int(wrong > 0)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Of the largest value, or infinite where shapes or whole numbers differ."""
+    found, wanted = found.cpu(), wanted.cpu()
+    if found.shape != wanted.shape or not wanted.is_floating_point():
+        return 0.0 if torch.equal(found.long(), wanted.long()) else float("inf")
+    worst = (found.double() - wanted).abs().nan_to_num(float("inf")).max()
+    return float(worst / wanted.abs().max().clamp(min=1e-30))
+
+
+def collectives(device: Device) -> int:
+    """All-reduce and all-gather between two ranks of this machine."""
+    if device.name != "cpu" and device.count() < RANKS:
+        print(f"skipped: needs {RANKS} {device.name} devices, {device.count()} here")
+        return SKIPPED
+    return launch("selftest:collectives_rank", (device.name,), {}, RANKS, device.name)
+
+
+def collectives_rank(name: str) -> int:
+    """On a rank."""
+    active = world.start(Layout(), choose(name), minutes=2.0)
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1 << 18, 1 << 22):
+            mine = torch.full((size,), float(active.rank + 1), dtype=dtype, device=active.torch_device)
+            total, parts = torch.empty_like(mine), [torch.empty_like(mine) for _ in range(active.size)]
+            calls: dict[str, Callable[[], Any]] = {
+                "all-reduce": partial(reduced, total, mine),
+                "all-gather": partial(dist.all_gather, parts, mine),
+            }
+            for what, call in calls.items():
+                seconds = best_of(active.device, call)
+                right = bool((total == RANKS * (RANKS + 1) / 2).all()) if what == "all-reduce" else gathered(parts)
+                wrong += not right
+                if active.is_main:
+                    kind = f"{what} over {active.device.backend} {str(dtype).removeprefix('torch.'):8} {mine.nbytes / 2**20:5.1f} MiB"
+                    print(f"{kind}  {'right' if right else 'WRONG'}  {seconds * 1e3:.2f} ms", flush=True)
+    world.stop()
+    return int(wrong > 0)
+
+
+def reduced(total: Tensor, mine: Tensor) -> None:
+    dist.all_reduce(total.copy_(mine))
+
+
+def gathered(parts: Sequence[Tensor]) -> bool:
+    return all(bool((part == rank + 1).all()) for rank, part in enumerate(parts))
+
+
+def golden(device: Device) -> int:
+    """Ten steps of a tiny Qwen3 on one rank against tests/golden/qwen3_tiny.txt, which was written on the cpu."""
+    sys.path.insert(0, str(ROOT / "tests" / "ranks"))
+    import jobs
+    import models
+    import test_golden
+
+    kept = [line.split() for line in test_golden.GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    tolerance, worst = GOLDEN_TOLERANCE[device.name], 0.0
+    for loss, tied in test_golden.RUNS:
+        wanted = [[float(x) for x in row[3:5]] for row in kept if row[:2] == [loss, "tied" if tied else "untied"]]
+        with tempfile.TemporaryDirectory() as folder:
+            models.write_folder(Path(folder), {**models.QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": tied})
+            found = train(device, folder, loss, jobs)
+        error = max(abs(a / b - 1) for ours, theirs in zip(found, wanted, strict=True) for a, b in zip(ours, theirs, strict=True))
+        worst = max(worst, error)
+        verdict = "right" if error <= tolerance else "WRONG"
+        print(f"{loss:10} {'tied' if tied else 'untied':6} {verdict}: loss and gradient norm of ten steps off by at most {error:.1e}")
+    return int(not worst <= tolerance)
+
+
+def train(device: Device, folder: str, loss: str, jobs: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each of the steps that the golden file holds."""
+    from megatron_replay.models.folder import HFFolder
+    from megatron_replay.parallel.model import build, load_hf
+    from megatron_replay.parallel.trainer import make_trainer
+
+    with world.running(Layout(), device) as active:
+        source = HFFolder(folder)
+        model = build(source.spec, Layout(), active, torch.float32, seq_length=128)
+        load_hf(model, source)
+        trainer = make_trainer(model, jobs.MOCLIP)
+        steps = [trainer.step(jobs.batch_of(model, step, jobs.ROWS), jobs.task(model, loss), jobs.LR) for step in range(10)]
+    return [(float(step.loss), float(step.grad_norm)) for step in steps]
+
+
+def timings(device: Device) -> int:
+    """Forward and backward of the restricted loss and of the full one, at one tensor-parallel rank's share of Qwen3-4B (small on a cpu)."""
+    n, hidden, vocab, k = (128, 256, 4096, 50) if device.name == "cpu" else (4096, 2560, 151_936 // 4, 100)
+    dtype = torch.bfloat16 if device.has_bf16 else torch.float32
+    gen = torch.Generator().manual_seed(0)
+    h = torch.randn(n, hidden, generator=gen).to(device.at(), dtype).requires_grad_()
+    w = (torch.randn(vocab, hidden, generator=gen) / hidden**0.5).to(device.at(), dtype).requires_grad_()
+    ids = torch.stack([torch.randperm(vocab, generator=gen)[:k] for _ in range(n)])
+    sets = CandidateSets.from_lists(ids.tolist(), ids[:, 0].tolist()).to(device.at())
+    main_grad, gold = torch.zeros(w.shape, device=device.at()), ids[:, 0].to(device.at())
+    losses: dict[str, Callable[[], Tensor]] = {
+        "restricted": lambda: restricted_linear_cross_entropy(h, w, sets, main_grad=main_grad),
+        "restricted, plain torch": lambda: restricted_linear_cross_entropy(h, w, sets, main_grad=main_grad, kernels="reference"),
+        "full, chunked": lambda: linear_cross_entropy(h, w, gold),
+        "full": lambda: torch.nn.functional.cross_entropy((h @ w.t()).float(), gold, reduction="none"),
+    }
+    print(f"{n} positions, hidden {hidden}, {vocab} rows, {k} ids a position, {dtype}, {device.model_name()}")
+    print("forward and backward, best of five")
+    for name, loss in losses.items():
+
+        def step(loss: Callable[[], Tensor] = loss) -> None:
+            h.grad = w.grad = None
+            loss().mean().backward()
+
+        print(f"{name:25} {best_of(device, step) * 1e3:8.2f} ms")
+    return 0
+
+
+def best_of(device: Device, call: Callable[[], Any], rounds: int = 5) -> float:
+    """Seconds of the fastest of so many calls, after one that does not count."""
+    took = []
+    for _ in range(rounds + 1):
+        device.synchronize()
+        began = time.perf_counter()
+        call()
+        device.synchronize()
+        took.append(time.perf_counter() - began)
+    return min(took[1:])
+
+
+PARTS: dict[str, Callable[[Device], int]] = {"kernels": kernels, "collectives": collectives, "golden": golden, "timings": timings}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
+    args = parser.parse_args()
+    try:
+        return PARTS[args.part](choose(args.device))
+    except ReplayError as err:
+        print(f"WRONG: {err}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
