@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv check test test-megatron-0.12 test-npu demo demo-tiny clean
+.PHONY: venv check test test-megatron-0.12 torch-npu test-npu demo demo-tiny clean
 
 venv: $(INSTALLED)
 
@@ -58,8 +58,10 @@ $(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
 	@touch $@
 
 # torch-npu's wheel, in a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests' child processes find it
-# there; on machines that the wheel is not for they are skipped.
-test-npu: $(NPU)/.installed
+# there; without it, or on machines that it is not for, they are skipped.
+torch-npu: $(NPU)/.installed
+
+test-npu: torch-npu
 	$(BIN)/python -m pytest -q tests/npu
 
 $(NPU)/.installed: | $(INSTALLED)

@@ -50,7 +50,7 @@ def test_attention_within_segments(lengths: list[int], heads: tuple[int, int], s
     torch.manual_seed(0)
     padding = 2
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    segments = torch.stack([starts, torch.tensor(lengths)], 1)
+    segments = torch.stack([starts, torch.tensor(lengths), torch.full((len(lengths),), -1)], 1)
     query, key, value = (torch.randn(sum(lengths) + padding, h, 8) for h in (heads[0], heads[1], heads[1]))
     pairs = both_ways(lambda q, k, v: attention.attend(q, k, v, segments, scale), [query, key, value], on_npu)
     close(pairs)

@@ -37,7 +37,7 @@ def gradients(job: Job, direct: bool) -> Outcome:
         task_of = restricted_task(model) if direct else by_autograd(model)
         for step in (3, 0):  # the second one begins with the first one's gradients in the buffers
             trainer.wrapped.zero_grad_buffer()
-            forward_backward(model, trainer.wrapped, batch_of(model, step, job.micro), task_of)
+            forward_backward(model, trainer.wrapped, batch_of(model, step, job.micro), task_of, trainer.timers)
         grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
         return Outcome([StepResult(0.0, 0, 0.0, True)], model.world.tensor_rank, model.spec.tied, grads)
 

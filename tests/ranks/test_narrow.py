@@ -70,9 +70,8 @@ def gradients(job: Job, narrow: bool) -> Outcome:
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         trainer.wrapped.zero_grad_buffer()
-        loss, positions = forward_backward(
-            model, trainer.wrapped, batches_of(model, job.micro, narrow=narrow), masked(full_task(model, model.spec.vocab_size))
-        )
+        task_of = masked(full_task(model, model.spec.vocab_size))
+        loss, positions = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, narrow=narrow), task_of, trainer.timers)
         total, count = model.world.total(loss, positions)
         assert int(count) == 12
         grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}

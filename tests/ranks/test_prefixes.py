@@ -70,7 +70,7 @@ def gradients(job: Job, share: bool) -> dict[str, Outcome]:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         for loss in LOSSES:
             trainer.wrapped.zero_grad_buffer()
-            local = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss))
+            local = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss), trainer.timers)
             total, count = model.world.total(*local)
             grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
             assert grads.keys() == parts(model).keys()
