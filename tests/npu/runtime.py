@@ -62,7 +62,7 @@ def make(folder: Path) -> Runtime:
     libraries.mkdir()
     first, headers = libraries / f"lib{CANN[0]}.so", WHEEL / "torch_npu" / "include"
     flags = ["-shared", "-fPIC", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", str(headers)]
-    build("c++", *flags, str(ASCEND / "sim" / "memory_acl.cpp"), "-o", str(first))
+    build("c++", *flags, str(ASCEND / "sim" / "acl" / "memory_acl.cpp"), "-o", str(first))
     for name in CANN[1:]:
         (libraries / f"lib{name}.so").symlink_to(first)
     return Runtime(libraries)
