@@ -20,40 +20,44 @@ from typing import Any
 import torch
 from rows import Step, frugal, interleaved, language_logits, options, summary, temporary_bytes, write
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, embedding
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_replay.ops import CandidateSets, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
 
 OURS = "ours, added into main_grad"
+TILE = 64
+"""Positions of a tile."""
 
 
 class Problem:
-    def __init__(self, vocab: int, width: int, num: int, tau: float) -> None:
+    def __init__(self, vocab: int, width: int, num: int, tau: float, device: str) -> None:
         gen = torch.Generator().manual_seed(1)
         parts = []
         for logits in language_logits(num, vocab):
             gold = torch.multinomial(logits.softmax(1), 1, generator=gen)[:, 0]
             parts.append(dynamic_topk(logits, gold, tau, 200))
-        self.sets = CandidateSets.cat(parts)
-        self.hidden = torch.randn(num, width, generator=gen).requires_grad_()
-        self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).requires_grad_()
+        self.sets = CandidateSets.cat(parts).to(device)
+        self.hidden = torch.randn(num, width, generator=gen).to(device).requires_grad_()
+        self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device).requires_grad_()
         self.main_grad = torch.zeros_like(self.weight)
         self.gold = self.sets.gold()
         each = self.sets.ids.long().split(self.sets.sizes().tolist())
         self.padded = pad_sequence(list(each), batch_first=True)
-        self.absent = torch.arange(self.padded.shape[1]) >= self.sets.sizes()[:, None]
+        self.absent = torch.arange(self.padded.shape[1], device=device) >= self.sets.sizes()[:, None]
         self.slot = self.sets.gold_slot.long()
 
     def step(self, loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
             self.hidden.grad = self.weight.grad = None
             loss().mean().backward()
+            if self.hidden.device.type != "cpu":
+                getattr(torch, self.hidden.device.type).synchronize()
 
         return run
 
-    def of_padded(self, logits: Tensor) -> Tensor:
-        return cross_entropy(logits.masked_fill(self.absent, -torch.inf), self.slot, reduction="none")
+    def of_padded(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        return cross_entropy(logits.masked_fill(self.absent[rows], -torch.inf), self.slot[rows], reduction="none")
 
 
 def methods(p: Problem) -> dict[str, Step]:
@@ -67,6 +71,16 @@ def methods(p: Problem) -> dict[str, Step]:
         ids, where = torch.unique(p.padded, return_inverse=True)
         return p.of_padded((p.hidden @ p.weight.index_select(0, ids).t()).gather(1, where))
 
+    def tiles() -> Tensor:
+        """Of each tile of positions the union's rows, a dense product, a mask, a softmax: the form that matrix units like."""
+        losses = []
+        for start in range(0, len(p.padded), TILE):
+            rows = slice(start, start + TILE)
+            ids, where = torch.unique(p.padded[rows], return_inverse=True)
+            union_rows = embedding(ids, p.weight, sparse=True)  # whose gradient is these rows
+            losses.append(p.of_padded((p.hidden[rows] @ union_rows.t()).gather(1, where), rows))
+        return torch.cat(losses)
+
     losses: dict[str, Callable[[], Tensor]] = {
         OURS: restricted(main_grad=p.main_grad),
         "ours, touched rows": restricted(sparse=True),
@@ -75,6 +89,7 @@ def methods(p: Problem) -> dict[str, Step]:
         "plain torch (embedding_bag), touched rows": restricted(sparse=True, kernels="reference"),
         "plain torch (embedding_bag), dense gradient": restricted(kernels="reference"),
         "union of ids, one matrix product": union,
+        f"unions of {TILE} positions, matrix products": tiles,
         "gathered rows, bmm": lambda: p.of_padded(torch.bmm(p.weight[p.padded], p.hidden[:, :, None])[:, :, 0]),
         "full logits, gathered at the sets": lambda: p.of_padded((p.hidden @ p.weight.t()).gather(1, p.padded)),
         "full cross-entropy, chunked": lambda: linear_cross_entropy(p.hidden, p.weight, p.gold),
@@ -94,10 +109,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=1024)
     parser.add_argument("--tau", type=float, default=0.5)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or npu; temporary memory is told of the cpu only")
     parser.add_argument("--memory", action="store_true", help="print the methods' temporary memory, for the program itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    problem = Problem(args.vocab, args.hidden, args.positions, args.tau)
+    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, args.device)
     steps = {n: s for n, s in methods(problem).items() if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)}
     if args.memory:
         for step in steps.values():
@@ -108,8 +124,10 @@ def main() -> None:
     rounds = {name: args.slow_rounds if is_slow(name) else args.rounds for name in steps}
     if "full cross-entropy, compiled" in steps:
         steps["full cross-entropy, compiled"]()  # compiles
-    found = interleaved(steps, rounds, args.threads)
-    used = json.loads(frugal([str(Path(__file__)), *sys.argv[1:], "--memory"]).splitlines()[-1])
+    found = interleaved(steps, rounds, args.threads, processor=args.device == "cpu")
+    used: dict[str, dict[str, str]] = {name: {} for name in steps}
+    if args.device == "cpu":
+        used = json.loads(frugal([str(Path(__file__)), *sys.argv[1:], "--memory"]).splitlines()[-1])
     sizes = {"V": args.vocab, "H": args.hidden, "T": args.positions, "threads": args.threads}
     sizes |= {"U": len(problem.sets.ids.unique()), "nnz": len(problem.sets.ids), "median_set": int(problem.sets.sizes().median())}
     best = min(found[OURS])

@@ -41,13 +41,14 @@ def language_logits(num: int, vocab: int, *, sigma: float = 2.5, exponent: float
         yield (base + sigma * torch.stack(rows) @ embedding.t()) * sharpness
 
 
-def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int, *, processor: bool = True) -> dict[str, list[float]]:
     """Seconds of each step in each of its rounds, the steps in turn; a first round does not count, and is left out for those that run once.
 
-    With one thread processor time counts, so that neighbours on the machine do not; with more the wall clock does.
+    With one thread processor time counts, so that neighbours on the machine do not; with more, or where `processor` is false because the
+    work is a device's, the wall clock does.
     """
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 and processor else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(max(rounds.values()) + 1):
         for name, step in steps.items():

@@ -28,7 +28,7 @@ def test_the_tables_are_those_of_the_results() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("loss", ["--vocab", "3000", "--hidden", "32", "--positions", "40", "--only", "plain"]),
+        ("loss", ["--vocab", "3000", "--hidden", "32", "--positions", "40", "--only", "plain", "unions"]),
         ("topk", ["--vocab", "3000", "--rows", "16"]),
     ],
 )
