@@ -92,7 +92,7 @@ def filled(text: str) -> str:
     def anew(found: re.Match[str]) -> str:
         return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n(?:.*?\n)?<!-- end -->", anew, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", anew, text, flags=re.DOTALL)
 
 
 def bars(axes: Any, rows: Rows) -> None:
