@@ -58,7 +58,7 @@ def found(runtime: Runtime) -> Any:
 def test_the_names_are_found_in_our_code() -> None:
     assert operators() == {"npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul"}
     assert {"set_device", "device_count", "mem_get_info", "max_memory_allocated", "get_device_name"} <= attributes()
-    assert torch_npu_modules() == {"torch_npu", "torch_npu.contrib.transfer_to_npu"}
+    assert torch_npu_modules() == {"torch_npu", "torch_npu.contrib.transfer_to_npu", "torch_npu.profiler"}
 
 
 def test_every_name_exists_in_the_wheel(found: Any) -> None:
