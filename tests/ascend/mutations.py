@@ -6,7 +6,7 @@ from __future__ import annotations
 from stand_in import Mutation
 
 # fmt: off
-FWD, STATE, TABLES, ROWS = "restricted_fwd.h", "softmax_state.h", "tables.h", "rows.h"
+FWD, STATE, TABLES, TILES, ROWS = "restricted_fwd.h", "softmax_state.h", "tables.h", "tiles.h", "rows.h"
 NO_BARRIER = "without PipeBarrier<PIPE_V>"
 RESTRICTED_FWD = [
     Mutation("no barrier after the rows are widened", FWD, "tile.count * width_);\n      PipeBarrier<PIPE_V>();", "tile.count * width_);", NO_BARRIER),
@@ -91,8 +91,8 @@ LOGITS_FWD = [
     Mutation("the gold logit is the tile's first", LF, "static_cast<uint32_t>(gold - tile.first)", "0", "wrong"),
     Mutation("rows a column too close", LF, "(tile.token) * stride_]", "(tile.token) * (stride_ - 1)]", "wrong"),
     Mutation("the last logit of a tile is not written", LF, "static_cast<uint32_t>(tile.count * sizeof(float))", "static_cast<uint32_t>((tile.count - 1) * sizeof(float))", "wrong"),
-    Mutation("the next block's first position", LF, "const bool more = token_ < range_.last;", "const bool more = token_ <= range_.last;", "race between blocks"),
-    Mutation("every tile opens a position", LF, "opens_ = tile.closes;", "opens_ = true;", "all 2 buffers of the queue are in use"),
+    Mutation("the next block's first position", TILES, "return token_ < range_.last;", "return token_ <= range_.last;", "race between blocks"),
+    Mutation("every tile opens a position", TILES, "opens_ = tile.closes;", "opens_ = true;", "all 2 buffers of the queue are in use"),
 ]
 
 LB = "logits_bwd.h"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "rows.h"
-#include "tables.h"
+#include "tiles.h"
 
 namespace megatron_replay::ascend {
 

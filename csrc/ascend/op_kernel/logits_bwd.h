@@ -2,7 +2,7 @@
 #pragma once
 
 #include "rows.h"
-#include "tables.h"
+#include "tiles.h"
 
 namespace megatron_replay::ascend {
 
@@ -12,20 +12,18 @@ class LogitsBwd {
   __aicore__ inline void Init(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor, GM_ADDR grad,
                               GM_ADDR grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
     vocab_ = vocab;
-    range_ = ListsOfBlock<int64_t>(offsets, positions, candidates);
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
     grad_logits_.SetGlobalBuffer((__gm__ T*)grad_logits, static_cast<uint64_t>(positions) * vocab);
-    offset_table_.Init(pipe_, offsets, static_cast<uint64_t>(positions) + 1);
-    offset_table_.Clip(static_cast<uint64_t>(range_.last) + 1);
+    tiles_.Init(pipe_, offsets, positions, candidates, kLanes);
     column_table_.Init(pipe_, columns, candidates);
     gold_table_.Init(pipe_, gold, positions);
     peak_table_.Init(pipe_, peak, positions);
     factor_table_.Init(pipe_, factor, positions);
     grad_table_.Init(pipe_, grad, positions);
-    gold_table_.Clip(range_.last);
-    peak_table_.Clip(range_.last);
-    factor_table_.Clip(range_.last);
-    grad_table_.Clip(range_.last);
+    gold_table_.Clip(tiles_.Last());
+    peak_table_.Clip(tiles_.Last());
+    factor_table_.Clip(tiles_.Last());
+    grad_table_.Clip(tiles_.Last());
     pipe_.InitBuffer(z_in_, 2, kLanes * sizeof(float));
     pipe_.InitBuffer(share_, kLanes * sizeof(float));
     if constexpr (!kWide) pipe_.InitBuffer(rounded_, kLanes * sizeof(T));
@@ -35,46 +33,12 @@ class LogitsBwd {
   }
 
   __aicore__ inline void Process() {
-    if (range_.first == range_.last) return;
-    token_ = range_.first;
-    at_ = static_cast<uint64_t>(offset_table_.At(token_));
-    column_table_.Clip(EndOf(range_.last - 1));
-    end_ = EndOf(token_);
-    Tile tile = Take();
-    Load(tile);
-    while (true) {
-      const bool more = token_ < range_.last;
-      Tile next{};
-      if (more) {
-        next = Take();
-        Load(next);
-      }
-      if (tile.count) Compute(tile);
-      if (!more) return;
-      tile = next;
-    }
+    if (!tiles_.More()) return;
+    column_table_.Clip(tiles_.Begin());
+    OneAhead<ListTile>(tiles_, *this);
   }
 
- private:
-  static constexpr bool kWide = IsSameType<T, float>::value;
-  static constexpr uint32_t kSlot = 32 / sizeof(T);  // an element leaves from a block of its own
-
-  struct Tile {
-    uint32_t token, count;
-    uint64_t first;  // candidate
-  };
-
-  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offset_table_.At(static_cast<uint64_t>(token) + 1)); }
-
-  __aicore__ inline Tile Take() {
-    const uint32_t count = static_cast<uint32_t>(Least<uint64_t>(kLanes, end_ - at_));
-    const Tile tile{token_, count, at_};
-    at_ += count;
-    if (at_ == end_ && ++token_ < range_.last) end_ = EndOf(token_);
-    return tile;
-  }
-
-  __aicore__ inline void Load(const Tile& tile) {
+  __aicore__ inline void Load(const ListTile& tile) {
     if (!tile.count) return;
     const LocalTensor<float> z = z_in_.template AllocTensor<float>();
     DataCopyPad(z, z_[tile.first], DataCopyExtParams{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0},
@@ -82,7 +46,8 @@ class LogitsBwd {
     z_in_.EnQue(z);
   }
 
-  __aicore__ inline void Compute(const Tile& tile) {
+  __aicore__ inline void Compute(const ListTile& tile) {
+    if (!tile.count) return;
     const int32_t count = static_cast<int32_t>(tile.count);
     LocalTensor<float> z = z_in_.template DeQue<float>();
     const LocalTensor<float> share = share_.Get<float>();
@@ -120,8 +85,13 @@ class LogitsBwd {
     spread_out_.FreeTensor(spread);
   }
 
+ private:
+  static constexpr bool kWide = IsSameType<T, float>::value;
+  static constexpr uint32_t kSlot = 32 / sizeof(T);  // an element leaves from a block of its own
+
   TPipe pipe_;
-  Window<int64_t> offset_table_, gold_table_;
+  ListTiles tiles_;
+  Window<int64_t> gold_table_;
   Window<int32_t> column_table_;
   Window<float> peak_table_, factor_table_, grad_table_;
   GlobalTensor<float> z_;
@@ -129,9 +99,7 @@ class LogitsBwd {
   TQue<TPosition::VECIN, 2> z_in_;
   TQue<TPosition::VECOUT, 1> spread_out_;
   TBuf<TPosition::VECCALC> share_, rounded_;
-  Range range_;
-  uint64_t at_, end_;
-  uint32_t vocab_, token_;
+  uint32_t vocab_;
 };
 
 template <typename T>

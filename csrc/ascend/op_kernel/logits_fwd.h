@@ -2,7 +2,7 @@
 #pragma once
 
 #include "softmax_state.h"
-#include "tables.h"
+#include "tiles.h"
 
 namespace megatron_replay::ascend {
 
@@ -12,14 +12,12 @@ class LogitsFwd {
   __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, uint32_t positions,
                               uint32_t vocab, uint32_t stride, uint32_t candidates) {
     stride_ = stride;
-    range_ = ListsOfBlock<int64_t>(offsets, positions, candidates);
     logits_.SetGlobalBuffer((__gm__ T*)logits, positions ? static_cast<uint64_t>(positions - 1) * stride + vocab : 0);
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
-    offset_table_.Init(pipe_, offsets, static_cast<uint64_t>(positions) + 1);
-    offset_table_.Clip(static_cast<uint64_t>(range_.last) + 1);
+    tiles_.Init(pipe_, offsets, positions, candidates, kMaxTile);
     column_table_.Init(pipe_, columns, candidates);
     gold_table_.Init(pipe_, gold, positions);
-    gold_table_.Clip(range_.last);
+    gold_table_.Clip(tiles_.Last());
     pipe_.InitBuffer(picked_in_, 2, kMaxTile * kSlot * sizeof(T));
     pipe_.InitBuffer(wide_, kMaxTile * kSlot * sizeof(float));
     pipe_.InitBuffer(slots_, kMaxTile * sizeof(int32_t));
@@ -34,49 +32,12 @@ class LogitsFwd {
   }
 
   __aicore__ inline void Process() {
-    if (range_.first == range_.last) return;
-    token_ = range_.first;
-    at_ = static_cast<uint64_t>(offset_table_.At(token_));
-    column_table_.Clip(EndOf(range_.last - 1));
-    end_ = EndOf(token_);
-    Tile tile = Take();
-    Load(tile);
-    while (true) {
-      const bool more = token_ < range_.last;
-      Tile next{};
-      if (more) {
-        next = Take();
-        Load(next);
-      }
-      if (tile.opens) state_.Open();
-      if (tile.count) Compute(tile);
-      if (tile.closes) state_.Close(tile.token);
-      if (!more) return;
-      tile = next;
-    }
+    if (!tiles_.More()) return;
+    column_table_.Clip(tiles_.Begin());
+    OneAhead<ListTile>(tiles_, *this);
   }
 
- private:
-  static constexpr uint32_t kSlot = 32 / sizeof(T);  // an element arrives in a block of its own
-
-  struct Tile {
-    uint32_t token, count;
-    uint64_t first;  // candidate
-    bool opens, closes;
-  };
-
-  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offset_table_.At(static_cast<uint64_t>(token) + 1)); }
-
-  __aicore__ inline Tile Take() {
-    const uint32_t count = static_cast<uint32_t>(Least<uint64_t>(kMaxTile, end_ - at_));
-    const Tile tile{token_, count, at_, opens_, at_ + count == end_};
-    at_ += count;
-    opens_ = tile.closes;
-    if (tile.closes && ++token_ < range_.last) end_ = EndOf(token_);
-    return tile;
-  }
-
-  __aicore__ inline void Load(const Tile& tile) {
+  __aicore__ inline void Load(const ListTile& tile) {
     if (!tile.count) return;
     const LocalTensor<T> picked = picked_in_.template AllocTensor<T>();
     const DataCopyExtParams one{1, sizeof(T), 0, 0, 0};
@@ -88,7 +49,16 @@ class LogitsFwd {
     picked_in_.EnQue(picked);
   }
 
-  __aicore__ inline void Compute(const Tile& tile) {
+  __aicore__ inline void Compute(const ListTile& tile) {
+    if (tile.opens) state_.Open();
+    if (tile.count) Add(tile);
+    if (tile.closes) state_.Close(tile.token);
+  }
+
+ private:
+  static constexpr uint32_t kSlot = 32 / sizeof(T);  // an element arrives in a block of its own
+
+  __aicore__ inline void Add(const ListTile& tile) {
     LocalTensor<T> picked = picked_in_.template DeQue<T>();
     const LocalTensor<float> wide = wide_.Get<float>();
     Widen(wide, picked, tile.count * kSlot);
@@ -109,7 +79,8 @@ class LogitsFwd {
   }
 
   TPipe pipe_;
-  Window<int64_t> offset_table_, gold_table_;
+  ListTiles tiles_;
+  Window<int64_t> gold_table_;
   Window<int32_t> column_table_;
   GlobalTensor<T> logits_;
   GlobalTensor<float> z_;
@@ -117,10 +88,7 @@ class LogitsFwd {
   TQue<TPosition::VECOUT, 1> z_out_;
   TBuf<TPosition::VECCALC> wide_, slots_;
   SoftmaxState state_;
-  Range range_;
-  uint64_t at_, end_;
-  uint32_t stride_, token_;
-  bool opens_ = true;
+  uint32_t stride_;
 };
 
 template <typename T>

@@ -25,26 +25,7 @@ class MoclipStats {
     pipe_.InitBuffer(partial_out_, 2, kPartials * sizeof(float));
   }
 
-  __aicore__ inline void Process() {
-    if (!tiles_.More()) return;
-    FlatTile tile = tiles_.Take();
-    Load(tile);
-    while (true) {
-      const bool more = tiles_.More();
-      FlatTile next{};
-      if (more) {
-        next = tiles_.Take();
-        Load(next);
-      }
-      Compute(tile);
-      if (!more) return;
-      tile = next;
-    }
-  }
-
- private:
-  static constexpr bool kWide = IsSameType<G, float>::value;
-  static constexpr uint32_t kSums = 3;
+  __aicore__ inline void Process() { OneAhead<FlatTile>(tiles_, *this); }
 
   __aicore__ inline void Load(const FlatTile& tile) {
     const LocalTensor<G> grad = grad_in_.template AllocTensor<G>();
@@ -86,6 +67,10 @@ class MoclipStats {
     PipeBarrier<PIPE_V>();
     if (tile.closes) Close(tile, sums);
   }
+
+ private:
+  static constexpr bool kWide = IsSameType<G, float>::value;
+  static constexpr uint32_t kSums = 3;
 
   __aicore__ inline void Close(const FlatTile& tile, const LocalTensor<float>& sums) {
     LocalTensor<float> out = partial_out_.template AllocTensor<float>();

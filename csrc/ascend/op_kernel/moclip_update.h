@@ -48,40 +48,7 @@ class MoclipUpdate {
     PipeBarrier<PIPE_V>();
   }
 
-  __aicore__ inline void Process() {
-    if (!tiles_.More()) return;
-    FlatTile tile = tiles_.Take();
-    Load(tile);
-    while (true) {
-      const bool more = tiles_.More();
-      FlatTile next{};
-      if (more) {
-        next = tiles_.Take();
-        Load(next);
-      }
-      Compute(tile);
-      if (!more) return;
-      tile = next;
-    }
-  }
-
- private:
-  static constexpr uint32_t kVectors = 6;
-
-  template <typename T, typename Queue>
-  __aicore__ inline void Fetch(Queue& queue, const GlobalTensor<T>& source, const FlatTile& tile) {
-    const LocalTensor<T> local = queue.template AllocTensor<T>();
-    FetchFlat(local, source[tile.first], tile.count);
-    queue.EnQue(local);
-  }
-
-  template <typename T, typename Queue>
-  __aicore__ inline void Send(Queue& queue, LocalTensor<T>& local, const GlobalTensor<T>& target, const FlatTile& tile) {
-    queue.EnQue(local);
-    local = queue.template DeQue<T>();
-    SendFlat(target[tile.first], local, tile.count);
-    queue.FreeTensor(local);
-  }
+  __aicore__ inline void Process() { OneAhead<FlatTile>(tiles_, *this); }
 
   __aicore__ inline void Load(const FlatTile& tile) {
     Fetch(grad_in_, grad_, tile);
@@ -121,6 +88,24 @@ class MoclipUpdate {
     Send(v_out_, v_new, v_, tile);
     Step(u, tile);
     AddSquares(u, tile);
+  }
+
+ private:
+  static constexpr uint32_t kVectors = 6;
+
+  template <typename T, typename Queue>
+  __aicore__ inline void Fetch(Queue& queue, const GlobalTensor<T>& source, const FlatTile& tile) {
+    const LocalTensor<T> local = queue.template AllocTensor<T>();
+    FetchFlat(local, source[tile.first], tile.count);
+    queue.EnQue(local);
+  }
+
+  template <typename T, typename Queue>
+  __aicore__ inline void Send(Queue& queue, LocalTensor<T>& local, const GlobalTensor<T>& target, const FlatTile& tile) {
+    queue.EnQue(local);
+    local = queue.template DeQue<T>();
+    SendFlat(target[tile.first], local, tile.count);
+    queue.FreeTensor(local);
   }
 
   // v <- beta2 v + (v_grad g + v_momentum m)^2 with the m before; m <- m_keep m + m_grad g.

@@ -6,7 +6,7 @@
 
 #include "rows.h"
 #include "softmax_state.h"
-#include "tables.h"
+#include "tiles.h"
 
 namespace megatron_replay::ascend {
 
@@ -22,17 +22,14 @@ class RestrictedFwd {
                               uint32_t rows, uint32_t outs) {
     width_ = width;
     mix_ = mix;
-    rows_ = rows;
     fold_ = Least(kFold, (width + kFoldUnit - 1) / kFoldUnit * kFoldUnit);
-    range_ = ListsOfBlock<int64_t>(offsets, positions, candidates);
     hidden_.SetGlobalBuffer((__gm__ T*)hidden, static_cast<uint64_t>(positions) * width);
     weight_.SetGlobalBuffer((__gm__ T*)weight, static_cast<uint64_t>(vocab) * width);
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
-    offset_table_.Init(pipe_, offsets, static_cast<uint64_t>(positions) + 1);
-    offset_table_.Clip(static_cast<uint64_t>(range_.last) + 1);
+    tiles_.Init(pipe_, offsets, positions, candidates, rows);
     column_table_.Init(pipe_, columns, candidates);
     gold_table_.Init(pipe_, gold, positions);
-    gold_table_.Clip(range_.last);
+    gold_table_.Clip(tiles_.Last());
     pipe_.InitBuffer(hidden_in_, 1, width * sizeof(T));
     pipe_.InitBuffer(hidden_wide_, width * sizeof(float));
     pipe_.InitBuffer(rows_in_, 2, rows * width * sizeof(T));
@@ -52,19 +49,16 @@ class RestrictedFwd {
   }
 
   __aicore__ inline void Process() {
-    if (range_.first == range_.last) return;
-    token_ = range_.first;
-    at_ = offset_table_.At(token_);
-    column_table_.Clip(static_cast<uint64_t>(EndOf(range_.last - 1)));
-    end_ = EndOf(token_);
-    Tile tile = Take();
+    if (!tiles_.More()) return;
+    column_table_.Clip(tiles_.Begin());
+    ListTile tile = tiles_.Take();
     Load(tile);
     while (true) {
-      if (tile.opens) Open(tile);
-      const bool more = token_ < range_.last;
-      Tile next{};
+      if (tile.opens) Open(tile);  // before the next position's hidden state comes into the one buffer there is
+      const bool more = tiles_.More();
+      ListTile next{};
       if (more) {
-        next = Take();
+        next = tiles_.Take();
         Load(next);
       }
       if (tile.count) Compute(tile);
@@ -77,25 +71,7 @@ class RestrictedFwd {
  private:
   static constexpr bool kWide = IsSameType<T, float>::value;
 
-  struct Tile {
-    uint32_t token, count;
-    uint64_t first;  // candidate
-    bool opens, closes;
-  };
-
-  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offset_table_.At(static_cast<uint64_t>(token) + 1)); }
-
-  // The next tile; a position without candidates has one empty tile.
-  __aicore__ inline Tile Take() {
-    const uint32_t count = static_cast<uint32_t>(Least<uint64_t>(rows_, end_ - at_));
-    const Tile tile{token_, count, at_, opens_, at_ + count == end_};
-    at_ += count;
-    opens_ = tile.closes;
-    if (tile.closes && ++token_ < range_.last) end_ = EndOf(token_);
-    return tile;
-  }
-
-  __aicore__ inline void Load(const Tile& tile) {
+  __aicore__ inline void Load(const ListTile& tile) {
     if (!tile.count) return;
     if (tile.opens) {
       const LocalTensor<T> raw = hidden_in_.template AllocTensor<T>();
@@ -109,7 +85,7 @@ class RestrictedFwd {
     rows_in_.EnQue(raw);
   }
 
-  __aicore__ inline void Open(const Tile& tile) {
+  __aicore__ inline void Open(const ListTile& tile) {
     state_.Open();
     gold_ = gold_table_.At(tile.token);
     if (mix_) mixture_row_ = mixture_out_.template AllocTensor<float>();
@@ -120,7 +96,7 @@ class RestrictedFwd {
     hidden_in_.FreeTensor(raw);
   }
 
-  __aicore__ inline void Compute(const Tile& tile) {
+  __aicore__ inline void Compute(const ListTile& tile) {
     LocalTensor<T> raw = rows_in_.template DeQue<T>();
     LocalTensor<float> wide;
     if constexpr (kWide) {
@@ -167,7 +143,7 @@ class RestrictedFwd {
   }
 
   // mixture <- fade mixture + sum of exp(z - max) row.
-  __aicore__ inline void Mix(const LocalTensor<float>& wide, const Tile& tile) {
+  __aicore__ inline void Mix(const LocalTensor<float>& wide, const ListTile& tile) {
     const LocalTensor<float> factors = factors_.Get<float>();
     Brcb(factors, state_.Shares(), static_cast<uint8_t>((tile.count + kBlock - 1) / kBlock), {1, 8});
     if (!tile.opens) ScaleRow(mixture_row_, mixture_row_, state_.Fade(), width_);
@@ -182,7 +158,7 @@ class RestrictedFwd {
     }
   }
 
-  __aicore__ inline void Close(const Tile& tile) {
+  __aicore__ inline void Close(const ListTile& tile) {
     state_.Close(tile.token);
     if (!mix_) return;
     if (!tile.count) Duplicate(mixture_row_, 0.0f, static_cast<int32_t>(width_));
@@ -193,7 +169,8 @@ class RestrictedFwd {
   }
 
   TPipe pipe_;
-  Window<int64_t> offset_table_, gold_table_;
+  ListTiles tiles_;
+  Window<int64_t> gold_table_;
   Window<int32_t> column_table_;
   GlobalTensor<T> hidden_, weight_;
   GlobalTensor<float> z_, mixture_;
@@ -203,11 +180,8 @@ class RestrictedFwd {
   TBuf<TPosition::VECCALC> hidden_wide_, rows_wide_, products_, sums_, factors_;
   SoftmaxState state_;
   LocalTensor<float> mixture_row_;
-  Range range_;
-  uint64_t at_, end_;
   int64_t gold_;
-  uint32_t width_, mix_, rows_, fold_, token_;
-  bool opens_ = true;
+  uint32_t width_, mix_, fold_;
 };
 
 template <typename T>
