@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding
 from torch.nn.utils.rnn import pad_sequence
 
+from megatron_replay.device import Device, choose
 from megatron_replay.ops import CandidateSets, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
 
 OURS = "ours, added into main_grad"
@@ -31,28 +32,28 @@ TILE = 64
 
 
 class Problem:
-    def __init__(self, vocab: int, width: int, num: int, tau: float, device: str) -> None:
+    def __init__(self, vocab: int, width: int, num: int, tau: float, device: Device) -> None:
+        self.device = device
         gen = torch.Generator().manual_seed(1)
         parts = []
         for logits in language_logits(num, vocab):
             gold = torch.multinomial(logits.softmax(1), 1, generator=gen)[:, 0]
             parts.append(dynamic_topk(logits, gold, tau, 200))
-        self.sets = CandidateSets.cat(parts).to(device)
-        self.hidden = torch.randn(num, width, generator=gen).to(device).requires_grad_()
-        self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device).requires_grad_()
+        self.sets = CandidateSets.cat(parts).to(device.at())
+        self.hidden = torch.randn(num, width, generator=gen).to(device.at()).requires_grad_()
+        self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device.at()).requires_grad_()
         self.main_grad = torch.zeros_like(self.weight)
         self.gold = self.sets.gold()
         each = self.sets.ids.long().split(self.sets.sizes().tolist())
         self.padded = pad_sequence(list(each), batch_first=True)
-        self.absent = torch.arange(self.padded.shape[1], device=device) >= self.sets.sizes()[:, None]
+        self.absent = torch.arange(self.padded.shape[1], device=device.at()) >= self.sets.sizes()[:, None]
         self.slot = self.sets.gold_slot.long()
 
     def step(self, loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
             self.hidden.grad = self.weight.grad = None
             loss().mean().backward()
-            if self.hidden.device.type != "cpu":
-                getattr(torch, self.hidden.device.type).synchronize()
+            self.device.synchronize()
 
         return run
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="print the methods' temporary memory, for the program itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, args.device)
+    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, choose(args.device))
     steps = {n: s for n, s in methods(problem).items() if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)}
     if args.memory:
         for step in steps.values():

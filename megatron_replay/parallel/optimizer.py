@@ -22,6 +22,7 @@ from megatron_replay.optim import HIDDEN, OPTIMIZERS, Kind, MuonClip, Placement,
 from megatron_replay.parallel.model import Model, counted
 from megatron_replay.parallel.qk_clip import WatchedLogits
 from megatron_replay.parallel.whole import Exchange, Part
+from megatron_replay.parallel.zero1 import only
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
 """What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline stages."""
@@ -92,14 +93,7 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
         ),
         [wrapped],
     )
-    return outer, _exchange(_only(outer), model, settings, kernels)
-
-
-def _only(outer: Any) -> Any:
-    """The wrapper itself, where megatron chains several."""
-    parts = getattr(outer, "chained_optimizers", [outer])
-    assert len(parts) == 1, "a dense model has one optimizer"
-    return parts[0]
+    return outer, _exchange(only(outer), model, settings, kernels)
 
 
 def foreign_options(settings: OptimizerConfig) -> dict[str, str]:
@@ -200,7 +194,7 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
 @torch.no_grad()
 def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped: bool) -> None:
     """Bring the vocabulary rows of main weights and optimizer state into the model's order; they lie `striped`, or not. Collective."""
-    ours, outer = model.trained(), _only(outer)
+    ours, outer = model.trained(), only(outer)
     theirs = [dataclasses.replace(weight, striped=striped) if weight.kind == "vocab" else weight for weight in ours]
     # a tied head's stage has no other copy, so there it counts
     counts = hasattr(outer, "model_param_group_index_map") or model.world.data_rank == 0

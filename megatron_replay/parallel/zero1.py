@@ -25,7 +25,7 @@ IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 def sharded_state(outer: Any, model_state: Any, metadata: dict[str, Any], *, loading: bool) -> Any:
     """What dist_checkpointing saves, or fills, of megatron's optimizer `outer`; `metadata` names FORM."""
-    part = _only(outer)
+    part = only(outer)
     if not hasattr(part, "model_param_group_index_map"):
         return outer.sharded_state_dict(model_state, is_loading=loading)
     if hasattr(part, "sharded_param_state_fully_reshardable"):
@@ -35,7 +35,7 @@ def sharded_state(outer: Any, model_state: Any, metadata: dict[str, Any], *, loa
 
 def load_state(outer: Any, state: Any) -> None:
     """Fill megatron's optimizer from what `sharded_state` asked for."""
-    part = _only(outer)
+    part = only(outer)
     holder = state.get("optimizer", state)
     holder["param_groups"] = in_order(holder["param_groups"], part.optimizer.param_groups)
     if not hasattr(part, "model_param_group_index_map") or hasattr(part, "load_parameter_state_from_fully_reshardable"):
@@ -87,10 +87,10 @@ def load_reshardable(part: Any, loaded: dict[int, dict[str, Tensor]]) -> None:
             part._set_main_param_and_optimizer_states(param, shards)
 
 
-def _only(outer: Any) -> Any:
+def only(outer: Any) -> Any:
     """A dense model's one optimizer inside megatron's chain."""
     parts = getattr(outer, "chained_optimizers", [outer])
-    assert len(parts) == 1
+    assert len(parts) == 1, "a dense model has one optimizer"
     return parts[0]
 
 
