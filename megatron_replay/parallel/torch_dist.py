@@ -134,9 +134,8 @@ class Reader:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = resolve(path)
-        refuse_code(self.folder)
+        common = refuse_code(self.folder)
         self._metadata = read_metadata(self.folder)
-        common = torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
         progress = common.get("progress") if isinstance(common, dict) else None
         self.striped = isinstance(progress, dict) and bool(progress.get("striped"))
         """Whether the vocabulary's rows are stored in stripes, as the run that wrote them held them."""

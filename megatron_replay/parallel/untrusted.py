@@ -97,17 +97,21 @@ def read_metadata(folder: Path) -> Metadata:
     return found
 
 
-def refuse_code(path: str | Path) -> None:
-    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it; reads no tensor."""
+def refuse_code(path: str | Path) -> Any:
+    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it; reads no tensor.
+
+    Returns what common.pt holds, which may be anything.
+    """
     folder = Path(path)
     found = read_metadata(folder)
     try:
-        torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
     except Exception as err:
         raise _refusal(folder / COMMON, err) from err
     for index, info in found.storage_data.items():
         if isinstance(found.state_dict_metadata.get(index.fqn), metadata.BytesStorageMetadata):
             _check_object(folder / info.relative_path, index.fqn, info.offset, info.length)
+    return common
 
 
 def _check_object(path: Path, key: str, offset: int, length: int) -> None:
