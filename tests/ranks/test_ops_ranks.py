@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from each_loss import each_loss
 from torch import Tensor
 
 from megatron_replay.errors import DataError, LayoutError
@@ -15,7 +16,6 @@ from megatron_replay.ops import (
     VocabShard,
     dynamic_topk,
     linear_cross_entropy,
-    restricted_cross_entropy,
     restricted_linear_cross_entropy,
     target_logprobs,
 )
@@ -113,21 +113,8 @@ def losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
     sets, shard = dynamic_topk(hidden @ weight.t(), gold, 0.9, 30, REAL), mine()
     if kind == "one shard":  # every candidate on the first rank
         sets = CandidateSets.from_lists([[0, 1 + t] for t in range(N)], [0] * N)
-    weight = weight[shard.start : shard.stop].clone().requires_grad_()
     scale = torch.arange(1.0, N + 1, dtype=torch.float64)
-    out = {}
-    for name in ("restricted", "logits", "full"):
-        h = hidden.clone().requires_grad_()
-        if name == "restricted":
-            loss = restricted_linear_cross_entropy(h, weight, sets, shard)
-        elif name == "logits":
-            loss = restricted_cross_entropy(h @ weight.t(), sets, shard)
-        else:
-            loss = linear_cross_entropy(h, weight, gold, shard, vocab_size=REAL, chunk_rows=7)
-        dh, dw = torch.autograd.grad((loss * scale).sum(), (h, weight))
-        dist.all_reduce(dh)
-        out[name] = (loss.detach(), dh, dw)
-    return out
+    return each_loss(hidden, weight[shard.start : shard.stop], sets, gold, shard, scale, real=REAL, chunk_rows=7)
 
 
 def whole_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:

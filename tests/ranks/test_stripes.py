@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from each_loss import NAMES, each_loss
 from jobs import LR, Job, Outcome, Whole, advance, differences, opened, run, same, train
 from models import QWEN3, tokens, write_folder
 from pool import fresh
@@ -26,7 +27,6 @@ from megatron_replay.ops import (
     VocabShard,
     dynamic_topk,
     linear_cross_entropy,
-    restricted_cross_entropy,
     restricted_linear_cross_entropy,
 )
 from megatron_replay.parallel import checkpoint, torch_dist
@@ -97,20 +97,7 @@ def test_massive_ties_are_cut_at_the_same_id(ranks) -> None:
 def striped_losses() -> dict[str, tuple[Tensor, ...]]:
     hidden, weight, gold = problem("spread")
     sets, shard = dynamic_topk(hidden @ weight.t(), gold, 0.9, 30, REAL), mine()
-    part = cut(weight, shard).requires_grad_()
-    answers: dict[str, tuple[Tensor, ...]] = {}
-    for name in ("restricted", "logits", "full"):
-        h = hidden.clone().requires_grad_()
-        if name == "restricted":
-            loss = restricted_linear_cross_entropy(h, part, sets, shard)
-        elif name == "logits":
-            loss = restricted_cross_entropy(h @ part.t(), sets, shard)
-        else:
-            loss = linear_cross_entropy(h, part, gold, shard, vocab_size=REAL, chunk_rows=5)
-        dh, dw = torch.autograd.grad((loss * torch.arange(1.0, N + 1)).sum(), (h, part))
-        dist.all_reduce(dh)
-        answers[name] = (loss.detach(), dh, dw)
-    return answers
+    return each_loss(hidden, cut(weight, shard), sets, gold, shard, torch.arange(1.0, N + 1), real=REAL, chunk_rows=5)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -118,7 +105,7 @@ def test_losses_and_gradients_are_those_of_the_whole(ranks, world: int) -> None:
     hidden, weight, gold = problem("spread")
     sets = dynamic_topk(hidden @ weight.t(), gold, 0.9, 30, REAL)
     found = ranks(world).run(striped_losses)
-    for name in ("restricted", "logits", "full"):
+    for name in NAMES:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         full = name == "full"
         loss = linear_cross_entropy(h, w, gold, vocab_size=REAL) if full else restricted_linear_cross_entropy(h, w, sets)
