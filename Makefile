@@ -35,8 +35,9 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/contract/test_layering.py
 
+# two at a time, whole files each: most tests leave a core idle, and ranks are several processes
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # the oldest megatron-core that is supported (MindSpeed pins it), beside the environment and found before it: what depends on the version
 test-megatron-0.12: $(OLD)/.$(MEGATRON_OLD)
