@@ -52,8 +52,7 @@ def test_dw_is_the_reference(kernels: Library, case: str, kept: torch.dtype | No
     exact.index_add_(0, x.columns.long(), x.hidden[rows].double() * coefficient[:, None].double())
     if kept is None:
         (found,) = restricted_bwd_dw(kernels, x, coefficient, None)
-        touched, _ = plain.restricted_bwd_rows(x.hidden, x.offsets, x.columns, coefficient, vocab)
-        assert close(found, exact[touched].float(), 4e-6)
+        assert close(found, exact[x.columns.long().unique()].float(), 4e-6)
         return
     before = torch.arange(vocab * width).view(vocab, width).sin().to(kept)
     (found,) = restricted_bwd_dw(kernels, x, coefficient, before)
