@@ -3,7 +3,8 @@
     python benchmarks/run.py loss --output benchmarks/results/loss.csv
     python benchmarks/run.py loss --vocab 49152 --hidden 576 --output benchmarks/results/loss.csv
 
-float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200).
+float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200);
+our loss, on either kernels, gets them as the trainer's loader prepares them, by position and by id, but in the row that says otherwise.
 `ratio` is to ours with the weight's gradient added into the persistent one: of the minima. Methods that take seconds run once.
 `temporary_mb` is the peak of resident memory above what is held at the end (both gradients), from a process of its own; `gradient_mb` is
 what the method leaves as the weight's gradient, 0 where it adds into one that is there.
@@ -24,7 +25,7 @@ from torch.nn.functional import cross_entropy, embedding
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_replay.device import Device, choose
-from megatron_replay.ops import CandidateSets, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import CandidateSets, LocalSets, VocabShard, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
 
 OURS = "ours, added into main_grad"
 TILE = 64
@@ -43,6 +44,7 @@ class Problem:
         self.hidden = torch.randn(num, width, generator=gen).to(device.at()).requires_grad_()
         self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device.at()).requires_grad_()
         self.main_grad = torch.zeros_like(self.weight)
+        self.prepared = self.sets.local(VocabShard(0, vocab)).indexed()
         self.gold = self.sets.gold()
         each = self.sets.ids.long().split(self.sets.sizes().tolist())
         self.padded = pad_sequence(list(each), batch_first=True)
@@ -65,8 +67,8 @@ def methods(p: Problem) -> dict[str, Step]:
     """Method -> one forward and backward pass."""
     compiled = torch.compile(lambda h, w, y: cross_entropy(h @ w.t(), y, reduction="none"))
 
-    def restricted(**kind: Any) -> Callable[[], Tensor]:
-        return lambda: restricted_linear_cross_entropy(p.hidden, p.weight, p.sets, **kind)
+    def restricted(sets: CandidateSets | LocalSets = p.prepared, **kind: Any) -> Callable[[], Tensor]:
+        return lambda: restricted_linear_cross_entropy(p.hidden, p.weight, sets, **kind)
 
     def union() -> Tensor:
         ids, where = torch.unique(p.padded, return_inverse=True)
@@ -84,6 +86,7 @@ def methods(p: Problem) -> dict[str, Step]:
 
     losses: dict[str, Callable[[], Tensor]] = {
         OURS: restricted(main_grad=p.main_grad),
+        f"{OURS}, sets not prepared": restricted(p.sets, main_grad=p.main_grad),
         "ours, touched rows": restricted(sparse=True),
         "ours, dense gradient": restricted(),
         "plain torch (embedding_bag), added into main_grad": restricted(main_grad=p.main_grad, kernels="reference"),

@@ -90,7 +90,7 @@ def write(args: Namespace, seconds: dict[str, list[float]], losses: dict[str, fl
     for path in (args.model, args.text):  # its name alone
         shown = [path.name if a == str(path) else a for a in shown]
     common = about(" ".join(["python benchmarks/run.py step", *shown]), machine())
-    sizes = torch.cat([batch.notes["sets"].sizes() for batch in batches])
+    sizes = torch.cat([batch.notes["sets"].offsets.diff() for batch in batches])
     setting = {
         "ranks": args.ranks,
         "tensor": args.tensor,

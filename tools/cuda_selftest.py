@@ -34,16 +34,17 @@ def sets_of(sizes: list[int], vocab: int) -> CandidateSets:
 
 def results(mode: str, hidden: Tensor, weight: Tensor, sets: CandidateSets) -> dict[str, Tensor]:
     """What every operator gives; the backward ones are fed what the forward one of plain torch gives."""
-    ops, plain, here = kernels(mode), kernels("reference"), sets.local(VocabShard(0, weight.shape[0])).to(hidden.device)
+    ops, plain = kernels(mode), kernels("reference")
+    here = sets.local(VocabShard(0, weight.shape[0])).indexed().to(hidden.device)
     table = (here.offsets, here.columns, here.gold)
     z, stats, mixture = ops.restricted_fwd(hidden, weight, *table, True)
     fed, peaks, grad_hidden = plain.restricted_fwd(hidden, weight, *table, True)
     ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, peaks[:2].clamp(0.1, 2).contiguous())
-    entries, grad_weight = (hidden, here.offsets, here.columns, fed), torch.ones_like(weight, dtype=fed.dtype)
+    assert here.by_column is not None
+    entries, grad_weight = (hidden, *here.by_column.entries(fed)), torch.ones_like(weight, dtype=fed.dtype)
     ops.restricted_bwd_dw(*entries, grad_weight)
-    touched, rows = ops.restricted_bwd_rows(*entries, weight.shape[0])
-    found = {"z": z, "max, sum, gold": stats, "mixture": mixture, "bwd_dh": grad_hidden, "bwd_dw": grad_weight}
-    return {**found, "bwd_rows": rows, "touched": touched}
+    rows = ops.restricted_bwd_rows(*entries)
+    return {"z": z, "max, sum, gold": stats, "mixture": mixture, "bwd_dh": grad_hidden, "bwd_dw": grad_weight, "bwd_rows": rows}
 
 
 def check(device: Device) -> bool:

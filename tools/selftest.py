@@ -27,6 +27,7 @@ from megatron_replay.device import Device, choose
 from megatron_replay.errors import ReplayError
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.ops import library as operators
+from megatron_replay.ops.sets import ByColumn
 from megatron_replay.ops.shard import shard_of
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer
@@ -55,7 +56,7 @@ class Problem:
         ids = [torch.randperm(vocab, generator=gen)[: 1 + t % k].tolist() for t in range(n)]
         local = CandidateSets.from_lists(ids, [row[0] for row in ids]).local(shard_of(vocab, None))
         self.offsets, self.columns, self.gold = local.offsets, local.columns, local.gold
-        self.coefficient = torch.randn(len(self.columns), generator=gen)
+        self.entries = ByColumn.of(local.offsets, local.columns).entries(torch.randn(len(self.columns), generator=gen))
         self.scale = torch.rand(2, n, generator=gen)
         self.mixture = torch.randn(n, hidden, generator=gen)
         self.logits = (torch.randn(n, 5000, generator=gen) * 4).to(dtype)
@@ -76,12 +77,11 @@ class Problem:
 
         def dw(ops: Any, on: Any) -> Sequence[Tensor]:
             grad = on(torch.zeros(self.weight.shape))
-            ops.restricted_bwd_dw(*map(on, (self.hidden, self.offsets, self.columns, self.coefficient)), grad)
+            ops.restricted_bwd_dw(*map(on, (self.hidden, *self.entries)), grad)
             return (grad,)
 
         def rows(ops: Any, on: Any) -> Sequence[Tensor]:
-            table = map(on, (self.hidden, self.offsets, self.columns, self.coefficient))
-            return tuple(ops.restricted_bwd_rows(*table, len(self.weight)))
+            return (ops.restricted_bwd_rows(*map(on, (self.hidden, *self.entries))),)
 
         def topk(ops: Any, on: Any) -> Sequence[Tensor]:
             return tuple(ops.topk_rows(on(self.logits), 100))

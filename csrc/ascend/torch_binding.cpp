@@ -110,61 +110,45 @@ void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& colum
   });
 }
 
-// The candidate lists by column, as launch_restricted_bwd_dw wants them.
-struct ByColumn {
-  Tensor touched, starts, tokens, coefficient;
-};
-
-ByColumn by_column(const Tensor& offsets, const Tensor& columns, const Tensor& coefficient) {
-  const auto [sorted, order] = at::sort(columns, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const auto [touched, inverse, counts] = at::unique_consecutive(sorted, /*return_inverse=*/false, /*return_counts=*/true);
-  const Tensor rows = at::repeat_interleave(at::diff(offsets), std::optional<int64_t>(columns.numel()));
-  const Tensor starts = at::cat({at::zeros({1}, counts.options()), at::cumsum(counts, 0)});
-  return {touched, starts.to(at::kInt), rows.index_select(0, order).to(at::kInt), coefficient.index_select(0, order)};
+void check_entries(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient) {
+  check(hidden, hidden.scalar_type(), {hidden.size(0), hidden.size(1)}, "hidden");
+  check(touched, at::kInt, {touched.numel()}, "touched");
+  check(begins, at::kInt, {touched.numel() + 1}, "begins");
+  check(tokens, at::kInt, {tokens.numel()}, "tokens");
+  check(coefficient, at::kFloat, {tokens.numel()}, "coefficient");
 }
 
-void launch_dw(const Tensor& hidden, const ByColumn& lists, const Tensor& grad, int64_t vocab, bool add) {
+void launch_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient,
+               const Tensor& grad, bool add) {
   const auto element = element_of(hidden, "hidden"), grad_element = element_of(grad, "the gradient of the weight");
-  const int64_t n = hidden.size(0), width = hidden.size(1), entries = lists.tokens.numel();
+  const int64_t n = hidden.size(0), width = hidden.size(1), entries = tokens.numel();
   check_width(narrow(width, "hidden size"));
-  const Tensor h = hidden.contiguous();
+  const Tensor h = hidden.contiguous(), v = touched.contiguous(), b = begins.contiguous(), t = tokens.contiguous(), c = coefficient.contiguous();
   const Tensor parts = at::empty({restricted_bwd_dw_parts(narrow(entries, "entries")), width}, hidden.options().dtype(at::kFloat));
-  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
-                 touched = narrow(lists.touched.numel(), "touched rows"), count = narrow(entries, "entries"), rows = narrow(vocab, "vocabulary");
-  const void *ph = h.data_ptr(), *ps = lists.starts.data_ptr(), *pt = lists.touched.data_ptr(), *pk = lists.tokens.data_ptr(),
-             *pc = lists.coefficient.data_ptr();
+  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"), num = narrow(v.numel(), "touched rows"),
+                 count = narrow(entries, "entries"), rows = narrow(grad.size(0), "rows of the gradient");
+  const void *ph = h.data_ptr(), *pb = b.data_ptr(), *pv = v.data_ptr(), *pt = t.data_ptr(), *pc = c.data_ptr();
   void *pg = grad.data_ptr(), *pp = parts.data_ptr();
   enqueue("restricted_bwd_dw", [=](void* stream, uint32_t cores) {
-    launch_restricted_bwd_dw(stream, cores, element, grad_element, ph, ps, pt, pk, pc, pg, pp, positions, columns_of, touched, count, rows, add);
+    launch_restricted_bwd_dw(stream, cores, element, grad_element, ph, pb, pv, pt, pc, pg, pp, positions, columns_of, num, count, rows, add);
   });
 }
 
-void check_entries(const Tensor& hidden, const Tensor& offsets, const Tensor& columns, const Tensor& coefficient) {
-  check(hidden, hidden.scalar_type(), {hidden.size(0), hidden.size(1)}, "hidden");
-  check(offsets, at::kLong, {hidden.size(0) + 1}, "offsets");
-  check(columns, at::kInt, {columns.numel()}, "columns");
-  check(coefficient, at::kFloat, {columns.numel()}, "coefficient");
-}
-
-void restricted_bwd_dw(const Tensor& hidden, const Tensor& offsets, const Tensor& columns, const Tensor& coefficient, Tensor grad) {
+void restricted_bwd_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient,
+                       Tensor grad) {
   const c10::DeviceGuard guard(hidden.device());
-  check_entries(hidden, offsets, columns, coefficient);
+  check_entries(hidden, touched, begins, tokens, coefficient);
   check(grad, grad.scalar_type(), {grad.size(0), hidden.size(1)}, "the gradient of the weight");
   TORCH_CHECK(grad.is_contiguous(), "the gradient of the weight must be contiguous: it is changed in place");
-  if (columns.numel() == 0) return;
-  launch_dw(hidden, by_column(offsets, columns, coefficient), grad, grad.size(0), /*add=*/true);
+  if (touched.numel()) launch_dw(hidden, touched, begins, tokens, coefficient, grad, /*add=*/true);
 }
 
-std::tuple<Tensor, Tensor> restricted_bwd_rows(const Tensor& hidden, const Tensor& offsets, const Tensor& columns, const Tensor& coefficient,
-                                               int64_t vocab) {
+Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient) {
   const c10::DeviceGuard guard(hidden.device());
-  check_entries(hidden, offsets, columns, coefficient);
-  const auto floats = hidden.options().dtype(at::kFloat);
-  if (columns.numel() == 0) return {at::empty({0}, columns.options().dtype(at::kLong)), at::empty({0, hidden.size(1)}, floats)};
-  const ByColumn lists = by_column(offsets, columns, coefficient);
-  Tensor grad = at::empty({lists.touched.numel(), hidden.size(1)}, floats);
-  launch_dw(hidden, lists, grad, vocab, /*add=*/false);
-  return {lists.touched.to(at::kLong), grad};
+  check_entries(hidden, touched, begins, tokens, coefficient);
+  Tensor grad = at::empty({touched.numel(), hidden.size(1)}, coefficient.options());
+  if (touched.numel()) launch_dw(hidden, touched, begins, tokens, coefficient, grad, /*add=*/false);
+  return grad;
 }
 
 // The kernel leaves more candidates than k, in no order, which two stable sorts put in order. A slot beyond what a row has above -inf is

@@ -1,6 +1,6 @@
 // The restricted loss. Forward by position: each candidate's weight row is read once, for its logit and for the mixture that becomes the
-// gradient of the hidden state (a softmax over the set in one pass, as in flash attention). The weight's gradient by vocabulary row, over
-// the inverted index, so that each row is written once, by one thread, in the order of the positions: no result depends on their number.
+// gradient of the hidden state (a softmax over the set in one pass, as in flash attention). The weight's gradient by vocabulary row, from
+// entries that lie by column, so that each row is written once, by one thread, in the order of the positions: no result depends on their number.
 #include "restricted.h"
 
 #include <ATen/ops/empty.h>
@@ -97,46 +97,6 @@ ALWAYS_INLINE void forward_body(const Forward& f, int64_t first, int64_t last, A
 
 PER_WIDTH(forward, (class A, class T), (A, T), (const Forward& f, int64_t first, int64_t last, A* h), (f, first, last, h));
 
-// The entries of a ragged table by column: column touched[u] has the entries begins[u] .. begins[u + 1], in the order of the positions.
-template <class A>
-struct Inverted {
-  std::vector<int32_t> touched, begins, tokens;
-  std::vector<A> factors;
-};
-
-template <class A>
-Inverted<A> inverted(const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& coefficient, int64_t vocab) {
-  const int64_t* o = offsets.const_data_ptr<int64_t>();
-  const int32_t* c = columns.const_data_ptr<int32_t>();
-  const A* g = coefficient.const_data_ptr<A>();
-  const int64_t positions = offsets.size(0) - 1, entries = columns.size(0);
-  Inverted<A> out;
-  std::vector<int32_t> place(vocab);
-  int64_t num = 0;
-  for (int64_t i = 0; i < entries; ++i) num += place[c[i]]++ == 0;
-  out.touched.reserve(num);
-  out.begins.reserve(num + 1);
-  int32_t begin = 0;
-  for (int64_t v = 0; v < vocab; ++v) {
-    if (!place[v]) continue;
-    out.touched.push_back(static_cast<int32_t>(v));
-    out.begins.push_back(begin);
-    begin += place[v];
-    place[v] = out.begins.back();
-  }
-  out.begins.push_back(begin);
-  out.tokens.resize(entries);
-  out.factors.resize(entries);
-  for (int64_t t = 0; t < positions; ++t) {
-    for (int64_t i = o[t]; i < o[t + 1]; ++i) {
-      const int32_t at = place[c[i]]++;
-      out.tokens[at] = static_cast<int32_t>(t);
-      out.factors[at] = g[i];
-    }
-  }
-  return out;
-}
-
 struct Gradient {
   const void* hidden;
   int64_t hidden_stride, width, num, entries;
@@ -226,30 +186,50 @@ void run_gradient(const Gradient& g) {
   });
 }
 
-void check_gradient(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& coefficient,
-                    int64_t vocab, const char* op) {
+// The entries by column: touched [U] ascending, begins [U + 1] and tokens [m], int32 and within their bounds; and a coefficient of each.
+void check_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                    const at::Tensor& coefficient, int64_t vocab, const char* op) {
   check_matrix(hidden, op, "hidden");
-  check_table(offsets, columns, vocab, op);
-  TORCH_CHECK(offsets.size(0) == hidden.size(0) + 1, op, ": ", offsets.size(0) - 1, " sets for ", hidden.size(0), " hidden states");
-  TORCH_CHECK(coefficient.scalar_type() == accumulator(hidden.scalar_type()) && coefficient.sizes() == columns.sizes(), op,
-              ": coefficient must be [", columns.size(0), "] ", accumulator(hidden.scalar_type()));
+  const std::pair<const char*, const at::Tensor*> tables[] = {{"touched", &touched}, {"begins", &begins}, {"tokens", &tokens}};
+  for (const auto& [name, table] : tables) {
+    TORCH_CHECK(table->dim() == 1 && table->scalar_type() == at::kInt && table->is_contiguous(), op, ": ", name, " must be contiguous int32");
+  }
+  const int64_t num = touched.size(0), entries = tokens.size(0);
+  TORCH_CHECK(begins.size(0) == num + 1, op, ": begins must be [", num + 1, "], one more than the touched rows, got [", begins.size(0), "]");
+  const int32_t* b = begins.const_data_ptr<int32_t>();
+  const int32_t* v = touched.const_data_ptr<int32_t>();
+  bool rises = b[0] == 0 && b[num] == entries, ascends = num == 0 || (v[0] >= 0 && v[num - 1] < vocab);
+  for (int64_t u = 0; u < num; ++u) rises &= b[u] < b[u + 1];
+  for (int64_t u = 1; u < num; ++u) ascends &= v[u - 1] < v[u];
+  TORCH_CHECK(rises, op, ": begins must rise from 0 to the ", entries, " entries");
+  TORCH_CHECK(ascends, op, ": the touched rows must ascend within the ", vocab, " rows of the weight");
+  const int32_t* t = tokens.const_data_ptr<int32_t>();
+  uint32_t most = 0;  // a negative position is a huge one
+  for (int64_t i = 0; i < entries; ++i) most = std::max(most, static_cast<uint32_t>(t[i]));
+  TORCH_CHECK(entries == 0 || most < static_cast<uint64_t>(hidden.size(0)), op, ": an entry's position lies outside the ", hidden.size(0),
+              " hidden states");
+  TORCH_CHECK(coefficient.scalar_type() == accumulator(hidden.scalar_type()) && coefficient.sizes() == tokens.sizes(), op,
+              ": coefficient must be [", entries, "] ", accumulator(hidden.scalar_type()));
 }
 
-template <class A>
-Gradient gradient_of(const Inverted<A>& index, const at::Tensor& hidden, const at::Tensor& out, bool compact) {
-  return {hidden.const_data_ptr(),
-          hidden.stride(0),
-          hidden.size(1),
-          static_cast<int64_t>(index.touched.size()),
-          static_cast<int64_t>(index.tokens.size()),
-          index.touched.data(),
-          index.begins.data(),
-          index.tokens.data(),
-          index.factors.data(),
-          out.mutable_data_ptr(),
-          out.stride(0),
-          compact,
-          out.scalar_type() == at::kBFloat16};
+// `out` has the touched rows alone where `compact`, or all rows of the weight.
+void add_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                  const at::Tensor& coefficient, const at::Tensor& out, bool compact) {
+  const at::Tensor h = with_rows(hidden), factors = coefficient.contiguous();
+  const Gradient g = {h.const_data_ptr(),
+                      h.stride(0),
+                      h.size(1),
+                      touched.size(0),
+                      tokens.size(0),
+                      touched.const_data_ptr<int32_t>(),
+                      begins.const_data_ptr<int32_t>(),
+                      tokens.const_data_ptr<int32_t>(),
+                      factors.const_data_ptr(),
+                      out.mutable_data_ptr(),
+                      out.stride(0),
+                      compact,
+                      out.scalar_type() == at::kBFloat16};
+  for_type(hidden.scalar_type(), [&](auto a, auto t) { run_gradient<decltype(a), decltype(t)>(g); });
 }
 
 // Ask for huge pages for a large tensor that was never written: handing out small ones takes longer than writing the rows.
@@ -335,42 +315,27 @@ void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::T
   });
 }
 
-void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& coefficient,
-                       at::Tensor grad_weight) {
+void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                       const at::Tensor& coefficient, at::Tensor grad_weight) {
   const char* op = "restricted_bwd_dw";
   check_matrix(grad_weight, op, "grad_weight");
-  check_gradient(hidden, offsets, columns, coefficient, grad_weight.size(0), op);
+  check_gradient(hidden, touched, begins, tokens, coefficient, grad_weight.size(0), op);
   TORCH_CHECK(grad_weight.size(1) == hidden.size(1), op, ": grad_weight is ", grad_weight.sizes(), ", hidden ", hidden.sizes());
   const auto kind = accumulator(hidden.scalar_type()), kept = grad_weight.scalar_type();
-  if (grad_weight.stride(1) != 1 || !(kept == kind || (kept == at::kBFloat16 && kind == at::kFloat))) {
-    const auto [touched, rows] = restricted_bwd_rows(hidden, offsets, columns, coefficient, grad_weight.size(0));
-    grad_weight.index_add_(0, touched, rows.to(kept));
-    return;
+  if (grad_weight.stride(1) == 1 && (kept == kind || (kept == at::kBFloat16 && kind == at::kFloat))) {
+    add_gradient(hidden, touched, begins, tokens, coefficient, grad_weight, false);
+  } else {
+    grad_weight.index_add_(0, touched, restricted_bwd_rows(hidden, touched, begins, tokens, coefficient).to(kept));
   }
-  const at::Tensor h = with_rows(hidden), factors = coefficient.contiguous();
-  for_type(hidden.scalar_type(), [&](auto a, auto t) {
-    using A = decltype(a);
-    const Inverted<A> index = inverted<A>(offsets, columns, factors, grad_weight.size(0));
-    run_gradient<A, decltype(t)>(gradient_of(index, h, grad_weight, false));
-  });
 }
 
-std::tuple<at::Tensor, at::Tensor> restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns,
-                                                       const at::Tensor& coefficient, int64_t vocab) {
-  check_gradient(hidden, offsets, columns, coefficient, vocab, "restricted_bwd_rows");
-  const at::Tensor h = with_rows(hidden), factors = coefficient.contiguous();
-  at::Tensor touched, rows;
-  for_type(hidden.scalar_type(), [&](auto a, auto t) {
-    using A = decltype(a);
-    const Inverted<A> index = inverted<A>(offsets, columns, factors, vocab);
-    const int64_t num = static_cast<int64_t>(index.touched.size());
-    touched = at::empty({num}, columns.options().dtype(at::kLong));
-    std::copy(index.touched.begin(), index.touched.end(), touched.mutable_data_ptr<int64_t>());
-    rows = at::empty({num, hidden.size(1)}, factors.options());
-    use_huge_pages(rows);
-    run_gradient<A, decltype(t)>(gradient_of(index, h, rows, true));
-  });
-  return {touched, rows};
+at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                               const at::Tensor& coefficient) {
+  check_gradient(hidden, touched, begins, tokens, coefficient, INT32_MAX, "restricted_bwd_rows");
+  const at::Tensor rows = at::empty({touched.size(0), hidden.size(1)}, coefficient.options());
+  use_huge_pages(rows);
+  add_gradient(hidden, touched, begins, tokens, coefficient, rows, true);
+  return rows;
 }
 
 }  // namespace megatron_replay

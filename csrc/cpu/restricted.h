@@ -13,11 +13,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& 
 void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::Tensor& columns, const at::Tensor& gold,
                        const at::Tensor& scale);
 
-void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& coefficient,
-                       at::Tensor grad_weight);
+void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                       const at::Tensor& coefficient, at::Tensor grad_weight);
 
-std::tuple<at::Tensor, at::Tensor> restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& columns,
-                                                       const at::Tensor& coefficient, int64_t vocab);
+at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
+                               const at::Tensor& coefficient);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t k);
 

@@ -26,8 +26,8 @@ NAMESPACE = "megatron_replay"
 SCHEMAS = {
     "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix) -> (Tensor, Tensor, Tensor)",
     "restricted_bwd_dh": "(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale) -> ()",
-    "restricted_bwd_dw": "(Tensor hidden, Tensor offsets, Tensor columns, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
-    "restricted_bwd_rows": "(Tensor hidden, Tensor offsets, Tensor columns, Tensor coefficient, int vocab) -> (Tensor, Tensor)",
+    "restricted_bwd_dw": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
+    "restricted_bwd_rows": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient) -> Tensor",
     "topk_rows": "(Tensor logits, int k) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -41,7 +41,7 @@ class Kernels:
     restricted_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
     restricted_bwd_dh: Callable[..., None]
     restricted_bwd_dw: Callable[..., None]
-    restricted_bwd_rows: Callable[..., tuple[Tensor, Tensor]]
+    restricted_bwd_rows: Callable[..., Tensor]
     topk_rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -77,13 +77,12 @@ def _fake_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, sca
     return None
 
 
-def _fake_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+def _fake_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
     return None
 
 
-def _fake_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    num = torch.library.get_ctx().new_dynamic_size()
-    return columns.new_empty(num, dtype=torch.int64), coefficient.new_empty(num, hidden.shape[1])
+def _fake_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
+    return coefficient.new_empty(touched.shape[0], hidden.shape[1])
 
 
 def _fake_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from megatron_replay.ops.torch_kernels import row_of, set_stats
 def restricted_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    sets: CandidateSets,
+    sets: CandidateSets | LocalSets,
     shard: VocabShard | None = None,
     *,
     main_grad: Tensor | None = None,
@@ -40,7 +40,8 @@ def restricted_linear_cross_entropy(
     Args:
         hidden: [N, H].
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
-        sets: N candidate sets, the same on every rank.
+        sets: N candidate sets, the same on every rank; or what this shard holds of them, `sets.local(shard).indexed()`, which a loader
+            prepares while the device computes.
         main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for `weight`.
         sparse: return the weight's gradient as a sparse tensor of its touched rows, as torch.nn.Embedding(sparse=True) does.
         kernels: "auto" or "reference".
@@ -50,12 +51,13 @@ def restricted_linear_cross_entropy(
         LayoutError: the shard is not as wide as `weight`.
     """
     shard = shard_of(weight.shape[0], shard)
-    here = _local(sets, shard, hidden)
+    trained = torch.is_grad_enabled() and (weight.requires_grad or main_grad is not None)
+    here = _local(sets, shard, hidden, by_column=trained)
     loss: Tensor = _RestrictedLinear.apply(hidden, weight, here, shard, main_grad, sparse, choose(kernels))
     return loss
 
 
-def restricted_cross_entropy(logits: Tensor, sets: CandidateSets, shard: VocabShard | None = None) -> Tensor:
+def restricted_cross_entropy(logits: Tensor, sets: CandidateSets | LocalSets, shard: VocabShard | None = None) -> Tensor:
     """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head."""
     shard = shard_of(logits.shape[1], shard)
     loss: Tensor = _RestrictedLogits.apply(logits, _local(sets, shard, logits), shard)
@@ -76,34 +78,35 @@ class _RestrictedLinear(torch.autograd.Function):
     ) -> Tensor:
         z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0])
         loss, peak, total = _combine(stats, shard)
-        ctx.save_for_backward(hidden, weight, here.offsets, here.columns, here.gold, z, stats[0], peak, total)
-        ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = ops, main_grad, sparse, mixture
+        ctx.save_for_backward(hidden, weight, z, stats[0], peak, total)
+        ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = here, ops, main_grad, sparse, mixture
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, offsets, columns, gold, z, top, peak, total = ctx.saved_tensors
+        hidden, weight, z, top, peak, total = ctx.saved_tensors
+        here, ops = ctx.here, ctx.ops
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             mixture, ctx.mixture = ctx.mixture, None  # becomes the gradient in place
             if mixture is None:  # backward came before, through a retained graph
-                mixture = ctx.ops.restricted_fwd(hidden, weight, offsets, columns, gold, True)[2]
+                mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)[2]
             scale = torch.stack([(top - peak).exp_().mul_(grad).div_(total), grad])
-            ctx.ops.restricted_bwd_dh(mixture, weight, columns, gold, scale)
+            ops.restricted_bwd_dh(mixture, weight, here.columns, here.gold, scale)
             grad_hidden = mixture.to(hidden.dtype)
         if ctx.main_grad is not None or ctx.needs_input_grad[1]:
-            entries = (hidden, offsets, columns, _coefficient(z, offsets, gold, peak, total, grad))
+            entries = (hidden, *here.by_column.entries(_coefficient(z, here.offsets, here.gold, peak, total, grad)))
             if ctx.main_grad is not None:
-                ctx.ops.restricted_bwd_dw(*entries, ctx.main_grad)
+                ops.restricted_bwd_dw(*entries, ctx.main_grad)
             elif ctx.sparse:
-                rows, values = ctx.ops.restricted_bwd_rows(*entries, weight.shape[0])
+                rows = ops.restricted_bwd_rows(*entries).to(weight.dtype)
                 grad_weight = torch.sparse_coo_tensor(
-                    rows[None], values.to(weight.dtype), weight.shape, is_coalesced=True, check_invariants=False
+                    here.by_column.touched.long()[None], rows, weight.shape, is_coalesced=True, check_invariants=False
                 )
             else:
                 grad_weight = _zeros_like(weight)
-                ctx.ops.restricted_bwd_dw(*entries, grad_weight)
+                ops.restricted_bwd_dw(*entries, grad_weight)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -154,8 +157,9 @@ def _zeros_like(weight: Tensor) -> Tensor:
     return flat[start : start + size].view(weight.dtype).view(weight.shape)
 
 
-def _local(sets: CandidateSets, shard: VocabShard, rows: Tensor) -> LocalSets:
+def _local(sets: CandidateSets | LocalSets, shard: VocabShard, rows: Tensor, *, by_column: bool = False) -> LocalSets:
     """The sets of `rows` as this shard sees them; cut where they are and moved then, so that no accelerator has to be waited for."""
     if sets.num_positions != rows.shape[0]:
         raise DataError(f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only")
-    return sets.local(shard).to(rows.device)
+    here = sets if isinstance(sets, LocalSets) else sets.local(shard)
+    return (here.indexed() if by_column else here).to(rows.device)

@@ -53,36 +53,28 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
         mixture.index_add_(0, some, weight[columns[gold[some]]].to(mixture.dtype).mul_(-scale[1][some, None]))
 
 
-def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
-    """grad_weight[j] += sum over the positions t that have j of coefficient_tj hidden[t]; each touched row is added to once.
+def restricted_bwd_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+    """grad_weight[touched[u]] += sum over the entries i of begins[u]..begins[u + 1] of coefficient[i] hidden[tokens[i]].
 
-    The order of the sum is that of the positions, whatever the number of threads.
+    The entries lie by column (`sets.ByColumn`), so each touched row is added to once, its sum in the order of the positions whatever the
+    number of threads. touched [U] and begins [U+1] int32, tokens [m] int32, coefficient [m].
     """
-    touched, parts = _by_column(hidden, offsets, columns, coefficient)
-    for part, rows in parts:
+    for part, rows in _summed(hidden, begins, tokens, coefficient):
         grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
 
 
-def restricted_bwd_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """The same gradient of a weight of `vocab` rows as its touched rows: ([U] int64 ascending, [U, H] in the coefficient's dtype)."""
-    touched, parts = _by_column(hidden, offsets, columns, coefficient)
-    return touched.long(), torch.cat([coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in parts)])
+def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
+    """What `restricted_bwd_dw` adds to the touched rows: [U, H] in the coefficient's dtype."""
+    return torch.cat([coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in _summed(hidden, begins, tokens, coefficient))])
 
 
-def _by_column(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
-    """The columns that occur, ascending, and the weight gradient's rows of them, a part at a time."""
-    order = torch.sort(columns, stable=True).indices
-    touched, counts = torch.unique_consecutive(columns[order], return_counts=True)
-    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    tokens, factors, source = row_of(offsets, columns.shape[0])[order], coefficient[order], hidden.to(coefficient.dtype)
-
-    def parts() -> Iterator[tuple[slice, Tensor]]:
-        for part in _parts(touched.shape[0], 2 * hidden.shape[1] * coefficient.element_size()):
-            first, last = int(ends[part.start]), int(ends[part.stop])
-            starts = ends[part.start : part.stop] - first
-            yield part, embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=factors[first:last])
-
-    return touched, parts()
+def _summed(hidden: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The sums of the touched rows, a part of them at a time."""
+    source = hidden.to(coefficient.dtype)
+    for part in _parts(begins.shape[0] - 1, 2 * hidden.shape[1] * coefficient.element_size()):
+        first, last = int(begins[part.start]), int(begins[part.stop])
+        starts = begins[part] - first
+        yield part, embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=coefficient[first:last])
 
 
 def weighted_rows(weight: Tensor, offsets: Tensor, columns: Tensor, factor: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and for the mixture
 that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's rows of the weight). The weight's
-gradient, a program for each distinct id: the candidates are sorted by id, and its row is summed in the order of the positions and written
-once. There are no atomics and no collectives, so the same input gives the same bits.
+gradient, a program for each distinct id: the entries lie by id, and its row is summed in the order of the positions and written once. There
+are no atomics and no collectives, so the same input gives the same bits.
 
 A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The `further` kernels sum
 the pieces after the first into scratch rows, and the program of the run adds those in order. Piece starts of all runs are at least SPLIT
@@ -141,71 +141,70 @@ def restricted_bwd_dh(mixture, weight, weight_row, columns, gold, scale, width, 
 
 
 @triton.jit
-def run_end(ordered, entries, begin, column, SPLIT: tl.constexpr):
-    """Where the run of `column` that the sorted entries hold at `begin` ends, or begin + SPLIT where it is longer."""
-    ahead = begin + tl.arange(0, SPLIT)
-    return begin + tl.sum((tl.load(ordered + ahead, mask=ahead < entries, other=-1) == column).to(tl.int64), 0)
-
-
-@triton.jit
-def sum_piece(
-    hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """sum of coefficient times hidden over the sorted entries begin..end: [WIDTH]."""
+def sum_piece(hidden, hidden_row, tokens, coefficient, width, begin, end, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """sum of coefficient times hidden over the entries begin..end: [WIDTH]."""
     across = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), ACC)
     for at in range(begin, end, ROWS):
         some = at + tl.arange(0, ROWS)
         here = some < end
-        source = tl.load(order + some, mask=here, other=0)
-        factor = tl.load(coefficient + source, mask=here, other=0)
-        rows = gathered(hidden, hidden_row, tl.load(positions + source, mask=here, other=0), across, here, width, ACC)
+        factor = tl.load(coefficient + some, mask=here, other=0)
+        rows = gathered(hidden, hidden_row, tl.load(tokens + some, mask=here, other=0), across, here, width, ACC)
         total += tl.sum(rows * factor[:, None], 0)
     return total
 
 
 @triton.jit
 def restricted_bwd_further(
-    hidden, hidden_row, ordered, order, positions, coefficient, scratch, width, entries,
+    hidden, hidden_row, begins, tokens, coefficient, scratch, width, num,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program p: the piece, not the first of its column, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
     slot = tl.program_id(0).to(tl.int64)
-    column = tl.load(ordered + slot * SPLIT)
-    first = num_below(ordered, entries, column)
+    u = num_below(begins, num + 1, slot * SPLIT + 1) - 1  # the column that has this entry
+    first, last = tl.load(begins + u).to(tl.int64), tl.load(begins + u + 1).to(tl.int64)
     begin = first + (slot * SPLIT - first + SPLIT - 1) // SPLIT * SPLIT
-    end = run_end(ordered, entries, begin, column, SPLIT)
-    if (begin > first) & (end > begin):
-        total = sum_piece(hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC, ROWS, WIDTH)
+    if (begin > first) & (begin < last):
+        end = tl.minimum(begin + SPLIT, last)
+        total = sum_piece(hidden, hidden_row, tokens, coefficient, width, begin, end, ACC, ROWS, WIDTH)
         across = tl.arange(0, WIDTH)
         tl.store(scratch + slot * width + across, total, mask=across < width)
 
 
 @triton.jit
 def restricted_bwd(
-    hidden, hidden_row, ordered, order, positions, coefficient, targets, out, out_row, scratch, width, entries,
-    ADD: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    hidden, hidden_row, touched, begins, tokens, coefficient, out, out_row, scratch, width,
+    ADD: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program p: each column whose first sorted entry i is in p CHUNK .. (p + 1) CHUNK; its sum goes into row targets[i] of `out`."""
-    begin = tl.program_id(0).to(tl.int64) * CHUNK
-    stop = tl.minimum(begin + CHUNK, entries)
+    """Program u: the sum of column u, added to row touched[u] of `out`, or stored into row u."""
+    u = tl.program_id(0).to(tl.int64)
+    begin, last = tl.load(begins + u).to(tl.int64), tl.load(begins + u + 1).to(tl.int64)
+    total = sum_piece(hidden, hidden_row, tokens, coefficient, width, begin, tl.minimum(begin + SPLIT, last), ACC, ROWS, WIDTH)
     across = tl.arange(0, WIDTH)
     inside = across < width
-    while begin < stop:
-        column = tl.load(ordered + begin)
-        end = run_end(ordered, entries, begin, column, SPLIT)
-        if tl.load(ordered + begin - 1, mask=begin > 0, other=-1) != column:
-            total = sum_piece(hidden, hidden_row, order, positions, coefficient, width, begin, end, ACC, ROWS, WIDTH)
-            at = begin + SPLIT
-            while tl.load(ordered + at, mask=at < entries, other=-1) == column:
-                total += tl.load(scratch + at // SPLIT * width + across, mask=inside, other=0)
-                at += SPLIT
-            to = out + tl.load(targets + begin).to(tl.int64) * out_row + across
-            if ADD:
-                tl.store(to, tl.load(to, mask=inside, other=0) + total, mask=inside)
-            else:
-                tl.store(to, total, mask=inside)
-        begin = end
+    for at in range(begin + SPLIT, last, SPLIT):
+        total += tl.load(scratch + at // SPLIT * width + across, mask=inside, other=0)
+    if ADD:
+        to = out + tl.load(touched + u).to(tl.int64) * out_row + across
+        tl.store(to, tl.load(to, mask=inside, other=0) + total, mask=inside)
+    else:
+        tl.store(out + u * out_row + across, total, mask=inside)
+
+
+@triton.jit
+def flaws_by_column(touched, begins, tokens, found, num, entries, positions, vocab, BLOCK: tl.constexpr):
+    """found[p]: whether one of these BLOCK touched rows, bounds of columns or positions is out of order or outside what it points into."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = at < num
+    row = tl.load(touched + at, mask=here, other=0)
+    after = tl.load(touched + at + 1, mask=at + 1 < num, other=2147483647)
+    wrong = here & ((row < 0) | (row >= vocab) | (after <= row))
+    begin = tl.load(begins + at, mask=here, other=0)
+    end = tl.load(begins + at + 1, mask=here, other=1)
+    wrong |= here & ((begin < 0) | (end <= begin) | (end > entries) | ((at == 0) & (begin != 0)) | ((at == num - 1) & (end != entries)))
+    token = tl.load(tokens + at, mask=at < entries, other=0)
+    wrong |= (at < entries) & ((token < 0) | (token >= positions))
+    tl.store(found + tl.program_id(0), tl.max(wrong.to(tl.int32), 0))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The operators on Triton's kernels, for CUDA tensors: the twins of `torch_kernels`, under the schemas of `library`.
 
 Checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; never run on a GPU.
-No operator waits for the device, but `restricted_bwd_rows`, whose number of rows the device has to say. What does not fit together in shape
+No operator waits for the device. What does not fit together in shape
 or dtype is a RuntimeError; an id, offset or gold entry out of bounds is a device-side assertion, as in torch's own indexing.
 """
 
@@ -15,13 +15,9 @@ from torch import Tensor
 
 from megatron_replay.ops import triton_kernels as programs
 from megatron_replay.ops.shard import accumulator
-from megatron_replay.ops.torch_kernels import row_of
 
 SPLIT = 256
 """Entries of a set, or of an id, that one program sums; above the usual k_max, so that few runs are cut."""
-
-CHUNK = 16
-"""Sorted entries whose ids' sums one program writes: most ids are in few sets."""
 
 TILE = 8192
 """Elements a program holds at a time, where rows are not longer: 64 a thread."""
@@ -78,46 +74,40 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
         )
 
 
-def restricted_bwd_dw(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+def restricted_bwd_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
     """`torch_kernels.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded once."""
     op = "restricted_bwd_dw"
-    _check_gradient(op, hidden, offsets, columns, coefficient, grad_weight.shape[0])
+    _check_gradient(op, hidden, touched, begins, tokens, coefficient, grad_weight.shape[0])
     _need(
         grad_weight.dim() == 2 and grad_weight.shape[1] == hidden.shape[1] and grad_weight.device == hidden.device,
         f"{op}: grad_weight is {_told(grad_weight)}, hidden {_told(hidden)}",
     )
-    if grad_weight.dtype not in _KNOWN or _with_rows(grad_weight) is not grad_weight:
-        touched, rows = restricted_bwd_rows(hidden, offsets, columns, coefficient, grad_weight.shape[0])
+    if grad_weight.dtype in _KNOWN and _with_rows(grad_weight) is grad_weight:
+        _sum_by_column(hidden, touched, begins, tokens, coefficient, grad_weight, add=True)
+    else:
+        rows = restricted_bwd_rows(hidden, touched, begins, tokens, coefficient)
         grad_weight.index_add_(0, touched, rows.to(grad_weight.dtype))
-        return
-    ordered, order = columns.sort(stable=True)
-    _sum_by_column(hidden, offsets, ordered, order, coefficient, ordered, grad_weight, add=True)
 
 
-def restricted_bwd_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
     """`torch_kernels.restricted_bwd_rows`."""
-    _check_gradient("restricted_bwd_rows", hidden, offsets, columns, coefficient, vocab)
-    ordered, order = columns.sort(stable=True)
-    touched, target = torch.unique_consecutive(ordered, return_inverse=True)
+    _check_gradient("restricted_bwd_rows", hidden, touched, begins, tokens, coefficient, torch.iinfo(torch.int32).max)
     rows = coefficient.new_empty(touched.shape[0], hidden.shape[1])
-    _sum_by_column(hidden, offsets, ordered, order, coefficient, target, rows, add=False)
-    return touched.long(), rows
+    _sum_by_column(hidden, touched, begins, tokens, coefficient, rows, add=False)
+    return rows
 
 
-def _sum_by_column(
-    hidden: Tensor, offsets: Tensor, ordered: Tensor, order: Tensor, coefficient: Tensor, target: Tensor, out: Tensor, *, add: bool
-) -> None:
-    """The sum of each column of the sorted entries, stored into or added to row target[i] of `out`, i any of its entries."""
-    width, m = hidden.shape[1], ordered.shape[0]
-    h, slots, kind = _with_rows(hidden), _slots(m), coefficient.dtype
-    scratch = coefficient.new_empty(slots, width)
-    table = (h, h.stride(0), ordered, order, row_of(offsets, m), coefficient.contiguous())
+def _sum_by_column(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, out: Tensor, *, add: bool) -> None:
+    """The sum of each column, added to its row of `out`, or stored into its row of `out` [U, H]."""
+    (num,), width = touched.shape, hidden.shape[1]
+    h, slots, kind = _with_rows(hidden), _slots(tokens.shape[0]), coefficient.dtype
+    scratch, factors = coefficient.new_empty(slots, width), coefficient.contiguous()
     tile = {"ACC": _SUM[kind], "SPLIT": SPLIT, **_tile(width, kind)}
     with _on(hidden):
         if slots:
-            programs.restricted_bwd_further[(slots,)](*table, scratch, width, m, **tile)
-        programs.restricted_bwd[(triton.cdiv(m, CHUNK),)](
-            *table, target, out, out.stride(0), scratch, width, m, ADD=add, CHUNK=CHUNK, **tile
+            programs.restricted_bwd_further[(slots,)](h, h.stride(0), begins, tokens, factors, scratch, width, num, **tile)
+        programs.restricted_bwd[(num,)](
+            h, h.stride(0), touched, begins, tokens, factors, out, out.stride(0), scratch, width, ADD=add, **tile
         )
 
 
@@ -160,14 +150,25 @@ def _check_matrix(op: str, name: str, x: Tensor) -> None:
     _need(x.dtype in _KNOWN, f"{op}: {name} is {x.dtype}; written for float16, bfloat16, float32, float64 (kernels=reference takes others)")
 
 
-def _check_gradient(op: str, hidden: Tensor, offsets: Tensor, columns: Tensor, coefficient: Tensor, vocab: int) -> None:
+def _check_gradient(op: str, hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, vocab: int) -> None:
+    """touched [U] and begins [U + 1] and tokens [m], int32, of rows of `hidden` and a weight of `vocab` rows; and a coefficient of each."""
     _check_matrix(op, "hidden", hidden)
-    _check_table(op, hidden, offsets, columns, vocab)
-    kind = accumulator(hidden.dtype)
+    num, m, kind = touched.shape[0], tokens.shape[0], accumulator(hidden.dtype)
+    for name, tensor, size in (("touched", touched, num), ("begins", begins, num + 1), ("tokens", tokens, m)):
+        _need(
+            tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous() and tensor.device == hidden.device,
+            f"{op}: {name} must be contiguous [{size}] torch.int32 on {hidden.device}",
+        )
     _need(
-        coefficient.shape == columns.shape and coefficient.dtype == kind and coefficient.device == hidden.device,
-        f"{op}: coefficient must be [{columns.shape[0]}] {kind} on {hidden.device}",
+        coefficient.shape == tokens.shape and coefficient.dtype == kind and coefficient.device == hidden.device,
+        f"{op}: coefficient must be [{m}] {kind} on {hidden.device}",
     )
+    blocks = triton.cdiv(max(num, m), BLOCK)
+    found = tokens.new_empty(blocks)
+    with _on(hidden):
+        programs.flaws_by_column[(blocks,)](touched, begins, tokens, found, num, m, hidden.shape[0], vocab, BLOCK=BLOCK)
+    what = f"{op}: a touched row, bound or position is out of order or points outside the {vocab} rows or {hidden.shape[0]} positions"
+    torch.ops.aten._assert_async.msg(~found.any(), what)
 
 
 def _check_table(op: str, rows: Tensor, offsets: Tensor, columns: Tensor, vocab: int, gold: Tensor | None = None) -> None:

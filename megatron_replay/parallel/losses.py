@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import CandidateSets, LocalSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.model import Model, vocab_shard
@@ -16,17 +16,18 @@ from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.store import SampleSets
 
 
-def sets_of(stored: Sequence[SampleSets], device: torch.device) -> CandidateSets:
-    """The candidate sets of several samples, one after the other, as tensors."""
+def sets_of(model: Model, stored: Sequence[SampleSets]) -> LocalSets:
+    """The candidate sets of several samples, one after the other, as the loss on this rank wants them: its part of the vocabulary, by
+    position and by id, on its device."""
     each = [
         CandidateSets.from_arrays(s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass)
         for s in stored
     ]
-    return CandidateSets.cat(each).to(device)
+    return CandidateSets.cat(each).local(vocab_shard(model)).indexed().to(model.world.torch_device)
 
 
 def restricted_task(model: Model, kernels: str = "auto") -> TaskOf:
-    """Cross-entropy over each position's stored set (paper section 2); the batch carries the sets in notes["sets"]."""
+    """Cross-entropy over each position's stored set (paper section 2); the batch carries the sets in notes["sets"], local or whole."""
     shard = vocab_shard(model)
 
     def task_of(batch: MicroBatch) -> Task:
@@ -50,14 +51,14 @@ def _main_grad(weight: Tensor) -> Tensor | None:
 
 
 def imbalance(model: Model, batches: Sequence[MicroBatch]) -> float:
-    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, all replicas together: 1 is even. Collective.
+    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, which carry their `sets_of`, all replicas together:
+    1 is even. Collective.
 
     The restricted loss costs a rank what its ids cost, and the others wait for it.
     """
     here = torch.zeros(model.world.tensor_size, dtype=torch.int64)
     if model.head is not None:
-        shard = vocab_shard(model)
-        here[model.world.tensor_rank] = sum(int((shard.columns(batch.notes["sets"].ids) >= 0).sum()) for batch in batches)
+        here[model.world.tensor_rank] = sum(len(batch.notes["sets"].columns) for batch in batches)
     counts = torch.stack(model.world.gather(here)).sum(0).double()
     return float(counts.max() / counts.mean()) if counts.any() else 1.0
 

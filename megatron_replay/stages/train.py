@@ -134,7 +134,7 @@ class Feed:
         notes: list[dict[str, Any]] = [{"tokens": sum(map(len, some))} for some in chosen]
         if stored is not None and self.active.model.head is not None:
             for noted, some in zip(notes, stored, strict=True):
-                noted["sets"] = sets_of(some, world.torch_device)
+                noted["sets"] = sets_of(self.active.model, some)
         ids = [[s.ids for s in some] for some in chosen]
         share_prefixes = self.active.config.data.share_prefixes
         return micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes)

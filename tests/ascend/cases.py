@@ -13,6 +13,7 @@ from stand_in import Library, StandInError
 from torch import Tensor
 
 from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.ops.sets import ByColumn
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -106,33 +107,15 @@ def restricted_bwd_dh(library: Library, x: Sets, mixture: Tensor, scale: Tensor,
     return (out,)
 
 
-@dataclass
-class ByColumn:
-    """The entries of the candidate lists sorted by column: touched [U], starts [U + 1], tokens [m], coefficient [m]."""
-
-    touched: Tensor
-    starts: Tensor
-    tokens: Tensor
-    coefficient: Tensor
-
-
-def by_column(x: Sets, coefficient: Tensor) -> ByColumn:
-    """What the binding makes of the candidate lists with torch before it launches restricted_bwd_dw."""
-    order = torch.sort(x.columns, stable=True).indices
-    touched, counts = torch.unique_consecutive(x.columns[order], return_counts=True)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return ByColumn(touched, starts, plain.row_of(x.offsets, len(x.columns))[order].int(), coefficient[order].contiguous())
-
-
 def restricted_bwd_dw(library: Library, x: Sets, coefficient: Tensor, grad: Tensor | None, **how: object) -> tuple[Tensor, ...]:
     """The gradient added to `grad`, or its touched rows."""
-    t = by_column(x, coefficient)
+    touched, begins, tokens, factors = ByColumn.of(x.offsets, x.columns).entries(coefficient)
     n, width, entries, vocab = x.sizes
-    out = untouched(len(t.touched), width) if grad is None else grad.clone()
+    out = untouched(len(touched), width) if grad is None else grad.clone()
     parts = untouched(*library.tiling("parts", entries), width) if not how.get("variant") else untouched(2 * -(-entries // 64), width)
     elements = [x.hidden.dtype, out.dtype]
-    tables = (x.hidden, t.starts, t.touched, t.tokens, t.coefficient, out, parts)
-    library.call("restricted_bwd_dw", elements, *tables, n, width, len(t.touched), entries, vocab, grad is not None, **how)  # type: ignore[arg-type]
+    tables = (x.hidden, begins, touched, tokens, factors, out, parts)
+    library.call("restricted_bwd_dw", elements, *tables, n, width, len(touched), entries, vocab, grad is not None, **how)  # type: ignore[arg-type]
     return (out,)
 
 

@@ -18,7 +18,8 @@ N, H, V = 3, 5, 7
 HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
 OFFSETS, COLUMNS, GOLD = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 6, 0, 2], dtype=torch.int32), torch.tensor([1, -1, 2])
 FACTORS, SCALE = torch.ones(4), torch.ones(2, N)
-ENTRIES = (HIDDEN, OFFSETS, COLUMNS, FACTORS)
+TOUCHED, BEGINS, TOKENS = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 1, 3, 4], [2, 0, 2, 0]))
+ENTRIES = (HIDDEN, TOUCHED, BEGINS, TOKENS, FACTORS)
 SCALARS = torch.ones(1, 11, dtype=torch.float64)
 
 
@@ -29,8 +30,12 @@ def dh(**changed: object) -> Callable[[], object]:
 
 def gradient(**changed: object) -> list[Callable[[], object]]:
     """Both operators of the weight's gradient."""
-    given = {"hidden": HIDDEN, "offsets": OFFSETS, "columns": COLUMNS, "coefficient": FACTORS, **changed}
-    return [lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)), lambda: OPS.restricted_bwd_rows(*given.values(), V)]
+    given = dict(zip(("hidden", "touched", "begins", "tokens", "coefficient"), ENTRIES, strict=True)) | changed
+    return [lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)), lambda: OPS.restricted_bwd_rows(*given.values())]
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def update(**changed: object) -> Callable[[], object]:
@@ -47,24 +52,25 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "scale must be contiguous": [dh(scale=torch.ones(2, N - 1)), dh(scale=torch.ones(N, 2).t()), dh(scale=SCALE.double())],
     "gold of position 0 points outside": [dh(gold=torch.tensor([4, 0, 0])), dh(gold=torch.tensor([-2, 0, 0]))],
     "gold must be contiguous": [dh(gold=GOLD.int()), dh(gold=GOLD[:2]), dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2])],
-    "columns must be contiguous": [
-        dh(columns=COLUMNS.long()),
-        *gradient(columns=COLUMNS.long()),
-        *gradient(columns=COLUMNS.repeat(2)[::2]),
-    ],
+    "columns must be contiguous": [dh(columns=COLUMNS.long()), dh(columns=COLUMNS.repeat(2)[::2])],
+    "touched must be contiguous": [*gradient(touched=TOUCHED.long()), *gradient(touched=TOUCHED.repeat(2)[::2])],
+    "begins must be contiguous": [*gradient(begins=BEGINS.long()), *gradient(begins=BEGINS.repeat(2)[::2])],
+    "tokens must be contiguous": [*gradient(tokens=TOKENS.long()), *gradient(tokens=TOKENS.repeat(2)[::2])],
     "a column lies outside the 7 rows": [
         dh(columns=torch.tensor([0, 7, 0, 0], dtype=torch.int32)),
         dh(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
-        *gradient(columns=torch.tensor([0, 7, 0, 0], dtype=torch.int32)),
-        *gradient(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
     ],
-    "offsets must rise from 0 to the 4 columns": [
-        *gradient(offsets=torch.tensor([0, 3, 2, 4])),
-        *gradient(offsets=torch.tensor([0, 2, 2, 5])),
-        *gradient(offsets=torch.tensor([-1, 2, 2, 4])),
+    "touched rows must ascend within the 7 rows": gradient(touched=ints(0, 2, 7))[:1],
+    "touched rows must ascend": [*gradient(touched=ints(0, 6, 2)), *gradient(touched=ints(2, 2, 6)), *gradient(touched=ints(-1, 2, 6))],
+    "begins must be \\[4\\]": gradient(begins=BEGINS[:3]),
+    "begins must rise from 0 to the 4 entries": [
+        *gradient(begins=ints(0, 3, 2, 4)),
+        *gradient(begins=ints(0, 1, 1, 4)),
+        *gradient(begins=ints(0, 1, 3, 5)),
+        *gradient(begins=ints(-1, 1, 3, 4)),
     ],
-    "offsets must be contiguous": [*gradient(offsets=OFFSETS.int()), *gradient(offsets=OFFSETS.repeat(2)[::2])],
-    "sets for 2 hidden states": gradient(hidden=HIDDEN[:2]),
+    "position lies outside the 3 hidden states": [*gradient(tokens=ints(2, 0, 3, 0)), *gradient(tokens=ints(2, 0, -1, 0))],
+    "position lies outside the 2 hidden states": gradient(hidden=HIDDEN[:2]),
     "coefficient must be": [*gradient(coefficient=FACTORS[:3]), *gradient(coefficient=FACTORS.double())],
     "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half())],
     "must be a matrix": [dh(weight=WEIGHT[0]), *gradient(hidden=HIDDEN[0]), lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V))],

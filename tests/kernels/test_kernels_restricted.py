@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_linear_cross_entropy
-from megatron_replay.ops.sets import LocalSets
+from megatron_replay.ops.sets import ByColumn, LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ISAS = ("baseline", "avx2", "avx512")
@@ -75,9 +75,8 @@ def test_every_operator_is_the_references(case: str, zipf: bool, dtype: torch.dt
     PLAIN.restricted_bwd_dh(both[1], weight, columns, gold, scale)
     close(both[0], both[1], dtype)
     coefficient = wanted[0]
-    rows = [ops.restricted_bwd_rows(hidden, offsets, columns, coefficient, weight.shape[0]) for ops in (OURS, PLAIN)]
-    assert torch.equal(rows[0][0], rows[1][0])
-    close(rows[0][1], rows[1][1], dtype)
+    entries = ByColumn.of(offsets, columns).entries(coefficient)
+    close(*(ops.restricted_bwd_rows(hidden, *entries) for ops in (OURS, PLAIN)), dtype)
 
 
 @dtypes
@@ -89,8 +88,9 @@ def test_the_weight_gradient_is_added_into_any_matrix(dtype: torch.dtype, kept: 
     coefficient = torch.linspace(-1, 1, len(columns)).to(torch.float64 if dtype == torch.float64 else torch.float32)
     before = torch.arange(weight.numel()).view(weight.shape).sin().to(kept)
     ours, plain = (before.t().contiguous().t() if strided else before.clone() for _ in range(2))
-    OURS.restricted_bwd_dw(hidden, offsets, columns, coefficient, ours)
-    PLAIN.restricted_bwd_dw(hidden, offsets, columns, coefficient, plain)
+    entries = ByColumn.of(offsets, columns).entries(coefficient)
+    OURS.restricted_bwd_dw(hidden, *entries, ours)
+    PLAIN.restricted_bwd_dw(hidden, *entries, plain)
     step = torch.finfo(kept).eps
     torch.testing.assert_close(ours, plain, rtol=max(step, TOLERANCE[dtype]), atol=max(step, TOLERANCE[dtype]) * float(plain.abs().max()))
     touched = columns.long().unique()
@@ -174,7 +174,7 @@ def test_a_shard_without_candidates_adds_nothing(dtype: torch.dtype) -> None:
     z, stats, mixture = OURS.restricted_fwd(hidden[:2], weight[:0], none.offsets, none.columns, none.gold, True)
     assert len(z) == 0 and stats[1:].eq(0).all() and not mixture.any() and stats.isfinite().all()
     grad = torch.ones(0, weight.shape[1], dtype=dtype)
-    OURS.restricted_bwd_dw(hidden[:2], none.offsets, none.columns, z, grad)
+    OURS.restricted_bwd_dw(hidden[:2], *ByColumn.of(none.offsets, none.columns).entries(z), grad)
 
 
 @dtypes
@@ -221,5 +221,6 @@ def test_what_does_not_fit_is_an_error() -> None:
         fwd(hidden.half(), weight.half(), offsets, columns, gold, True)
     with pytest.raises(RuntimeError, match="sets for 9 hidden states"):
         fwd(hidden[:9], weight, offsets, columns, gold, True)
+    z = fwd(hidden, weight, offsets, columns, gold, False)[0]
     with pytest.raises(RuntimeError, match="coefficient must be"):
-        OURS.restricted_bwd_dw(hidden, offsets, columns, torch.zeros(3), torch.zeros_like(weight))
+        OURS.restricted_bwd_dw(hidden, *ByColumn.of(offsets, columns).entries(z)[:3], z[:3], torch.zeros_like(weight))

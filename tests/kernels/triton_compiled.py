@@ -9,13 +9,21 @@ from triton.compiler import compile as compile_for
 
 from megatron_replay.ops import triton_kernels, triton_launch
 
-KERNELS = ("flaws", "restricted_bwd", "restricted_bwd_dh", "restricted_bwd_further", "restricted_fwd", "restricted_fwd_further")
+KERNELS = (
+    "flaws",
+    "flaws_by_column",
+    "restricted_bwd",
+    "restricted_bwd_dh",
+    "restricted_bwd_further",
+    "restricted_fwd",
+    "restricted_fwd_further",
+)
 TARGETS = {80: ("bf16", torch.float32), 90: ("fp64", torch.float64)}
 """Compute capability -> dtype of the matrices, and that of sums."""
 WIDTH = 1000
 POINTERS = {
-    "i64": ("offsets", "gold", "order", "positions"),
-    "i32": ("columns", "ordered", "targets", "found"),
+    "i64": ("offsets", "gold"),
+    "i32": ("columns", "touched", "begins", "tokens", "found"),
     "matrix": ("hidden", "weight", "out"),
     "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient"),
 }
@@ -33,7 +41,7 @@ for capability, (matrix, kind) in TARGETS.items():
     tile = triton_launch._tile(WIDTH, kind)
     warps = tile.pop("num_warps")
     values = {**tile, "MIX": True, "ADD": True, "ACC": triton_launch._SUM[kind], "SPLIT": triton_launch.SPLIT}
-    values |= {"CHUNK": triton_launch.CHUNK, "BLOCK": triton_launch.BLOCK}
+    values["BLOCK"] = triton_launch.BLOCK
     for name in KERNELS:
         kernel = getattr(triton_kernels, name)
         total = {torch.float32: "fp32", torch.float64: "fp64"}[kind]

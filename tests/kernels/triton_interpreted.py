@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted, restricted_linear_cross_entropy, triton_launch
 from megatron_replay.ops.library import Kernels
-from megatron_replay.ops.sets import LocalSets
+from megatron_replay.ops.sets import ByColumn, LocalSets
 
 PLAIN = kernels("reference")
 OURS = Kernels(
@@ -54,13 +54,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[(256, 16), (8, 3)], ids=["uncut", "cut"])
+@pytest.fixture(params=[256, 8], ids=["uncut", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once with the pieces as they are, and once with runs cut into pieces of 8 whose rows a program holds 4 at a time."""
-    split, chunk = request.param
-    monkeypatch.setattr(triton_launch, "SPLIT", split)
-    monkeypatch.setattr(triton_launch, "CHUNK", chunk)
-    if split == 8:
+    monkeypatch.setattr(triton_launch, "SPLIT", request.param)
+    if request.param == 8:
         tile = triton_launch._tile
         monkeypatch.setattr(triton_launch, "_tile", lambda width, kind: {**tile(width, kind), "ROWS": 4})
 
@@ -82,9 +80,9 @@ def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
         forward = ops.restricted_fwd(hidden, weight, *table, True)
         grad_hidden, grad_weight = wanted[2].clone(), grown.clone()
         ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, scale)
-        entries = (hidden, here.offsets, here.columns, wanted[0])
+        entries = (hidden, *ByColumn.of(here.offsets, here.columns).entries(wanted[0]))
         ops.restricted_bwd_dw(*entries, grad_weight)
-        return [*forward, grad_hidden, *ops.restricted_bwd_rows(*entries, weight.shape[0]), grad_weight]
+        return [*forward, grad_hidden, ops.restricted_bwd_rows(*entries), grad_weight]
 
     ours, plain = results(OURS), results(PLAIN)
     for found, right in zip(ours[:-1], plain[:-1], strict=True):
@@ -101,7 +99,7 @@ def test_every_operator_is_the_references(case: str, cut: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("cut", [(8, 3)], indirect=True)
+@pytest.mark.parametrize("cut", [8], indirect=True)
 def test_other_dtypes(dtype: torch.dtype, cut: None) -> None:
     sets, vocab, width = CASES["tied"]
     check_all(*matrices(sets.num_positions, vocab, width, dtype), sets.local(VocabShard(0, vocab)))
@@ -124,8 +122,9 @@ def test_sets_of_the_cap() -> None:
     here = CandidateSets.from_lists([range(201)] * 2, [200, 20]).local(VocabShard(0, 201))
     table = (here.offsets, here.columns, here.gold)
     found, wanted = (ops.restricted_fwd(hidden, weight, *table, True) for ops in (OURS, PLAIN))
-    rows = [ops.restricted_bwd_rows(hidden, here.offsets, here.columns, wanted[0], 201) for ops in (OURS, PLAIN)]
-    for ours, plain in zip((*found, *rows[0]), (*wanted, *rows[1]), strict=True):
+    entries = ByColumn.of(here.offsets, here.columns).entries(wanted[0])
+    rows = [ops.restricted_bwd_rows(hidden, *entries) for ops in (OURS, PLAIN)]
+    for ours, plain in zip((*found, rows[0]), (*wanted, rows[1]), strict=True):
         close(ours, plain, torch.float32)
 
 
@@ -164,7 +163,7 @@ def ours_live(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dtypes
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("cut", [(8, 3)], indirect=True)
+@pytest.mark.parametrize("cut", [8], indirect=True)
 def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype, sparse: bool, cut: None, ours_live: None) -> None:
     sets, vocab, width = CASES["zipf"]
     hidden, weight = matrices(sets.num_positions, vocab, width, dtype)
@@ -190,13 +189,13 @@ def test_a_set_of_65535_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_id_of_65535_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "SPLIT", 4096)
-    monkeypatch.setattr(triton_launch, "CHUNK", 4096)
     hidden = matrices(65_535, 1, 4, torch.float32)[0]
-    offsets, columns, factors = torch.arange(65_536), torch.full((65_535,), 2, dtype=torch.int32), torch.linspace(-1, 1, 65_535)
+    columns = torch.full((65_535,), 2, dtype=torch.int32)
     columns[40_000:40_003] = torch.tensor([0, 5, 0], dtype=torch.int32)
-    touched, rows = OURS.restricted_bwd_rows(hidden, offsets, columns, factors, 6)
-    exact = PLAIN.restricted_bwd_rows(hidden.double(), offsets, columns, factors.double(), 6)
-    assert touched.tolist() == [0, 2, 5] and (rows.double() - exact[1]).norm() <= 1e-6 * exact[1].norm()
+    *table, factors = ByColumn.of(torch.arange(65_536), columns).entries(torch.linspace(-1, 1, 65_535))
+    rows = OURS.restricted_bwd_rows(hidden, *table, factors)
+    exact = PLAIN.restricted_bwd_rows(hidden.double(), *table, factors.double())
+    assert table[0].tolist() == [0, 2, 5] and (rows.double() - exact).norm() <= 1e-6 * exact.norm()
 
 
 def test_tensors_that_are_not_contiguous() -> None:
@@ -208,7 +207,7 @@ def test_tensors_that_are_not_contiguous() -> None:
     assert all(map(torch.equal, wanted[:3], turned[:3]))
     grads = [torch.ones(weight.shape), torch.ones(weight.shape).t().contiguous().t(), torch.ones(vocab, 2 * width)[:, ::2]]
     for grad in grads:
-        OURS.restricted_bwd_dw(hidden, here.offsets, here.columns, wanted[0], grad)
+        OURS.restricted_bwd_dw(hidden, *ByColumn.of(here.offsets, here.columns).entries(wanted[0]), grad)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
@@ -219,7 +218,8 @@ def test_a_gradient_of_another_dtype(kept: torch.dtype) -> None:
     here = sets.local(VocabShard(0, vocab))
     grads = [torch.ones(vocab, width, dtype=kept) for _ in range(2)]
     for ops, grad in zip((OURS, PLAIN), grads, strict=True):
-        ops.restricted_bwd_dw(hidden, here.offsets, here.columns, torch.linspace(-1, 1, len(here.columns)), grad)
+        entries = ByColumn.of(here.offsets, here.columns).entries(torch.linspace(-1, 1, len(here.columns)))
+        ops.restricted_bwd_dw(hidden, *entries, grad)
     torch.testing.assert_close(*grads, rtol=0, atol=2 * max(torch.finfo(kept).eps, 1e-6) * float(grads[1].abs().max()))
 
 
@@ -239,7 +239,8 @@ def test_what_does_not_fit_is_an_error() -> None:
     here = sets.local(VocabShard(0, vocab))
     offsets, columns, gold = here.offsets, here.columns, here.gold
     fwd, dw = OURS.restricted_fwd, OURS.restricted_bwd_dw
-    factors, grad = torch.zeros(len(columns)), torch.zeros_like(weight)
+    touched, begins, tokens, factors = ByColumn.of(offsets, columns).entries(torch.zeros(len(columns)))
+    grad = torch.zeros_like(weight)
     beyond = "points outside"
     for match, call in {
         f"{beyond} the 9 rows": lambda: fwd(hidden, weight[:9], offsets, columns, gold, True),
@@ -247,8 +248,11 @@ def test_what_does_not_fit_is_an_error() -> None:
         f"fwd.*{beyond}": lambda: fwd(hidden, weight, offsets.flip(0), columns, gold, True),
         f"restricted_fwd: .*{beyond}": lambda: fwd(hidden, weight, offsets, columns, gold + 10_000, True),
         f"bwd_dh.*{beyond}": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight[:9], columns, gold, torch.ones(2, 5)),
-        f"bwd_dw.*{beyond}": lambda: dw(hidden, offsets, columns, factors, grad[:9]),
-        f"bwd_rows.*{beyond}": lambda: OURS.restricted_bwd_rows(hidden, offsets, columns, factors, 9),
+        f"bwd_dw.*{beyond} the 9 rows": lambda: dw(hidden, touched, begins, tokens, factors, grad[:9]),
+        f"bwd_dw: .*{beyond}": lambda: dw(hidden, touched.flip(0), begins, tokens, factors, grad),
+        f"bwd_rows.*{beyond}": lambda: OURS.restricted_bwd_rows(hidden, touched, begins.flip(0), tokens, factors),
+        f"bwd_rows.*{beyond} .* or 3 positions": lambda: OURS.restricted_bwd_rows(hidden[:3], touched, begins, tokens, factors),
+        "tokens must be contiguous": lambda: dw(hidden, touched, begins, tokens.long(), factors, grad),
         "offsets must be contiguous": lambda: fwd(hidden, weight, offsets.int(), columns, gold, True),
         "columns must be contiguous": lambda: fwd(hidden, weight, offsets, columns.long(), gold, True),
         "gold must be contiguous": lambda: fwd(hidden, weight, offsets, columns, gold[:2], True),
@@ -257,8 +261,8 @@ def test_what_does_not_fit_is_an_error() -> None:
         r"offsets must be contiguous \[5\]": lambda: fwd(hidden[:4], weight, offsets, columns, gold, True),
         "hidden must be a matrix": lambda: fwd(hidden[0], weight, offsets, columns, gold, True),
         "scale must be contiguous": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight, columns, gold, torch.ones(5, 2).t()),
-        "coefficient must be": lambda: dw(hidden, offsets, columns, factors[:3], grad),
-        "grad_weight is": lambda: dw(hidden, offsets, columns, factors, grad[:, :3]),
+        "coefficient must be": lambda: dw(hidden, touched, begins, tokens, factors[:3], grad),
+        "grad_weight is": lambda: dw(hidden, touched, begins, tokens, factors, grad[:, :3]),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             call()

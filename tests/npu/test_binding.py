@@ -38,8 +38,7 @@ def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: 
 
 
 def test_the_gradient_as_touched_rows(found: Any) -> None:
-    rows, values = found["touched rows"]
-    assert rows == 0 and values <= 2e-6
+    assert found["touched rows"] <= 2e-6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -33,7 +33,7 @@ from megatron_replay.parallel import checkpoint, torch_dist
 from megatron_replay.parallel.batch import flatten, row_length
 from megatron_replay.parallel.inference import _argmax, generate
 from megatron_replay.parallel.losses import imbalance
-from megatron_replay.parallel.model import Model, squared_distance
+from megatron_replay.parallel.model import Model, squared_distance, vocab_shard
 from megatron_replay.parallel.optimizer import restripe_state
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.selection import SetRule, select_task
@@ -205,7 +205,8 @@ def imbalances(job: Job) -> list[float]:
         found = []
         for ids in ([[0, 1, 2, 3]], [[0, 1, 2, 3], [8, 16, 24]], [[0, 1]], [[0, 128]]):
             sets = CandidateSets.from_lists(ids, [row[0] for row in ids])
-            batch = flatten([np.array([1, 2])], [np.array([0])], 2, model.world.torch_device, {"sets": sets})
+            notes = {} if model.head is None else {"sets": sets.local(vocab_shard(model))}
+            batch = flatten([np.array([1, 2])], [np.array([0])], 2, model.world.torch_device, notes)
             found.append(imbalance(model, [batch, batch]))
         return found
 

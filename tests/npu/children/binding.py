@@ -19,6 +19,7 @@ load(sys.argv[1])
 from hostmath import NPU, HostMath, serve_the_binding
 
 from megatron_replay.ops import CandidateSets, VocabShard, kernels, library, restricted_linear_cross_entropy
+from megatron_replay.ops.sets import ByColumn
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer
 
@@ -56,14 +57,14 @@ def loss_and_gradients(dtype: torch.dtype, *, into: bool = False) -> list[float]
     return [far(ours, theirs) for theirs, ours in zip(*results, strict=True)]
 
 
-def touched_rows() -> list[float]:
-    """The weight's gradient as its touched rows: ids and values."""
+def touched_rows() -> float:
+    """The weight's gradient as its touched rows."""
     torch.manual_seed(0)
     chosen = sets().local(VocabShard(0, VOCAB))
-    entries = (torch.randn(N, HIDDEN), chosen.offsets, chosen.columns, torch.randn(chosen.columns.shape[0]))
-    wanted = kernels("reference").restricted_bwd_rows(*entries, VOCAB)
-    found = kernels().restricted_bwd_rows(*(x.to(NPU) for x in entries), VOCAB)
-    return [far(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    entries = (torch.randn(N, HIDDEN), *ByColumn.of(chosen.offsets, chosen.columns).entries(torch.randn(chosen.columns.shape[0])))
+    wanted = kernels("reference").restricted_bwd_rows(*entries)
+    found = kernels().restricted_bwd_rows(*(x.to(NPU) for x in entries))
+    return far(found, wanted)
 
 
 def selection(dtype: torch.dtype) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron_replay.ops import (
 )
 from megatron_replay.ops.library import SCHEMAS
 from megatron_replay.ops.reference import outside_mass, restricted_loss
+from megatron_replay.ops.sets import ByColumn
 
 
 def problem(n: int, v: int, h: int, seed: int = 0, tau: float = 0.9, k_max: int = 12) -> tuple[Tensor, Tensor, CandidateSets]:
@@ -157,6 +158,20 @@ def test_backward_may_run_again_over_a_retained_graph() -> None:
     assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight))))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sets_may_be_prepared_for_the_shard(ahead: bool) -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    prepared = sets.local(VocabShard(0, 40))
+    prepared = prepared.indexed() if ahead else prepared
+    wanted, found = (restricted_linear_cross_entropy(hidden, weight, some) for some in (sets, prepared))
+    assert torch.equal(wanted, found)
+    logits = hidden @ weight.t()
+    assert torch.equal(restricted_cross_entropy(logits, sets), restricted_cross_entropy(logits, prepared))
+    assert all(map(torch.equal, *(torch.autograd.grad(loss.sum(), (hidden, weight)) for loss in (wanted, found))))
+    with pytest.raises(DataError, match="6 candidate sets for 5 rows"):
+        restricted_linear_cross_entropy(hidden[:5], weight, prepared)
+
+
 def test_a_frozen_weight_or_hidden_needs_no_gradient() -> None:
     hidden, weight, sets = problem(3, 20, 4)
     restricted_linear_cross_entropy(hidden, weight.detach(), sets).sum().backward()
@@ -195,12 +210,13 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
     hidden, weight, here = hidden.detach().to(dtype), weight.detach().to(dtype), sets.local(VocabShard(0, 40))
     ops = torch.ops.megatron_replay
     z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)
+    entries = ByColumn.of(here.offsets, here.columns).entries(z)
     for op, args in (
         (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, True)),
         (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, False)),
         (ops.restricted_bwd_dh, (mixture, weight, here.columns, here.gold, stats[:2].contiguous())),
-        (ops.restricted_bwd_dw, (hidden, here.offsets, here.columns, z, torch.zeros_like(weight))),
-        (ops.restricted_bwd_rows, (hidden, here.offsets, here.columns, z, 40)),
+        (ops.restricted_bwd_dw, (hidden, *entries, torch.zeros_like(weight))),
+        (ops.restricted_bwd_rows, (hidden, *entries)),
         (ops.topk_rows, (hidden @ weight.t(), 7)),
     ):
         torch.library.opcheck(op.default, args)

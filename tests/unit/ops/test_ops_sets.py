@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_replay.errors import DataError
-from megatron_replay.ops import CandidateSets, VocabShard
+from megatron_replay.ops import CandidateSets, LocalSets, VocabShard
 
 
 def three() -> CandidateSets:
@@ -53,6 +53,19 @@ def test_the_shards_parts_make_up_the_whole() -> None:
     assert low.columns.dtype == torch.int32
     with pytest.raises(DataError, match="candidate id 9"):
         sets.local(VocabShard(0, 9))
+
+
+def test_the_same_entries_by_column() -> None:
+    here = three().local(VocabShard(0, 10)).indexed()
+    index = here.by_column
+    assert index is not None and here.indexed() is here
+    assert (index.touched.tolist(), index.begins.tolist()) == ([0, 2, 5, 7, 9], [0, 1, 2, 3, 4, 6])
+    assert here.columns[index.order].tolist() == [0, 2, 5, 7, 9, 9] and index.tokens.tolist() == [2, 0, 0, 1, 0, 2]
+    assert {t.dtype for t in (index.touched, index.begins, index.tokens, index.order)} == {torch.int32}
+    *table, factors = index.entries(torch.arange(6.0))
+    assert all(map(torch.equal, table, (index.touched, index.begins, index.tokens))) and factors.tolist() == index.order.tolist()
+    none = LocalSets(torch.zeros(1, dtype=torch.int64), here.columns[:0], here.gold[:0]).indexed().to("cpu").by_column
+    assert none is not None and none.begins.tolist() == [0] and not len(none.touched) + len(none.tokens) + len(none.order)
 
 
 @pytest.mark.parametrize(
