@@ -42,8 +42,13 @@ def results(mode: str, hidden: Tensor, weight: Tensor, sets: CandidateSets) -> d
     entries, grad_weight = (hidden, here.offsets, here.columns, fed), torch.ones_like(weight, dtype=fed.dtype)
     ops.restricted_bwd_dw(*entries, grad_weight)
     touched, rows = ops.restricted_bwd_rows(*entries, weight.shape[0])
+    logits = weight[:, 0].expand(len(hidden), -1)  # without a rounding of its own
+    picked, picked_stats = ops.restricted_logits_fwd(logits, *table)
+    grad_logits = torch.zeros(logits.shape, dtype=fed.dtype, device=fed.device)
+    chosen, scalars = plain.restricted_logits_fwd(logits, *table)
+    ops.restricted_logits_bwd(chosen, *table, scalars, grad_logits)
     found = {"z": z, "max, sum, gold": stats, "mixture": mixture, "bwd_dh": grad_hidden, "bwd_dw": grad_weight}
-    return {**found, "bwd_rows": rows, "touched": touched}
+    return {**found, "bwd_rows": rows, "touched": touched, "logits_fwd": picked, "of logits": picked_stats, "logits_bwd": grad_logits}
 
 
 def check(device: Device) -> bool:

@@ -18,7 +18,7 @@ from megatron_replay.ops.shard import accumulator
 from megatron_replay.ops.torch_kernels import row_of
 
 SPLIT = 256
-"""Entries of a set, or of an id, that one program sums; above the usual k_max, so that few runs are cut."""
+"""Entries of a set, or of an id, that one program sums, or takes at a time; above the usual k_max, so that few runs are cut."""
 
 CHUNK = 16
 """Sorted entries whose ids' sums one program writes: most ids are in few sets."""
@@ -102,6 +102,33 @@ def restricted_bwd_rows(hidden: Tensor, offsets: Tensor, columns: Tensor, coeffi
     rows = coefficient.new_empty(touched.shape[0], hidden.shape[1])
     _sum_by_column(hidden, offsets, ordered, order, coefficient, target, rows, add=False)
     return touched.long(), rows
+
+
+def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch_kernels.restricted_logits_fwd`."""
+    op = "restricted_logits_fwd"
+    _check_matrix(op, "logits", logits)
+    _check_table(op, logits, offsets, columns, logits.shape[1], gold)
+    n, kind = logits.shape[0], accumulator(logits.dtype)
+    z, stats = (logits.new_empty(shape, dtype=kind) for shape in (columns.shape, (3, n)))
+    with _on(logits):
+        programs.restricted_logits_fwd[(n,)](logits, *logits.stride(), offsets, columns, gold, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT)
+    return z, stats
+
+
+def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+    """`torch_kernels.restricted_logits_bwd`."""
+    op = "restricted_logits_bwd"
+    _check_matrix(op, "grad_logits", grad_logits)
+    _check_table(op, grad_logits, offsets, columns, grad_logits.shape[1], gold)
+    n, kind = grad_logits.shape[0], accumulator(grad_logits.dtype)
+    for name, tensor, shape in (("z", z, columns.shape), ("scalars", scalars, (3, n))):
+        _need(
+            tensor.shape == shape and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == grad_logits.device,
+            f"{op}: {name} must be contiguous {list(shape)} {kind} on {grad_logits.device}",
+        )
+    with _on(grad_logits):
+        programs.restricted_logits_bwd[(n,)](z, offsets, columns, gold, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT)
 
 
 def _sum_by_column(

@@ -18,6 +18,8 @@ N, H, V = 3, 5, 7
 HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
 OFFSETS, COLUMNS, GOLD = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 6, 0, 2], dtype=torch.int32), torch.tensor([1, -1, 2])
 FACTORS, SCALE = torch.ones(4), torch.ones(2, N)
+LOGITS, SCALARS_OF_SETS = torch.ones(N, V), torch.ones(3, N)
+OUTSIDE = [torch.tensor([0, 7, 0, 0], dtype=torch.int32), torch.tensor([0, -1, 0, 0], dtype=torch.int32)]
 ENTRIES = (HIDDEN, OFFSETS, COLUMNS, FACTORS)
 SCALARS = torch.ones(1, 11, dtype=torch.float64)
 
@@ -33,6 +35,18 @@ def gradient(**changed: object) -> list[Callable[[], object]]:
     return [lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)), lambda: OPS.restricted_bwd_rows(*given.values(), V)]
 
 
+def logits(**changed: object) -> list[Callable[[], object]]:
+    """Both operators of the loss from logits."""
+    given = {"matrix": LOGITS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, **changed}
+    matrix, *table = given.values()
+    return [lambda: OPS.restricted_logits_fwd(matrix, *table), lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix)]
+
+
+def into_logits(**changed: object) -> Callable[[], object]:
+    given = {"z": FACTORS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, "scalars": SCALARS_OF_SETS, **changed}
+    return lambda: OPS.restricted_logits_bwd(*given.values(), LOGITS.clone())
+
+
 def update(**changed: object) -> Callable[[], object]:
     lists = {name: [torch.ones(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {"rounded": []}
     return lambda: OPS.adam_update(*{**lists, "scalars": SCALARS, **changed}.values())
@@ -45,13 +59,30 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         dh(mixture=torch.ones(N, H, dtype=torch.float64)),
     ],
     "scale must be contiguous": [dh(scale=torch.ones(2, N - 1)), dh(scale=torch.ones(N, 2).t()), dh(scale=SCALE.double())],
-    "gold of position 0 points outside": [dh(gold=torch.tensor([4, 0, 0])), dh(gold=torch.tensor([-2, 0, 0]))],
-    "gold must be contiguous": [dh(gold=GOLD.int()), dh(gold=GOLD[:2]), dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2])],
+    "gold of position 0 points outside": [
+        dh(gold=torch.tensor([4, 0, 0])),
+        dh(gold=torch.tensor([-2, 0, 0])),
+        *logits(gold=torch.tensor([4, -1, 2])),
+        *logits(gold=torch.tensor([-2, -1, 2])),
+        *logits(gold=torch.tensor([2, -1, 2])),
+    ],
+    "gold of position 1 points outside its set": [*logits(gold=torch.tensor([0, 2, 2])), *logits(gold=torch.tensor([0, 0, 2]))],
+    "gold must be contiguous": [
+        dh(gold=GOLD.int()),
+        dh(gold=GOLD[:2]),
+        dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2]),
+        *logits(gold=GOLD.int()),
+        *logits(gold=GOLD[:2]),
+        *logits(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2]),
+    ],
     "columns must be contiguous": [
         dh(columns=COLUMNS.long()),
         *gradient(columns=COLUMNS.long()),
         *gradient(columns=COLUMNS.repeat(2)[::2]),
+        *logits(columns=COLUMNS.long()),
+        *logits(columns=COLUMNS.repeat(2)[::2]),
     ],
+    "a column lies outside the 7 columns of the logits": [*logits(columns=OUTSIDE[0]), *logits(columns=OUTSIDE[1])],
     "a column lies outside the 7 rows": [
         dh(columns=torch.tensor([0, 7, 0, 0], dtype=torch.int32)),
         dh(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
@@ -62,12 +93,32 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         *gradient(offsets=torch.tensor([0, 3, 2, 4])),
         *gradient(offsets=torch.tensor([0, 2, 2, 5])),
         *gradient(offsets=torch.tensor([-1, 2, 2, 4])),
+        *logits(offsets=torch.tensor([0, 3, 2, 4])),
+        *logits(offsets=torch.tensor([0, 2, 2, 5])),
+        *logits(offsets=torch.tensor([-1, 2, 2, 4])),
     ],
-    "offsets must be contiguous": [*gradient(offsets=OFFSETS.int()), *gradient(offsets=OFFSETS.repeat(2)[::2])],
+    "offsets must be contiguous": [
+        *gradient(offsets=OFFSETS.int()),
+        *gradient(offsets=OFFSETS.repeat(2)[::2]),
+        *logits(offsets=OFFSETS.int()),
+        *logits(offsets=OFFSETS.repeat(2)[::2]),
+    ],
     "sets for 2 hidden states": gradient(hidden=HIDDEN[:2]),
+    "sets for 2 rows of logits": logits(matrix=LOGITS[:2]),
+    "z must be contiguous": [into_logits(z=FACTORS[:3]), into_logits(z=FACTORS.double()), into_logits(z=torch.ones(8)[::2])],
+    "scalars must be contiguous .3, 3. Float": [
+        into_logits(scalars=SCALARS_OF_SETS[:2]),
+        into_logits(scalars=SCALARS_OF_SETS.t()),
+        into_logits(scalars=SCALARS_OF_SETS.double()),
+    ],
     "coefficient must be": [*gradient(coefficient=FACTORS[:3]), *gradient(coefficient=FACTORS.double())],
-    "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half())],
-    "must be a matrix": [dh(weight=WEIGHT[0]), *gradient(hidden=HIDDEN[0]), lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V))],
+    "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half()), *logits(matrix=LOGITS.half())],
+    "must be a matrix": [
+        dh(weight=WEIGHT[0]),
+        *gradient(hidden=HIDDEN[0]),
+        lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V)),
+        *logits(matrix=LOGITS[0]),
+    ],
     "grad_weight is": [lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V, H + 1))],
     "1 gradients and 2 momenta": [lambda: OPS.optimizer_sums([HIDDEN], [None, None])],
     "gradients of": [lambda: OPS.optimizer_sums([HIDDEN.half()], [None])],

@@ -9,15 +9,24 @@ from triton.compiler import compile as compile_for
 
 from megatron_replay.ops import triton_kernels, triton_launch
 
-KERNELS = ("flaws", "restricted_bwd", "restricted_bwd_dh", "restricted_bwd_further", "restricted_fwd", "restricted_fwd_further")
+KERNELS = (
+    "flaws",
+    "restricted_bwd",
+    "restricted_bwd_dh",
+    "restricted_bwd_further",
+    "restricted_fwd",
+    "restricted_fwd_further",
+    "restricted_logits_bwd",
+    "restricted_logits_fwd",
+)
 TARGETS = {80: ("bf16", torch.float32), 90: ("fp64", torch.float64)}
 """Compute capability -> dtype of the matrices, and that of sums."""
 WIDTH = 1000
 POINTERS = {
     "i64": ("offsets", "gold", "order", "positions"),
     "i32": ("columns", "ordered", "targets", "found"),
-    "matrix": ("hidden", "weight", "out"),
-    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient"),
+    "matrix": ("hidden", "weight", "out", "logits", "grad_logits"),
+    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient", "scalars"),
 }
 
 
