@@ -49,8 +49,8 @@ def methods(logits: Tensor, sets: CandidateSets) -> dict[str, Step]:
 
     def step(loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
-            leaf.grad = None
             loss().mean().backward()
+            leaf.grad = None  # each method frees its own, not that of the one before
 
         return run
 

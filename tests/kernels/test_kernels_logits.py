@@ -120,7 +120,6 @@ def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_sets_of_65535_ids() -> None:
     logits = 3 * torch.randn(2, 66_001, generator=torch.Generator().manual_seed(2))
     sets = CandidateSets.from_lists([range(65_535), range(400, 65_935)], [65_534, 400])
-    check(logits, sets.local(VocabShard(0, 66_001)))
     exact = loss_and_gradient(logits.double(), sets, "reference")
     for ours, right in zip(loss_and_gradient(logits, sets), exact, strict=True):
         assert (ours.double() - right).norm() <= 1e-6 * right.norm()
