@@ -131,7 +131,7 @@ def kernels(device: Device) -> int:
             except (RuntimeError, NotImplementedError) as err:
                 said = f"WRONG: {type(err).__name__}: {str(err).splitlines()[0]}"
             wrong += said.startswith("WRONG")
-            print(f"{name:20} {str(dtype).removeprefix('torch.'):8} {live[name]:9} {said}")
+            print(f"{name:22} {str(dtype).removeprefix('torch.'):8} {live[name]:9} {said}")
     return int(wrong > 0)
 
 

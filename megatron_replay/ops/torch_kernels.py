@@ -145,7 +145,7 @@ def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> T
     sum of exponentials and as it is, this is (p~ - y) times that gradient.
     """
     rows = row_of(offsets, z.shape[0])
-    peak, factor, grad = scalars
+    peak, factor, grad = scalars.unbind()
     out = (z - peak[rows]).exp_().mul_(factor[rows])
     if z.shape[0]:  # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
         out.scatter_add_(0, gold.clamp(min=0), torch.where(gold >= 0, -grad, 0.0))
