@@ -49,6 +49,13 @@ def loss() -> str:
     )
 
 
+def logits() -> str:
+    return markdown(
+        ["V", "threads", "method", "ms", "x ours"],
+        [[thousands(r["V"]), r["threads"], r["method"], r["min_ms"], r["ratio"]] for r in rows_of("logits")],
+    )
+
+
 def topk() -> str:
     return markdown(
         ["V", "method", "ms a row", "x ours"],
@@ -83,7 +90,7 @@ def scale() -> str:
     return markdown(["axis", "value", *(f"{kind}, ms" for kind in kinds)], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (loss, topk, step, prefix, scale)}
+TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (loss, logits, topk, step, prefix, scale)}
 
 
 def filled(text: str) -> str:

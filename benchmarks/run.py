@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-TABLES = ("loss", "topk", "optimizers", "store", "prefix", "imbalance", "step", "scale", "memory")
+TABLES = ("loss", "logits", "topk", "optimizers", "store", "prefix", "imbalance", "step", "scale", "memory")
 
 
 def main() -> None:

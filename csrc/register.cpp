@@ -21,6 +21,8 @@ TORCH_LIBRARY_IMPL(megatron_replay, CPU, library) {
   library.impl("restricted_bwd_dh", &megatron_replay::restricted_bwd_dh);
   library.impl("restricted_bwd_dw", &megatron_replay::restricted_bwd_dw);
   library.impl("restricted_bwd_rows", &megatron_replay::restricted_bwd_rows);
+  library.impl("restricted_logits_fwd", &megatron_replay::restricted_logits_fwd);
+  library.impl("restricted_logits_bwd", &megatron_replay::restricted_logits_bwd);
   library.impl("topk_rows", &megatron_replay::topk_rows);
 }
 

@@ -44,7 +44,14 @@ def results(mode: str, hidden: Tensor, weight: Tensor, sets: CandidateSets) -> d
     entries, grad_weight = (hidden, *here.by_column.entries(fed)), torch.ones_like(weight, dtype=fed.dtype)
     ops.restricted_bwd_dw(*entries, grad_weight)
     rows = ops.restricted_bwd_rows(*entries)
-    return {"z": z, "max, sum, gold": stats, "mixture": mixture, "bwd_dh": grad_hidden, "bwd_dw": grad_weight, "bwd_rows": rows}
+    logits = weight[:, 0].expand(len(hidden), -1)  # without a rounding of its own
+    picked, picked_stats = ops.restricted_logits_fwd(logits, *table)
+    grad_logits = torch.zeros(logits.shape, dtype=fed.dtype, device=fed.device)
+    chosen, scalars = plain.restricted_logits_fwd(logits, *table)
+    scalars[1:] = 0.5  # not a sum, which plain torch has in another order
+    ops.restricted_logits_bwd(chosen, *table, scalars, grad_logits)
+    found = {"z": z, "max, sum, gold": stats, "mixture": mixture, "bwd_dh": grad_hidden, "bwd_dw": grad_weight}
+    return {**found, "bwd_rows": rows, "logits_fwd": picked, "of logits": picked_stats, "logits_bwd": grad_logits}
 
 
 def check(device: Device) -> bool:

@@ -60,6 +60,7 @@ class Problem:
         self.scale = torch.rand(2, n, generator=gen)
         self.mixture = torch.randn(n, hidden, generator=gen)
         self.logits = (torch.randn(n, 5000, generator=gen) * 4).to(dtype)
+        self.scalars = torch.rand(3, n, generator=gen)
         self.grads = [torch.randn(size, generator=gen).to(dtype) for size in ((64, 33), (7,), (1000,))]
         self.momenta = [torch.randn(grad.shape, generator=gen) for grad in self.grads]
 
@@ -83,6 +84,14 @@ class Problem:
         def rows(ops: Any, on: Any) -> Sequence[Tensor]:
             return (ops.restricted_bwd_rows(*map(on, (self.hidden, *self.entries))),)
 
+        def logits_fwd(ops: Any, on: Any) -> Sequence[Tensor]:
+            return tuple(ops.restricted_logits_fwd(*map(on, (self.logits, self.offsets, self.columns, self.gold))))
+
+        def logits_bwd(ops: Any, on: Any) -> Sequence[Tensor]:
+            grad = on(torch.zeros(self.logits.shape))
+            ops.restricted_logits_bwd(*map(on, (self.coefficient, self.offsets, self.columns, self.gold, self.scalars)), grad)
+            return (grad,)
+
         def topk(ops: Any, on: Any) -> Sequence[Tensor]:
             return tuple(ops.topk_rows(on(self.logits), 100))
 
@@ -100,7 +109,7 @@ class Problem:
                 stepper.step()
             return [weight.detach() for weight in weights]
 
-        calls: list[Run] = [fwd, dh, dw, rows, topk, sums, update]
+        calls: list[Run] = [fwd, dh, dw, rows, logits_fwd, logits_bwd, topk, sums, update]
         return dict(zip((*operators.SCHEMAS, *optimizer.OPERATORS), calls, strict=True))
 
 
@@ -122,7 +131,7 @@ def kernels(device: Device) -> int:
             except (RuntimeError, NotImplementedError) as err:
                 said = f"WRONG: {type(err).__name__}: {str(err).splitlines()[0]}"
             wrong += said.startswith("WRONG")
-            print(f"{name:20} {str(dtype).removeprefix('torch.'):8} {live[name]:9} {said}")
+            print(f"{name:22} {str(dtype).removeprefix('torch.'):8} {live[name]:9} {said}")
     return int(wrong > 0)
 
 

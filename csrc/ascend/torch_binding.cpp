@@ -151,6 +151,51 @@ Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Te
   return grad;
 }
 
+std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Tensor& offsets, const Tensor& columns, const Tensor& gold) {
+  const c10::DeviceGuard guard(logits.device());
+  const auto element = element_of(logits, "logits");
+  const int64_t n = gold.numel(), m = columns.numel();
+  check(logits, logits.scalar_type(), {n, logits.size(1)}, "logits");
+  check(offsets, at::kLong, {n + 1}, "offsets");
+  check(columns, at::kInt, {m}, "columns");
+  check(gold, at::kLong, {n}, "gold");
+  const auto floats = logits.options().dtype(at::kFloat);
+  Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats);
+  if (n == 0) return {z, stats};
+  const Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous();
+  const uint32_t positions = narrow(n, "positions"), vocab = narrow(x.size(1), "columns"), stride = narrow(x.stride(0), "stride"),
+                 candidates = narrow(m, "candidates");
+  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
+  void *pz = z.data_ptr(), *ps = stats.data_ptr();
+  enqueue("restricted_logits_fwd", [=](void* stream, uint32_t cores) {
+    launch_logits_fwd(stream, cores, element, px, po, pc, pg, pz, ps, positions, vocab, stride, candidates);
+  });
+  return {z, stats};
+}
+
+void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor& columns, const Tensor& gold, const Tensor& scalars,
+                           Tensor grad_logits) {
+  const c10::DeviceGuard guard(grad_logits.device());
+  const auto element = element_of(grad_logits, "the gradient of the logits");
+  const int64_t n = gold.numel(), m = columns.numel();
+  check(grad_logits, grad_logits.scalar_type(), {n, grad_logits.size(1)}, "the gradient of the logits");
+  check(z, at::kFloat, {m}, "z");
+  check(offsets, at::kLong, {n + 1}, "offsets");
+  check(columns, at::kInt, {m}, "columns");
+  check(gold, at::kLong, {n}, "gold");
+  check(scalars, at::kFloat, {3, n}, "scalars");
+  TORCH_CHECK(grad_logits.is_contiguous(), "the gradient of the logits must be contiguous: it is changed in place");
+  if (m == 0) return;
+  const Tensor x = z.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous(), s = scalars.contiguous();
+  const uint32_t positions = narrow(n, "positions"), vocab = narrow(grad_logits.size(1), "columns"), candidates = narrow(m, "candidates");
+  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
+  const float* peak = s.data_ptr<float>();
+  void* out = grad_logits.data_ptr();
+  enqueue("restricted_logits_bwd", [=](void* stream, uint32_t cores) {
+    launch_logits_bwd(stream, cores, element, px, po, pc, pg, peak, peak + n, peak + 2 * n, out, positions, vocab, candidates);
+  });
+}
+
 // The kernel leaves more candidates than k, in no order, which two stable sorts put in order. A slot beyond what a row has above -inf is
 // (-inf, 0): an id without probability, as every column of a row's rest has.
 std::tuple<Tensor, Tensor, Tensor> topk_rows(const Tensor& logits, int64_t k) {
@@ -292,6 +337,8 @@ TORCH_LIBRARY_IMPL(megatron_replay, PrivateUse1, library) {
   library.impl("restricted_bwd_dh", &megatron_replay::ascend::restricted_bwd_dh);
   library.impl("restricted_bwd_dw", &megatron_replay::ascend::restricted_bwd_dw);
   library.impl("restricted_bwd_rows", &megatron_replay::ascend::restricted_bwd_rows);
+  library.impl("restricted_logits_fwd", &megatron_replay::ascend::restricted_logits_fwd);
+  library.impl("restricted_logits_bwd", &megatron_replay::ascend::restricted_logits_bwd);
   library.impl("topk_rows", &megatron_replay::ascend::topk_rows);
   library.impl("optimizer_sums", &megatron_replay::ascend::optimizer_sums);
   library.impl("adam_update", &megatron_replay::ascend::adam_update);

@@ -21,7 +21,6 @@
 namespace megatron_replay {
 namespace {
 
-constexpr float kEmpty = -3e38f;  // maximum of no candidates, see torch_kernels.EMPTY
 constexpr int64_t kPositions = 4, kColumns = 64;  // one thread's share at a time
 
 struct Forward {

@@ -19,6 +19,12 @@ void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, cons
 at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
                                const at::Tensor& coefficient);
 
+std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets, const at::Tensor& columns,
+                                                         const at::Tensor& gold);
+
+void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold,
+                           const at::Tensor& scalars, at::Tensor grad_logits);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t k);
 
 }  // namespace megatron_replay

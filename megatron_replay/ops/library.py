@@ -28,6 +28,8 @@ SCHEMAS = {
     "restricted_bwd_dh": "(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale) -> ()",
     "restricted_bwd_dw": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
     "restricted_bwd_rows": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient) -> Tensor",
+    "restricted_logits_fwd": "(Tensor logits, Tensor offsets, Tensor columns, Tensor gold) -> (Tensor, Tensor)",
+    "restricted_logits_bwd": "(Tensor z, Tensor offsets, Tensor columns, Tensor gold, Tensor scalars, Tensor(a!) grad_logits) -> ()",
     "topk_rows": "(Tensor logits, int k) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -42,6 +44,8 @@ class Kernels:
     restricted_bwd_dh: Callable[..., None]
     restricted_bwd_dw: Callable[..., None]
     restricted_bwd_rows: Callable[..., Tensor]
+    restricted_logits_fwd: Callable[..., tuple[Tensor, Tensor]]
+    restricted_logits_bwd: Callable[..., None]
     topk_rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -85,6 +89,15 @@ def _fake_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, 
     return coefficient.new_empty(touched.shape[0], hidden.shape[1])
 
 
+def _fake_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    z = logits.new_empty(columns.shape[0], dtype=accumulator(logits.dtype))
+    return z, z.new_empty(3, gold.shape[0])
+
+
+def _fake_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+    return None
+
+
 def _fake_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     n, kept = logits.shape[0], min(k, logits.shape[1])
     values = logits.new_empty(n, kept, dtype=accumulator(logits.dtype))
@@ -99,6 +112,8 @@ def _register() -> Any:
         "restricted_bwd_dh": _fake_dh,
         "restricted_bwd_dw": _fake_dw,
         "restricted_bwd_rows": _fake_rows,
+        "restricted_logits_fwd": _fake_logits_fwd,
+        "restricted_logits_bwd": _fake_logits_bwd,
         "topk_rows": _fake_topk,
     }
     for name, schema in SCHEMAS.items():

@@ -11,7 +11,14 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-OPERATORS = ("restricted_fwd", "restricted_bwd_dh", "restricted_bwd_dw", "restricted_bwd_rows")
+OPERATORS = (
+    "restricted_fwd",
+    "restricted_bwd_dh",
+    "restricted_bwd_dw",
+    "restricted_bwd_rows",
+    "restricted_logits_fwd",
+    "restricted_logits_bwd",
+)
 """Those with a Triton kernel."""
 
 

@@ -17,8 +17,8 @@ from megatron_replay.errors import DataError
 from megatron_replay.ops.library import Kernels
 from megatron_replay.ops.library import kernels as choose
 from megatron_replay.ops.sets import CandidateSets, LocalSets
-from megatron_replay.ops.shard import VocabShard, accumulator, shard_of
-from megatron_replay.ops.torch_kernels import row_of, set_stats
+from megatron_replay.ops.shard import VocabShard, shard_of
+from megatron_replay.ops.torch_kernels import set_gradient
 
 
 def restricted_linear_cross_entropy(
@@ -57,10 +57,15 @@ def restricted_linear_cross_entropy(
     return loss
 
 
-def restricted_cross_entropy(logits: Tensor, sets: CandidateSets | LocalSets, shard: VocabShard | None = None) -> Tensor:
-    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head."""
+def restricted_cross_entropy(
+    logits: Tensor, sets: CandidateSets | LocalSets, shard: VocabShard | None = None, *, kernels: str = "auto"
+) -> Tensor:
+    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head.
+
+    Raises what `restricted_linear_cross_entropy` does; `kernels` as there.
+    """
     shard = shard_of(logits.shape[1], shard)
-    loss: Tensor = _RestrictedLogits.apply(logits, _local(sets, shard, logits), shard)
+    loss: Tensor = _RestrictedLogits.apply(logits, _local(sets, shard, logits), shard, choose(kernels))
     return loss
 
 
@@ -105,29 +110,27 @@ class _RestrictedLinear(torch.autograd.Function):
                     here.by_column.touched.long()[None], rows, weight.shape, is_coalesced=True, check_invariants=False
                 )
             else:
-                grad_weight = _zeros_like(weight)
+                grad_weight = _zeros(weight.shape, weight.dtype, weight.device)
                 ops.restricted_bwd_dw(*entries, grad_weight)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class _RestrictedLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard) -> Tensor:
-        rows, columns = row_of(here.offsets, here.columns.shape[0]), here.columns.long()
-        z = logits[rows, columns].to(accumulator(logits.dtype))
-        loss, peak, total = _combine(set_stats(z, here.offsets, here.gold), shard)
-        ctx.save_for_backward(rows, columns, here.offsets, here.gold, z, peak, total)
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+    def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard, ops: Kernels) -> Tensor:
+        z, stats = ops.restricted_logits_fwd(logits, here.offsets, here.columns, here.gold)
+        loss, peak, total = _combine(stats, shard)
+        ctx.save_for_backward(z, here.offsets, here.columns, here.gold, peak, total)
+        ctx.ops, ctx.shape, ctx.dtype = ops, logits.shape, logits.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, offsets, gold, z, peak, total = ctx.saved_tensors
-        coefficient = _coefficient(z, offsets, gold, peak, total, grad)
-        grad_logits = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
-        grad_logits[rows, columns] = coefficient.to(ctx.dtype)
-        return grad_logits, None, None
+        *entries, peak, total = ctx.saved_tensors
+        grad_logits = _zeros(ctx.shape, ctx.dtype, grad.device)
+        ctx.ops.restricted_logits_bwd(*entries, torch.stack([peak, grad / total, grad]), grad_logits)
+        return grad_logits, None, None, None
 
 
 def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,21 +143,17 @@ def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
 
 def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: Tensor, grad: Tensor) -> Tensor:
     """dL/dz of the candidates here, [m]: (p~ - y) times the gradient of each position's loss."""
-    rows = row_of(offsets, z.shape[0])
-    out = (z - peak[rows]).exp_().div_(total[rows])
-    if z.shape[0]:  # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
-        out.scatter_add_(0, gold.clamp(min=0), -(gold >= 0).to(out.dtype))
-    return out.mul_(grad[rows])
+    return set_gradient(z, offsets, gold, torch.stack([peak, grad / total, grad]))
 
 
-def _zeros_like(weight: Tensor) -> Tensor:
-    """Zeros for a gradient of which few rows will be written. On the CPU, memory that the system has cleared but not yet handed out."""
-    if weight.device.type != "cpu":
-        return torch.zeros_like(weight)
-    size = weight.numel() * weight.element_size()
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for a gradient of which little will be written. On the CPU, memory that the system has cleared but not yet handed out."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = shape.numel() * dtype.itemsize
     flat = torch.from_numpy(np.zeros(size + 64, np.uint8))
     start = -flat.data_ptr() % 64
-    return flat[start : start + size].view(weight.dtype).view(weight.shape)
+    return flat[start : start + size].view(dtype).view(shape)
 
 
 def _local(sets: CandidateSets | LocalSets, shard: VocabShard, rows: Tensor, *, by_column: bool = False) -> LocalSets:

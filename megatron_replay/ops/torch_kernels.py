@@ -68,6 +68,18 @@ def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens:
     return torch.cat([coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in _summed(hidden, begins, tokens, coefficient))])
 
 
+def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """z [m] and stats [3, N] as `restricted_fwd` has them, from logits [N, V] that are there already."""
+    z = logits[row_of(offsets, columns.shape[0]), columns.long()].to(accumulator(logits.dtype))
+    return z, set_stats(z, offsets, gold)
+
+
+def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+    """grad_logits[t, j] <- `set_gradient` at the candidates j of t; the rest of grad_logits [N, V] is left as it is."""
+    values = set_gradient(z, offsets, gold, scalars)
+    grad_logits[row_of(offsets, z.shape[0]), columns.long()] = values.to(grad_logits.dtype)
+
+
 def _summed(hidden: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The sums of the touched rows, a part of them at a time."""
     source = hidden.to(coefficient.dtype)
@@ -116,6 +128,20 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
         top = z.new_full(gold.shape, EMPTY).scatter_reduce(0, rows, z, "amax")
         total = z.new_zeros(gold.shape).index_add_(0, rows, (z - top[rows]).exp_())
     return torch.stack([top, total, torch.where(gold >= 0, z[gold.clamp(min=0)], 0.0)])
+
+
+def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> Tensor:
+    """factor_t exp(z_tj - peak_t) - [j is gold] grad_t for every candidate j of every position t: [m].
+
+    scalars [3, N] = (peak, factor, grad): with the maximum of the whole set, and the gradient of the position's loss divided by the whole
+    sum of exponentials and as it is, this is (p~ - y) times that gradient.
+    """
+    rows = row_of(offsets, z.shape[0])
+    peak, factor, grad = scalars.unbind()
+    out = (z - peak[rows]).exp_().mul_(factor[rows])
+    if z.shape[0]:  # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
+        out.scatter_add_(0, gold.clamp(min=0), torch.where(gold >= 0, -grad, 0.0))
+    return out
 
 
 def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and for the mixture
 that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's rows of the weight). The weight's
-gradient, a program for each distinct id: the entries lie by id, and its row is summed in the order of the positions and written once. There
-are no atomics and no collectives, so the same input gives the same bits.
+gradient, a program for each distinct id: the entries lie by id, and its row is summed in the order of the positions and written once. From
+logits that are there already, a program for each position reads those of its candidates, and writes their gradient backward. There are no
+atomics and no collectives, so the same input gives the same bits.
 
 A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The `further` kernels sum
 the pieces after the first into scratch rows, and the program of the run adds those in order. Piece starts of all runs are at least SPLIT
 apart, so at / SPLIT is a scratch row of their own, and the grid is known without asking the device how long the runs are.
 
 A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H, `num` N, `entries` m;
-`hidden_row` and its like are strides in elements, and rows are contiguous.
+`hidden_row` and its like are strides in elements; rows are contiguous where there is no stride of the columns.
 """
 
 import triton
@@ -40,6 +41,16 @@ def gathered(matrix, stride, rows, across, wanted, width, ACC: tl.constexpr):
 
 
 @triton.jit
+def taken_in(top, total, logits):
+    """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum, the logits' shares,
+    and what everything taken in before must be multiplied by."""
+    peak = tl.maximum(top, tl.max(logits, 0))
+    share = tl.exp(logits - peak)
+    shrink = tl.exp(top - peak)
+    return peak, total * shrink + tl.sum(share, 0), share, shrink
+
+
+@triton.jit
 def softmax_piece(
     hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, gold,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -58,13 +69,8 @@ def softmax_piece(
         logits = tl.sum(rows * h[None, :], 1)
         tl.store(z + entries, logits, mask=here)
         target += tl.sum(tl.where(entries == gold, logits, 0), 0)
-        logits = tl.where(here, logits, -float("inf"))
-        peak = tl.maximum(top, tl.max(logits, 0))
-        share = tl.exp(logits - peak)
-        shrink = tl.exp(top - peak)
-        total = total * shrink + tl.sum(share, 0)
+        top, total, share, shrink = taken_in(top, total, tl.where(here, logits, -float("inf")))
         mixture = mixture * shrink + tl.sum(rows * share[:, None], 0)
-        top = peak
     return top, total, target, mixture
 
 
@@ -205,6 +211,42 @@ def flaws_by_column(touched, begins, tokens, found, num, entries, positions, voc
     token = tl.load(tokens + at, mask=at < entries, other=0)
     wrong |= (at < entries) & ((token < 0) | (token >= positions))
     tl.store(found + tl.program_id(0), tl.max(wrong.to(tl.int32), 0))
+
+
+@triton.jit
+def restricted_logits_fwd(logits, logits_row, logits_column, offsets, columns, gold, z, stats, num, ACC: tl.constexpr, SPLIT: tl.constexpr):
+    """Program t: the candidates of position t, SPLIT at a time."""
+    t = tl.program_id(0).to(tl.int64)
+    last, gold_at = tl.load(offsets + t + 1), tl.load(gold + t)
+    top = tl.full((), EMPTY, ACC)
+    total = tl.full((), 0, ACC)
+    target = tl.full((), 0, ACC)
+    for at in range(tl.load(offsets + t), last, SPLIT):
+        entries = at + tl.arange(0, SPLIT)
+        here = entries < last
+        column = tl.load(columns + entries, mask=here, other=0).to(tl.int64)
+        some = tl.load(logits + t * logits_row + column * logits_column, mask=here, other=0).to(ACC)
+        tl.store(z + entries, some, mask=here)
+        target += tl.sum(tl.where(entries == gold_at, some, 0), 0)
+        top, total, _, _ = taken_in(top, total, tl.where(here, some, -float("inf")))
+    tl.store(stats + t, top)
+    tl.store(stats + num + t, total)
+    tl.store(stats + 2 * num + t, target)
+
+
+@triton.jit
+def restricted_logits_bwd(z, offsets, columns, gold, scalars, grad_logits, grad_row, grad_column, num, SPLIT: tl.constexpr):
+    """Program t: the gradient at the candidates of position t, SPLIT at a time."""
+    t = tl.program_id(0).to(tl.int64)
+    last, gold_at = tl.load(offsets + t + 1), tl.load(gold + t)
+    peak, factor, grad = tl.load(scalars + t), tl.load(scalars + num + t), tl.load(scalars + 2 * num + t)
+    for at in range(tl.load(offsets + t), last, SPLIT):
+        entries = at + tl.arange(0, SPLIT)
+        here = entries < last
+        column = tl.load(columns + entries, mask=here, other=0).to(tl.int64)
+        share = tl.exp(tl.load(z + entries, mask=here, other=0) - peak) * factor
+        value = tl.where(entries == gold_at, share - grad, share)
+        tl.store(grad_logits + t * grad_row + column * grad_column, value, mask=here)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from megatron_replay.ops import triton_kernels as programs
 from megatron_replay.ops.shard import accumulator
 
 SPLIT = 256
-"""Entries of a set, or of an id, that one program sums; above the usual k_max, so that few runs are cut."""
+"""Entries of a set, or of an id, that one program sums, or takes at a time; above the usual k_max, so that few runs are cut."""
 
 TILE = 8192
 """Elements a program holds at a time, where rows are not longer: 64 a thread."""
@@ -95,6 +95,33 @@ def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens:
     rows = coefficient.new_empty(touched.shape[0], hidden.shape[1])
     _sum_by_column(hidden, touched, begins, tokens, coefficient, rows, add=False)
     return rows
+
+
+def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch_kernels.restricted_logits_fwd`."""
+    op = "restricted_logits_fwd"
+    _check_matrix(op, "logits", logits)
+    _check_table(op, logits, offsets, columns, logits.shape[1], gold)
+    n, kind = logits.shape[0], accumulator(logits.dtype)
+    z, stats = (logits.new_empty(shape, dtype=kind) for shape in (columns.shape, (3, n)))
+    with _on(logits):
+        programs.restricted_logits_fwd[(n,)](logits, *logits.stride(), offsets, columns, gold, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT)
+    return z, stats
+
+
+def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+    """`torch_kernels.restricted_logits_bwd`."""
+    op = "restricted_logits_bwd"
+    _check_matrix(op, "grad_logits", grad_logits)
+    _check_table(op, grad_logits, offsets, columns, grad_logits.shape[1], gold)
+    n, kind = grad_logits.shape[0], accumulator(grad_logits.dtype)
+    for name, tensor, shape in (("z", z, columns.shape), ("scalars", scalars, (3, n))):
+        _need(
+            tensor.shape == shape and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == grad_logits.device,
+            f"{op}: {name} must be contiguous {list(shape)} {kind} on {grad_logits.device}",
+        )
+    with _on(grad_logits):
+        programs.restricted_logits_bwd[(n,)](z, offsets, columns, gold, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT)
 
 
 def _sum_by_column(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, out: Tensor, *, add: bool) -> None:

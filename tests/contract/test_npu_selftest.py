@@ -48,7 +48,7 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
         *(f"{part}: right" for part in ("doctor", "kernels", "collectives", "golden", "timings")),
     ]
     operators = [line for line in text.splitlines() if " compiled  right: off by " in line]
-    assert {line.split()[0] for line in operators} == {*library.SCHEMAS, *optimizer.OPERATORS} and len(operators) == 14
+    assert {line.split()[0] for line in operators} == {*library.SCHEMAS, *optimizer.OPERATORS} and len(operators) == 18
     assert text.count(" right: loss and gradient norm of ten steps") == 4 and text.count("over gloo") == 8
 
 

@@ -19,6 +19,8 @@ HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
 OFFSETS, COLUMNS, GOLD = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 6, 0, 2], dtype=torch.int32), torch.tensor([1, -1, 2])
 FACTORS, SCALE = torch.ones(4), torch.ones(2, N)
 TOUCHED, BEGINS, TOKENS = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 1, 3, 4], [2, 0, 2, 0]))
+LOGITS, SCALARS_OF_SETS = torch.ones(N, V), torch.ones(3, N)
+OUTSIDE = [torch.tensor([0, 7, 0, 0], dtype=torch.int32), torch.tensor([0, -1, 0, 0], dtype=torch.int32)]
 ENTRIES = (HIDDEN, TOUCHED, BEGINS, TOKENS, FACTORS)
 SCALARS = torch.ones(1, 11, dtype=torch.float64)
 
@@ -38,6 +40,18 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def logits(**changed: object) -> list[Callable[[], object]]:
+    """Both operators of the loss from logits."""
+    given = {"matrix": LOGITS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, **changed}
+    matrix, *table = given.values()
+    return [lambda: OPS.restricted_logits_fwd(matrix, *table), lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix)]
+
+
+def into_logits(**changed: object) -> Callable[[], object]:
+    given = {"z": FACTORS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, "scalars": SCALARS_OF_SETS, **changed}
+    return lambda: OPS.restricted_logits_bwd(*given.values(), LOGITS.clone())
+
+
 def update(**changed: object) -> Callable[[], object]:
     lists = {name: [torch.ones(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {"rounded": []}
     return lambda: OPS.adam_update(*{**lists, "scalars": SCALARS, **changed}.values())
@@ -50,9 +64,29 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         dh(mixture=torch.ones(N, H, dtype=torch.float64)),
     ],
     "scale must be contiguous": [dh(scale=torch.ones(2, N - 1)), dh(scale=torch.ones(N, 2).t()), dh(scale=SCALE.double())],
-    "gold of position 0 points outside": [dh(gold=torch.tensor([4, 0, 0])), dh(gold=torch.tensor([-2, 0, 0]))],
-    "gold must be contiguous": [dh(gold=GOLD.int()), dh(gold=GOLD[:2]), dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2])],
-    "columns must be contiguous": [dh(columns=COLUMNS.long()), dh(columns=COLUMNS.repeat(2)[::2])],
+    "gold of position 0 points outside": [
+        dh(gold=torch.tensor([4, 0, 0])),
+        dh(gold=torch.tensor([-2, 0, 0])),
+        *logits(gold=torch.tensor([4, -1, 2])),
+        *logits(gold=torch.tensor([-2, -1, 2])),
+        *logits(gold=torch.tensor([2, -1, 2])),
+    ],
+    "gold of position 1 points outside its set": [*logits(gold=torch.tensor([0, 2, 2])), *logits(gold=torch.tensor([0, 0, 2]))],
+    "gold must be contiguous": [
+        dh(gold=GOLD.int()),
+        dh(gold=GOLD[:2]),
+        dh(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2]),
+        *logits(gold=GOLD.int()),
+        *logits(gold=GOLD[:2]),
+        *logits(gold=torch.tensor([0, 0, 0, 0, 0, 0])[::2]),
+    ],
+    "columns must be contiguous": [
+        dh(columns=COLUMNS.long()),
+        dh(columns=COLUMNS.repeat(2)[::2]),
+        *logits(columns=COLUMNS.long()),
+        *logits(columns=COLUMNS.repeat(2)[::2]),
+    ],
+    "a column lies outside the 7 columns of the logits": [*logits(columns=OUTSIDE[0]), *logits(columns=OUTSIDE[1])],
     "touched must be contiguous": [*gradient(touched=TOUCHED.long()), *gradient(touched=TOUCHED.repeat(2)[::2])],
     "begins must be contiguous": [*gradient(begins=BEGINS.long()), *gradient(begins=BEGINS.repeat(2)[::2])],
     "tokens must be contiguous": [*gradient(tokens=TOKENS.long()), *gradient(tokens=TOKENS.repeat(2)[::2])],
@@ -71,9 +105,30 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     ],
     "position lies outside the 3 hidden states": [*gradient(tokens=ints(2, 0, 3, 0)), *gradient(tokens=ints(2, 0, -1, 0))],
     "position lies outside the 2 hidden states": gradient(hidden=HIDDEN[:2]),
+    "offsets must rise from 0 to the 4 columns": [
+        *logits(offsets=torch.tensor([0, 3, 2, 4])),
+        *logits(offsets=torch.tensor([0, 2, 2, 5])),
+        *logits(offsets=torch.tensor([-1, 2, 2, 4])),
+    ],
+    "offsets must be contiguous": [
+        *logits(offsets=OFFSETS.int()),
+        *logits(offsets=OFFSETS.repeat(2)[::2]),
+    ],
+    "sets for 2 rows of logits": logits(matrix=LOGITS[:2]),
+    "z must be contiguous": [into_logits(z=FACTORS[:3]), into_logits(z=FACTORS.double()), into_logits(z=torch.ones(8)[::2])],
+    "scalars must be contiguous .3, 3. Float": [
+        into_logits(scalars=SCALARS_OF_SETS[:2]),
+        into_logits(scalars=SCALARS_OF_SETS.t()),
+        into_logits(scalars=SCALARS_OF_SETS.double()),
+    ],
     "coefficient must be": [*gradient(coefficient=FACTORS[:3]), *gradient(coefficient=FACTORS.double())],
-    "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half())],
-    "must be a matrix": [dh(weight=WEIGHT[0]), *gradient(hidden=HIDDEN[0]), lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V))],
+    "compiled for float32": [dh(weight=WEIGHT.half()), *gradient(hidden=HIDDEN.half()), *logits(matrix=LOGITS.half())],
+    "must be a matrix": [
+        dh(weight=WEIGHT[0]),
+        *gradient(hidden=HIDDEN[0]),
+        lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V)),
+        *logits(matrix=LOGITS[0]),
+    ],
     "grad_weight is": [lambda: OPS.restricted_bwd_dw(*ENTRIES, torch.ones(V, H + 1))],
     "1 gradients and 2 momenta": [lambda: OPS.optimizer_sums([HIDDEN], [None, None])],
     "gradients of": [lambda: OPS.optimizer_sums([HIDDEN.half()], [None])],

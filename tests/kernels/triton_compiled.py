@@ -17,6 +17,8 @@ KERNELS = (
     "restricted_bwd_further",
     "restricted_fwd",
     "restricted_fwd_further",
+    "restricted_logits_bwd",
+    "restricted_logits_fwd",
 )
 TARGETS = {80: ("bf16", torch.float32), 90: ("fp64", torch.float64)}
 """Compute capability -> dtype of the matrices, and that of sums."""
@@ -24,8 +26,8 @@ WIDTH = 1000
 POINTERS = {
     "i64": ("offsets", "gold"),
     "i32": ("columns", "touched", "begins", "tokens", "found"),
-    "matrix": ("hidden", "weight", "out"),
-    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient"),
+    "matrix": ("hidden", "weight", "out", "logits", "grad_logits"),
+    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient", "scalars"),
 }
 
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted, restricted_linear_cross_entropy, triton_launch
+from megatron_replay.ops import (
+    CandidateSets,
+    VocabShard,
+    kernels,
+    restricted,
+    restricted_cross_entropy,
+    restricted_linear_cross_entropy,
+    triton_launch,
+)
 from megatron_replay.ops.library import Kernels
 from megatron_replay.ops.sets import ByColumn, LocalSets
 
@@ -22,6 +30,8 @@ OURS = Kernels(
     triton_launch.restricted_bwd_dh,
     triton_launch.restricted_bwd_dw,
     triton_launch.restricted_bwd_rows,
+    triton_launch.restricted_logits_fwd,
+    triton_launch.restricted_logits_bwd,
     PLAIN.topk_rows,
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -75,6 +85,9 @@ def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
     wanted = PLAIN.restricted_fwd(hidden, weight, *table, True)
     scale = wanted[1][:2].abs().clamp(1e-3, 2).contiguous()
     grown = torch.arange(weight.numel()).view(weight.shape).sin().to(dtype)
+    logits = (hidden.double() @ weight.double().t() / weight.shape[1] ** 0.5).to(dtype)
+    chosen, (peak, _, _) = PLAIN.restricted_logits_fwd(logits, *table)
+    scalars = torch.stack([peak, *scale])
 
     def results(ops: Kernels) -> list[Tensor]:
         forward = ops.restricted_fwd(hidden, weight, *table, True)
@@ -82,13 +95,17 @@ def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
         ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, scale)
         entries = (hidden, *ByColumn.of(here.offsets, here.columns).entries(wanted[0]))
         ops.restricted_bwd_dw(*entries, grad_weight)
-        return [*forward, grad_hidden, ops.restricted_bwd_rows(*entries), grad_weight]
+        grad_logits = torch.full(logits.shape, 0.25, dtype=dtype)
+        ops.restricted_logits_bwd(chosen, *table, scalars, grad_logits)
+        exact = [*forward, grad_hidden, ops.restricted_bwd_rows(*entries), *ops.restricted_logits_fwd(logits, *table)]
+        return [*exact, grad_logits, grad_weight]
 
     ours, plain = results(OURS), results(PLAIN)
-    for found, right in zip(ours[:-1], plain[:-1], strict=True):
+    for found, right in zip(ours[:-2], plain[:-2], strict=True):
         close(found, right, dtype)
-    step = max(torch.finfo(dtype).eps, TOLERANCE[dtype])  # the plain form rounds a low gradient twice
-    torch.testing.assert_close(ours[-1], plain[-1], rtol=2 * step, atol=step * float(plain[-1].abs().max()) if plain[-1].numel() else 0)
+    step = max(torch.finfo(dtype).eps, TOLERANCE[dtype])  # the plain form rounds a low gradient of the weight twice
+    for found, right in zip(ours[-2:], plain[-2:], strict=True):
+        torch.testing.assert_close(found, right, rtol=2 * step, atol=step * float(right.abs().max()) if right.numel() else 0)
     return ours
 
 
@@ -171,10 +188,28 @@ def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype, spars
         torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
 
 
+@dtypes
+@pytest.mark.parametrize("cut", [(8, 3)], indirect=True)
+def test_the_loss_from_logits_and_its_gradient_are_the_references(dtype: torch.dtype, cut: None, ours_live: None) -> None:
+    sets, vocab, _ = CASES["zipf"]
+    whole = torch.randn(sets.num_positions, 2 * vocab, generator=torch.Generator().manual_seed(3)).to(dtype)
+    for logits in (whole[:, :vocab], whole[:, ::2], whole[:, vocab:].t().contiguous().t()):
+        found = []
+        for mode in ("auto", "reference"):
+            leaf = logits.detach().requires_grad_()
+            loss = restricted_cross_entropy(leaf, sets, kernels=mode)
+            factors = torch.linspace(0.5, 1, len(loss), dtype=loss.dtype)
+            found.append((loss.detach(), *torch.autograd.grad((loss * factors).sum(), leaf)))
+        for ours, plain in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
+
+
 def test_gradcheck(ours_live: None) -> None:
     hidden, weight = (t.requires_grad_() for t in matrices(2, 6, 2, torch.float64))
     sets = CandidateSets.from_lists([[0, 2, 5], [2, 3]], [5, 2])
     assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, sets), (hidden, weight))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, sets), (logits,))
 
 
 def test_a_set_of_65535_ids(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +219,15 @@ def test_a_set_of_65535_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     table = (here.offsets, here.columns, here.gold)
     exact = PLAIN.restricted_fwd(hidden.double(), weight.double(), *table, True)
     for ours, right in zip(OURS.restricted_fwd(hidden, weight, *table, True), exact, strict=True):
+        assert (ours.double() - right).norm() <= 1e-6 * right.norm()
+    logits, scalars = (hidden @ weight.t()), torch.tensor([[1.0, 2.0], [0.5, 0.25], [1.0, 0.1]])
+    results = []
+    for ops, kind in ((OURS, torch.float32), (PLAIN, torch.float64)):
+        z, stats = ops.restricted_logits_fwd(logits.to(kind), *table)
+        grad = torch.zeros_like(logits, dtype=kind)
+        ops.restricted_logits_bwd(z, *table, scalars.to(kind), grad)
+        results.append((z, stats, grad))
+    for ours, right in zip(*results, strict=True):
         assert (ours.double() - right).norm() <= 1e-6 * right.norm()
 
 
@@ -238,9 +282,10 @@ def test_what_does_not_fit_is_an_error() -> None:
     hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
     here = sets.local(VocabShard(0, vocab))
     offsets, columns, gold = here.offsets, here.columns, here.gold
-    fwd, dw = OURS.restricted_fwd, OURS.restricted_bwd_dw
+    fwd, dw, of_logits, bwd = OURS.restricted_fwd, OURS.restricted_bwd_dw, OURS.restricted_logits_fwd, OURS.restricted_logits_bwd
     touched, begins, tokens, factors = ByColumn.of(offsets, columns).entries(torch.zeros(len(columns)))
     grad = torch.zeros_like(weight)
+    logits, scalars = torch.zeros(len(hidden), vocab), torch.zeros(3, len(hidden))
     beyond = "points outside"
     for match, call in {
         f"{beyond} the 9 rows": lambda: fwd(hidden, weight[:9], offsets, columns, gold, True),
@@ -262,6 +307,13 @@ def test_what_does_not_fit_is_an_error() -> None:
         "hidden must be a matrix": lambda: fwd(hidden[0], weight, offsets, columns, gold, True),
         "scale must be contiguous": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight, columns, gold, torch.ones(5, 2).t()),
         "coefficient must be": lambda: dw(hidden, touched, begins, tokens, factors[:3], grad),
+        f"logits_fwd.*{beyond} the 9 rows": lambda: of_logits(logits[:, :9], offsets, columns, gold),
+        f"logits_bwd.*{beyond}": lambda: bwd(factors, offsets, columns, gold + 10_000, scalars, logits),
+        "restricted_logits_fwd: gold must be contiguous": lambda: of_logits(logits, offsets, columns, gold.int()),
+        "logits must be a matrix": lambda: of_logits(logits[0], offsets, columns, gold),
+        "logits is torch.int32; .*kernels=reference takes others": lambda: of_logits(logits.int(), offsets, columns, gold),
+        "z must be contiguous": lambda: bwd(factors.double(), offsets, columns, gold, scalars, logits),
+        "scalars must be contiguous": lambda: bwd(factors, offsets, columns, gold, scalars[:2], logits),
         "grad_weight is": lambda: dw(hidden, touched, begins, tokens, factors, grad[:, :3]),
     }.items():
         with pytest.raises(RuntimeError, match=match):

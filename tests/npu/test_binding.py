@@ -23,7 +23,7 @@ def found(runtime: Runtime, module: Path) -> Any:
 
 
 def test_every_operator_is_served(found: Any) -> None:
-    assert set(found["live"].values()) == {"compiled"} and len(found["live"]) == 7
+    assert set(found["live"].values()) == {"compiled"} and len(found["live"]) == 9
     assert {name for name in found["places"]["npu"] if name.startswith("megatron_replay::")} == {
         f"megatron_replay::{name}" for name in found["live"]
     }
@@ -35,6 +35,18 @@ def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: 
     """Loss, gradient of the hidden states, gradient of the weight; a bfloat16 gradient is rounded once more than its tolerance."""
     loss, *gradients = found[how][precision]
     assert loss <= 2e-6 and all(far <= tolerance for far in gradients), found[how][precision]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
+def test_the_loss_from_logits_and_its_gradient(found: Any, precision: str, tolerance: float) -> None:
+    """Of logits side by side, of a part of wider rows, and of every other column."""
+    assert len(found["from logits"][precision]) == 3
+    for loss, gradient in found["from logits"][precision]:
+        assert loss <= 2e-6 and gradient <= tolerance
+
+
+def test_a_shard_without_candidates(found: Any) -> None:
+    assert found["empty"] == {"stats": [[-3e38, -3e38], [0.0, 0.0], [0.0, 0.0]], "grad": 0.0, "no positions": [0, [3, 0]]}
 
 
 def test_the_gradient_as_touched_rows(found: Any) -> None:
@@ -65,6 +77,12 @@ def test_arguments_it_cannot_take_are_named(found: Any) -> None:
     assert said["columns int64"] == "columns is Long, expected Int"
     assert "16" in said["width"] and "30" in said["width"]
     assert said["logits float64"] == "logits is Double; the NPU's kernels take float32 and bfloat16"
+    assert said["logits float16"] == "logits is Half; the NPU's kernels take float32 and bfloat16"
+    assert said["logits of other positions"] == "logits has shape [1, 70], expected [2, 70]"
+    assert said["gold on the cpu"] == "gold lies on cpu, expected an NPU"
+    assert said["scalars of two"] == "scalars has shape [2, 2], expected [3, 2]"
+    assert said["z bfloat16"] == "z is BFloat16, expected Float"
+    assert said["strided gradient"] == "the gradient of the logits must be contiguous: it is changed in place"
 
 
 def test_the_whole_step_with_the_compiled_operators(runtime: Runtime, module: Path, on_npu: Any) -> None:

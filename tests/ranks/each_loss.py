@@ -14,7 +14,7 @@ from megatron_replay.ops import (
     restricted_linear_cross_entropy,
 )
 
-NAMES = ("restricted", "logits", "full")
+NAMES = ("restricted", "logits", "logits, plain torch", "full")
 
 
 def each_loss(
@@ -27,8 +27,9 @@ def each_loss(
         h = hidden.clone().requires_grad_()
         if name == "restricted":
             loss = restricted_linear_cross_entropy(h, weight, sets, shard)
-        elif name == "logits":
-            loss = restricted_cross_entropy(h @ weight.t(), sets, shard)
+        elif name.startswith("logits"):
+            mode = "auto" if name == "logits" else "reference"
+            loss = restricted_cross_entropy(h @ weight.t(), sets, shard, kernels=mode)
         else:
             loss = linear_cross_entropy(h, weight, gold, shard, vocab_size=real, chunk_rows=chunk_rows)
         dh, dw = torch.autograd.grad((loss * scale).sum(), (h, weight))

@@ -129,7 +129,7 @@ def whole_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
         name: (x.detach(), *torch.autograd.grad((x * scale).sum(), (hidden, weight)))
         for name, x in (("restricted", restricted), ("full", full))
     }
-    return {**parts, "logits": parts["restricted"]}
+    return {**parts, "logits": parts["restricted"], "logits, plain torch": parts["restricted"]}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

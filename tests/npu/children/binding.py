@@ -18,7 +18,14 @@ load(sys.argv[1])
 
 from hostmath import NPU, HostMath, serve_the_binding
 
-from megatron_replay.ops import CandidateSets, VocabShard, kernels, library, restricted_linear_cross_entropy
+from megatron_replay.ops import (
+    CandidateSets,
+    VocabShard,
+    kernels,
+    library,
+    restricted_cross_entropy,
+    restricted_linear_cross_entropy,
+)
 from megatron_replay.ops.sets import ByColumn
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer
@@ -55,6 +62,38 @@ def loss_and_gradients(dtype: torch.dtype, *, into: bool = False) -> list[float]
         assert grad is not None
         results.append([loss, h.grad, grad])
     return [far(ours, theirs) for theirs, ours in zip(*results, strict=True)]
+
+
+def from_logits(dtype: torch.dtype) -> list[list[float]]:
+    """The loss from logits and its gradient, for logits that lie in memory in three ways."""
+    torch.manual_seed(4)
+    wide, chosen, scale = torch.randn(N, 2 * VOCAB).to(dtype), sets(), torch.linspace(0.5, 1, N)
+    cuts: list[Callable[[Any], Any]] = [lambda x: x[:, :VOCAB].contiguous(), lambda x: x[:, :VOCAB], lambda x: x[:, ::2]]
+    found = []
+    for cut in cuts:
+        results = []
+        for device, mode in (("cpu", "reference"), (NPU, "auto")):
+            leaf = cut(wide.to(device)).detach().requires_grad_()
+            loss = restricted_cross_entropy(leaf, chosen, kernels=mode)
+            (loss * scale.to(device)).sum().backward()
+            results.append([loss, leaf.grad])
+        found.append([far(ours, theirs) for theirs, ours in zip(*results, strict=True)])
+    return found
+
+
+def empty() -> dict[str, Any]:
+    """A shard without candidates, and no positions at all."""
+    ops, none = kernels(), torch.empty(0, dtype=torch.int32, device=NPU)
+    logits, offsets, gold = (x.to(NPU) for x in (torch.randn(2, 5), torch.tensor([0, 0, 0]), torch.tensor([-1, -1])))
+    z, stats = ops.restricted_logits_fwd(logits, offsets, none, gold)
+    grad = torch.zeros_like(logits)
+    ops.restricted_logits_bwd(z, offsets, none, gold, torch.ones(3, 2).to(NPU), grad)
+    nothing = ops.restricted_logits_fwd(logits[:0], offsets[:1], none, gold[:0])
+    return {
+        "stats": [[float(f"{x:.6g}") for x in row] for row in stats.cpu().tolist()],
+        "grad": float(grad.cpu().abs().sum()),
+        "no positions": [nothing[0].numel(), list(nothing[1].shape)],
+    }
 
 
 def touched_rows() -> float:
@@ -117,7 +156,9 @@ def refusals() -> dict[str, str]:
     h, w = torch.randn(2, HIDDEN, device="cpu"), torch.randn(VOCAB, HIDDEN)
     offsets, columns, gold = torch.tensor([0, 1, 2]), torch.tensor([1, 2], dtype=torch.int32), torch.tensor([0, 1])
     npu = [x.to(NPU) for x in (h, w, offsets, columns, gold)]
-    call = torch.ops.megatron_replay.restricted_fwd
+    ops = torch.ops.megatron_replay
+    call, fwd, bwd = ops.restricted_fwd, ops.restricted_logits_fwd, ops.restricted_logits_bwd
+    z, scalars, logits = (x.to(NPU) for x in (torch.zeros(2), torch.ones(3, 2), torch.zeros(2, VOCAB)))
     cases: dict[str, Callable[[], Any]] = {
         "float16": lambda: call(h.half().to(NPU), w.half().to(NPU), *npu[2:], True),
         "one on the cpu": lambda: call(npu[0], npu[1], npu[2], columns, npu[4], True),
@@ -125,6 +166,12 @@ def refusals() -> dict[str, str]:
         "columns int64": lambda: call(*npu[:3], columns.long().to(NPU), npu[4], True),
         "width": lambda: call(h[:, :30].contiguous().to(NPU), w[:, :30].contiguous().to(NPU), *npu[2:], True),
         "logits float64": lambda: torch.ops.megatron_replay.topk_rows(h.double().to(NPU), 4),
+        "logits float16": lambda: fwd(logits.half(), *npu[2:]),
+        "logits of other positions": lambda: fwd(logits[:1], *npu[2:]),
+        "gold on the cpu": lambda: fwd(logits, *npu[2:4], gold),
+        "scalars of two": lambda: bwd(z, *npu[2:], scalars[:2], logits),
+        "z bfloat16": lambda: bwd(z.bfloat16(), *npu[2:], scalars, logits),
+        "strided gradient": lambda: bwd(z, *npu[2:], scalars, torch.zeros(VOCAB, 2).to(NPU).t()),
     }
     said = {}
     for name, case in cases.items():
@@ -142,6 +189,8 @@ with HostMath() as seen:
         "live": {**library.live("npu"), **optimizer.live("npu")},
         "loss": {name: loss_and_gradients(dtype) for name, dtype in types.items()},
         "into main_grad": {name: loss_and_gradients(dtype, into=True) for name, dtype in types.items()},
+        "from logits": {name: from_logits(dtype) for name, dtype in types.items()},
+        "empty": empty(),
         "touched rows": touched_rows(),
         "selection": {name: selection(dtype) for name, dtype in types.items()},
         "moclip": {name: moclip(dtype) for name, dtype in types.items()},

@@ -40,17 +40,21 @@ def test_loss_and_gradients_are_those_of_autograd(n: int, v: int, h: int, k_max:
     scale = torch.arange(1.0, n + 1, dtype=torch.float64)
     truth = restricted_loss(hidden @ weight.t(), sets)
     wanted = torch.autograd.grad((truth * scale).sum(), (hidden, weight))
-    for loss in (restricted_linear_cross_entropy(hidden, weight, sets), restricted_cross_entropy(hidden @ weight.t(), sets)):
+    logits = hidden @ weight.t()
+    from_logits = [restricted_cross_entropy(logits, sets, kernels=mode) for mode in ("auto", "reference")]
+    for loss in (restricted_linear_cross_entropy(hidden, weight, sets), *from_logits):
         assert loss.dtype == torch.float64
         torch.testing.assert_close(loss, truth, atol=1e-12, rtol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad((loss * scale).sum(), (hidden, weight)), wanted, atol=1e-12, rtol=1e-12)
+        found = torch.autograd.grad((loss * scale).sum(), (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
 
 
 def test_gradcheck() -> None:
     hidden, weight, sets = problem(4, 15, 3)
     assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, sets), (hidden, weight))
     logits = (hidden @ weight.t()).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, sets), (logits,))
+    for mode in ("auto", "reference"):
+        assert torch.autograd.gradcheck(lambda z, mode=mode: restricted_cross_entropy(z, sets, kernels=mode), (logits,))
 
 
 def test_the_gradient_error_is_twice_the_outside_mass() -> None:
@@ -202,6 +206,15 @@ def test_what_does_not_fit_is_refused() -> None:
         restricted_linear_cross_entropy(hidden, weight, sets, VocabShard(0, 21))
     with pytest.raises(ConfigError, match="did you mean 'reference'"):
         restricted_linear_cross_entropy(hidden, weight, sets, kernels="referenze")
+    logits = (hidden @ weight.t()).detach()
+    with pytest.raises(DataError, match="3 candidate sets for 2 rows"):
+        restricted_cross_entropy(logits[:2], sets)
+    with pytest.raises(DataError, match=r"candidate id 99 lies outside the vocabulary rows 0\.\.20"):
+        restricted_cross_entropy(logits[:1], CandidateSets.from_lists([[3, 99]], [3]))
+    with pytest.raises(LayoutError):
+        restricted_cross_entropy(logits, sets, VocabShard(0, 21))
+    with pytest.raises(ConfigError, match="did you mean 'reference'"):
+        restricted_cross_entropy(logits, sets, kernels="referenze")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -217,6 +230,8 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
         (ops.restricted_bwd_dh, (mixture, weight, here.columns, here.gold, stats[:2].contiguous())),
         (ops.restricted_bwd_dw, (hidden, *entries, torch.zeros_like(weight))),
         (ops.restricted_bwd_rows, (hidden, *entries)),
+        (ops.restricted_logits_fwd, (hidden @ weight.t(), here.offsets, here.columns, here.gold)),
+        (ops.restricted_logits_bwd, (z, here.offsets, here.columns, here.gold, stats, torch.zeros_like(hidden @ weight.t()))),
         (ops.topk_rows, (hidden @ weight.t(), 7)),
     ):
         torch.library.opcheck(op.default, args)
