@@ -53,6 +53,15 @@ def compiled(project: Path) -> list[str]:
     return sorted(path.name.split(".")[0] for path in (project / "megatron_replay").rglob("*.so"))
 
 
+def test_a_wheel_holds_every_file_of_the_package_that_is_not_python() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    package, built = ROOT / "megatron_replay", {".py", ".pyc", ".so"}
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["megatron_replay"]
+    assert {path for pattern in patterns for path in package.glob(pattern)} == {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in built
+    }
+
+
 def test_nothing_in_csrc_is_nothing_to_build(project: Path) -> None:
     done = build(project)
     assert done.returncode == 0, done.stderr
