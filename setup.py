@@ -2,7 +2,8 @@
 
 MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default), `npu` or `cuda`. What is for the CPU is compiled where
 a C++ compiler is there; where none is, the package installs all the same and runs the Python twins. What is for the NPU was asked for:
-without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. There is nothing to compile for CUDA: plain torch serves it.
+without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. CUDA's kernels are Triton's, compiled when they first run:
+the build only fails where torch has no CUDA or Triton is missing.
 """
 
 import importlib.util
@@ -67,6 +68,21 @@ def npu_kernels() -> Extension:
     return Extension("megatron_replay._npu", ["csrc/ascend/CMakeLists.txt"], depends=sources("ascend/**/*.h", "ascend/**/*.cpp"))
 
 
+def check_cuda() -> None:
+    """What CUDA's kernels will need when they run must be in the environment that builds."""
+    way_out = "(with pip's --no-build-isolation), or leave MEGATRON_REPLAY_BUILD out to build for the CPU"
+    try:
+        import torch
+    except ImportError as err:
+        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs torch, which cannot be imported ({err}); install it first {way_out}")
+    if torch.version.cuda is None:
+        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs a torch with CUDA, torch {torch.__version__} has none; install one {way_out}")
+    try:
+        import triton  # noqa: F401
+    except ImportError as err:
+        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs triton, which cannot be imported ({err}); pip install triton {way_out}")
+
+
 def python_settings() -> dict[str, str]:
     """What csrc/ascend/binding.cmake wants to know of the Python that will load the module; torch-npu is found without importing it."""
     import torch
@@ -123,6 +139,8 @@ def extensions() -> list[Extension]:
     device = os.environ.get("MEGATRON_REPLAY_BUILD", "cpu")
     if device not in DEVICES:
         sys.exit(f"error: MEGATRON_REPLAY_BUILD={device!r} is not a device; choose {', '.join(DEVICES)}")
+    if device == "cuda":
+        check_cuda()
     return [*found, npu_kernels()] if device == "npu" else found
 
 

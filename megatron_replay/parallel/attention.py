@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_replay.device import fused_operator
-from megatron_replay.parallel.fused import causal_within
+from megatron_replay.parallel.fused import causal_within, to_visible
 
 BLOCK = 256
 """Queries of branches that are computed at a time: no mask is larger than this times the tokens of the row."""
+FUSED = "npu_fusion_attention"
+"""The NPU's operator, which takes the place of torch's where it is there."""
 
 
 def import_base() -> Any:
@@ -49,38 +51,45 @@ def unpack(table: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float | None = None) -> Tensor:
     """Causal self-attention within each sample. query [T, Hq, D], key and value [T, Hk, D] -> [T, Hq, D]."""
-    fused = fused_operator("npu_fusion_attention", query.device.type)
-    if fused is not None and len(segments) and bool((segments[:, 2] < 0).all()):  # branches see more than one stretch: block by block
-        end = int(segments[-1, :2].sum())
-        out = fused(query[:end], key[:end], value[:end], **causal_within(segments, query, scale))[0]
-        return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - end))
-    roots, branches = list(runs(segments)), blocks(segments, roots=False)
-    sizes = [count * length for _, count, length in roots]
-    lengths = segments[segments[:, 2] >= 0, 1].tolist()
-    rest = query.shape[0] - sum(sizes) - sum(lengths)
-    # split, not slices: the gradient of each slice would be as long as the row
-    queries = query.split([*sizes, *(block.visible.shape[0] for block in branches), rest])
-    keys, values = (x.split([*sizes, *lengths, rest]) for x in (key, value))
-    parts = []
-    for (_, count, length), *mine in zip(roots, queries, keys, values, strict=False):
-        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in mine)
-        parts.append(_sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(count * length, *query.shape[1:]))
-    if branches:
-        each_key, each_value = (_by_segment(x, roots) for x in (keys, values))
-        for block, mine in zip(branches, queries[len(roots) :], strict=False):
-            q, k, v = (x.transpose(0, 1)[None] for x in (mine, gathered(each_key, block), gathered(each_value, block)))
-            parts.append(_sdpa(q, k, v, scale=scale, attn_mask=block.visible.to(query.device))[0].transpose(0, 1))
-    if not parts:
+    if not len(segments):
         return torch.zeros_like(query)
-    out = torch.cat(parts) if len(parts) != 1 else parts[0]
+    roots, lengths = segments[segments[:, 2] < 0], segments[segments[:, 2] >= 0, 1].tolist()
+    begin, branches = int(roots[:, 1].sum()), blocks(segments, roots=False)
+    rest = query.shape[0] - begin - sum(lengths)
+    # split, not slices: the gradient of each slice would be as long as the row
+    queries = query.split([begin, *(block.visible.shape[0] for block in branches), rest])
+    keys, values = (x.split([begin, *lengths, rest]) for x in (key, value))
+    parts = [_causal(queries[0], keys[0], values[0], roots, scale)]
+    each_key, each_value = ([*x[0].split(roots[:, 1].tolist()), *x[1:-1]] for x in (keys, values))
+    for block, mine in zip(branches, queries[1:], strict=False):
+        parts.append(_masked(block.visible, mine, gathered(each_key, block), gathered(each_value, block), scale))
+    out = torch.cat(parts) if branches else parts[0]
     return F.pad(out, (0, 0, 0, 0, 0, rest))
 
 
-def runs(segments: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(start, count, length) of neighbouring roots of equal length: they are computed as one batch."""
-    for length, group in groupby((row for row in segments.tolist() if row[2] < 0), key=lambda row: row[1]):
-        rows = list(group)
-        yield rows[0][0], len(rows), length
+def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: float | None) -> Tensor:
+    """Causal attention within each root [n, 3]; the roots are all of query [L, Hq, D], key and value [L, Hk, D] -> [L, Hq, D]."""
+    fused = fused_operator(FUSED, query.device.type)
+    if fused is not None:
+        out: Tensor = fused(query, key, value, **causal_within(roots, query, scale))[0]
+        return out
+    equal = [(len(list(group)), length) for length, group in groupby(roots[:, 1].tolist())]  # neighbours: one batch
+    pieces = (x.split([count * length for count, length in equal]) for x in (query, key, value))
+    parts = []
+    for (count, length), *mine in zip(equal, *pieces, strict=True):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in mine)
+        parts.append(_sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(count * length, *query.shape[1:]))
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _masked(visible: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention to what is visible [Q, K] (bool, on the cpu). query [Q, Hq, D], key and value [K, Hk, D] -> [Q, Hq, D]."""
+    fused = fused_operator(FUSED, query.device.type)
+    if fused is not None:
+        out: Tensor = fused(query[None], key[None], value[None], **to_visible(visible, query, scale))[0][0]
+        return out
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return _sdpa(q, k, v, scale=scale, attn_mask=visible.to(query.device))[0].transpose(0, 1)
 
 
 class Block(NamedTuple):
@@ -134,14 +143,6 @@ def _families(table: Sequence[tuple[int, int, int]]) -> Iterator[tuple[tuple[int
         yield above, held
 
 
-def _by_segment(pieces: Sequence[Tensor], roots: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    """Keys or values of each row of the table; the first pieces are runs of roots."""
-    each = [
-        x for piece, (_, count, length) in zip(pieces, roots, strict=False) for x in piece.view(count, length, *piece.shape[1:]).unbind()
-    ]
-    return [*each, *pieces[len(roots) : -1]]
-
-
 def gathered(each: Sequence[Tensor], block: Block) -> Tensor:
     """Keys or values that a block sees, of those of each segment."""
     return torch.cat([each[i] for i in block.keys])[: block.visible.shape[1]]
@@ -187,6 +188,7 @@ class LayerCache:
         seen = torch.arange(length)[None] <= past[:, None]
         k, v = (x[cache.rows, :length].transpose(1, 2) for x in (self.keys, self.values))
         n = len(cache.rows)
+        # torch's own on an NPU too: its fused operator is documented for training only
         out = _sdpa(query[:n, :, None], k, v, attn_mask=seen[:, None, None].to(query.device), scale=scale)[:, :, 0]
         return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - n))
 

@@ -3,7 +3,8 @@
 The operators themselves come from `device.fused_operator`. Sources: the pages of `npu_fusion_attention`, `npu_rms_norm` and
 `npu_rotary_mul` in the API reference of Ascend Extension for PyTorch.
 
-T tokens in the flat micro-batch, Hq query heads, D head size, B batch (1), S sequence (T, or this rank's part of it).
+T tokens in the flat micro-batch, Hq query heads, Hk key heads, Q queries, K keys, D head size, B batch (1), S sequence (T, or this rank's
+part of it).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 _MASK = 2048
 """Side of the triangle that stands for the whole causal mask in the compressed mask modes."""
+_ALL_MASK = 1
 _RIGHT_DOWN_CAUSAL = 3
 
 
@@ -36,6 +38,22 @@ def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[
         "sparse_mode": _RIGHT_DOWN_CAUSAL,
         "actual_seq_qlen": ends,
         "actual_seq_kvlen": ends,
+    }
+
+
+def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
+    """Arguments of `npu_fusion_attention` after query, key and value, each a batch of one, for attention to the keys that are visible.
+
+    query [Q, Hq, D] without the batch; visible [Q, K] (bool): every query sees a key, which the operator's precision needs. What its page
+    says of the rest: sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part, and reads neither pre_tockens nor
+    next_tockens; the mask may be [Q, K] for all heads; Q and K are free up to a million, D up to 768, Hq is a multiple of Hk up to 256.
+    """
+    return {
+        "head_num": query.shape[1],
+        "input_layout": "BSND",
+        "scale": scale or 1 / math.sqrt(query.shape[2]),
+        "atten_mask": ~visible.to(query.device),
+        "sparse_mode": _ALL_MASK,
     }
 
 

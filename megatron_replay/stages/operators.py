@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_replay.config import Layout, RunConfig
+from megatron_replay.data.prefixes import SHORTEST, lay
 from megatron_replay.device import Device, dtype
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.ops import library, torch_kernels
@@ -42,7 +43,7 @@ TINY = {
     "tie_word_embeddings": False,
 }
 LENGTHS = (13, 7, 12)
-"""Tokens of the samples in the one micro-batch."""
+"""Tokens of the samples in the one micro-batch, after those with which all of them begin (computed once with `data.share_prefixes`)."""
 STEPS = 2
 """The first has no momentum yet."""
 
@@ -92,16 +93,23 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
     spec, layout = ModelSpec.from_hf(TINY), Layout()
     torch.manual_seed(config.seed)
     with world.running(layout, device, seed=config.seed) as active:
-        model = build(spec, layout, active, dtype(config.precision, device), seq_length=sum(LENGTHS))
+        samples = _samples(spec.vocab_size, config.seed)
+        length = sum(map(len, samples)) + 4
+        model = build(spec, layout, active, dtype(config.precision, device), seq_length=length)
         with torch.no_grad():
             for _, _, parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
-        samples = [np.random.default_rng(config.seed + length).integers(0, spec.vocab_size, length) for length in LENGTHS]
-        batch = flatten(samples, [np.arange(len(sample) - 1) for sample in samples], sum(LENGTHS) + 4, active.torch_device)
+        tree = lay(samples, share=config.data.share_prefixes)
+        batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, active.torch_device, tree=tree)
         rule = SetRule(tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels)
         forward(model, [batch], select_task(model, rule, None), consume=lambda *_: None)
         trainer = make_trainer(model, config.optimizer, config.kernels)
         return [trainer.step([batch], restricted_task(model, config.kernels), config.optimizer.lr) for _ in range(STEPS)]
+
+
+def _samples(vocab: int, seed: int) -> list[np.ndarray]:
+    beginning, *ends = (np.random.default_rng(seed + length).integers(0, vocab, length) for length in (SHORTEST, *LENGTHS))
+    return [np.concatenate([beginning, end]) for end in ends]
 
 
 def _key(device_type: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_replay.device import CPU, available
 from megatron_replay.ops import library
@@ -48,22 +50,34 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
         *(f"{part}: right" for part in ("doctor", "kernels", "collectives", "golden", "timings")),
     ]
     operators = [line for line in text.splitlines() if " compiled  right: off by " in line]
-    assert {line.split()[0] for line in operators} == {*library.SCHEMAS, *optimizer.OPERATORS} and len(operators) == 18
+    assert {line.split()[0] for line in operators} == {*library.SCHEMAS, *optimizer.OPERATORS}
+    assert len(operators) == 3 * len(set(library.SCHEMAS) | set(optimizer.OPERATORS)), "float32, bfloat16 and float64"
     assert text.count(" right: loss and gradient norm of ten steps") == 4 and text.count("over gloo") == 8
 
 
+@pytest.mark.skipif(library.EXTENSION != "loaded", reason="the compiled kernels are not built")
 def test_a_wrong_kernel_is_noticed(selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(mode: str = "auto") -> library.Kernels:
-        def rows(*args: Any) -> Any:
-            return ours.restricted_bwd_rows(*args) * 1.001
+    ours, calls = library.kernels(), itertools.count()
 
-        return dataclasses.replace(ours, restricted_bwd_dw=lambda *args: None, restricted_bwd_rows=rows)
+    def rows(*args: Any) -> Any:
+        return ours.restricted_bwd_rows(*args) * 1.001
 
-    ours = library.kernels()
-    monkeypatch.setattr(selftest.operators, "kernels", broken)
+    def refuses(*args: Any) -> None:
+        raise RuntimeError("mixture is Half")
+
+    def restless(logits: torch.Tensor, k: int) -> Any:
+        values, columns, lse = ours.topk_rows(logits, k)
+        return values, columns, lse * (1 + 1e-15 * next(calls))
+
+    broken = {"restricted_bwd_dh": refuses, "restricted_bwd_dw": lambda *_: None, "restricted_bwd_rows": rows, "topk_rows": restless}
+    monkeypatch.setattr(selftest.operators, "kernels", lambda mode: dataclasses.replace(ours, **broken))
     assert selftest.kernels(CPU) == 1
-    wrong = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
-    assert wrong == ["restricted_bwd_dw", "restricted_bwd_rows"] * 2
+    wrong = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert [name for name, *_ in wrong] == list(broken) * 3
+    refused, nothing, off, other = (said for *_, said in wrong[:4])
+    assert "no positions: RuntimeError: mixture is Half" in refused and "few rows, often: off by 1.0e+00" in nothing
+    assert "few rows, often: off by 1.0e-03" in off and "no positions" not in off
+    assert other.endswith("5000 columns: other bits the second time")
 
 
 def test_other_losses_are_noticed(selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

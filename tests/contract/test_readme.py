@@ -25,12 +25,12 @@ def commands(page: str) -> list[str]:
 
 
 MAKE = [line for line in commands("README.md") if line.startswith("make ")]
-PAGES = ["docs/optimizers.md", "docs/adapters.md"]
+PAGES = ["docs/optimizers.md", "docs/adapters.md", "docs/profiling.md"]
 """Pages whose commands run after the README's, in its folder."""
 OURS = [line for page in ("README.md", *PAGES) for line in commands(page) if not line.startswith("make ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/optimizers.md", "docs/adapters.md", "docs/profiling.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", *PAGES])
 def test_python_blocks_run(page: str) -> None:
     found = blocks(page, "python")
     assert found

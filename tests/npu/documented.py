@@ -7,63 +7,81 @@ the documentation leaves out (the order of roundings) is done in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Ends = Sequence[int] | None
+"""Cumulative lengths of the samples (TND)."""
+
 
 def npu_fusion_attention(
     query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor, scale: float, actual_seq_qlen: Sequence[int], actual_seq_kvlen: Sequence[int], sparse_mode: int,
+    atten_mask: Tensor, scale: float, sparse_mode: int, actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
     **others: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """TND layout: [T, heads, D], rows of a batch after each other up to the cumulative lengths; groups of query heads share a key head.
+    """Groups of query heads share a key head. TND layout: [T, heads, D], samples after each other up to the cumulative lengths; BSND:
+    [B, S, heads, D].
 
-    sparse_mode 3 (rightDownCausal): the mask is the compressed 2048 x 2048 upper triangle and stands for the one that ends at the lower
-    right corner; True is masked; pre_tockens and next_tockens are ignored.
+    True is masked. sparse_mode 1 (allMask): the mask is [Sq, Sk], for the whole batch; a row that is all True loses precision.
+    sparse_mode 3 (rightDownCausal): it is the compressed 2048 x 2048 upper triangle and stands for the one that ends at the lower right
+    corner. Both ignore pre_tockens and next_tockens.
     """
     assert all(_is_default(name, value) for name, value in others.items()), others
-    assert input_layout == "TND" and sparse_mode == 3 and head_num == query.shape[1] and head_num % key.shape[1] == 0
-    assert atten_mask.dtype == torch.bool and torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-    out = torch.empty_like(query)
-    for rows, columns in _pieces(actual_seq_qlen, actual_seq_kvlen, query, key):
-        q, k, v = _heads(query[rows], head_num), _heads(key[columns], head_num), _heads(value[columns], head_num)
-        out[rows] = (_weights(q, k, scale) @ v).transpose(0, 1).to(out.dtype)
+    cut = partial(_samples, layout=input_layout, heads=head_num)
+    parts = []
+    for each in zip(cut(query, ends=actual_seq_qlen), *(cut(x, ends=actual_seq_kvlen) for x in (key, value)), strict=True):
+        q, k, v = (_heads(x, head_num) for x in each)
+        parts.append((_weights(q, k, scale, atten_mask, sparse_mode) @ v).transpose(0, 1).to(query.dtype))
+    out = torch.cat(parts).view(query.shape)
     unread = torch.zeros(query.shape[0], head_num, 8)
     return out, unread, unread, torch.zeros(0), 0, 0, 0
 
 
 def npu_fusion_attention_grad(
     query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
-    scale_value: float, actual_seq_qlen: Sequence[int], actual_seq_kvlen: Sequence[int],
+    atten_mask: Tensor, scale_value: float, sparse_mode: int, actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
     **others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
-    for rows, columns in _pieces(actual_seq_qlen, actual_seq_kvlen, query, key):
-        q, k, v, g = (_heads(x, head_num) for x in (query[rows], key[columns], value[columns], dy[rows]))
-        p = _weights(q, k, scale_value)
-        dp = g @ v.transpose(1, 2)
+    cut = partial(_samples, layout=input_layout, heads=head_num)
+    over_queries = (cut(x, ends=actual_seq_qlen) for x in (query, dy, grads[0]))
+    over_keys = (cut(x, ends=actual_seq_kvlen) for x in (key, value, *grads[1:]))
+    for *asking, dq, k, v, dk, dv in zip(*over_queries, *over_keys, strict=True):
+        keys, values, queries, g = (_heads(x, head_num) for x in (k, v, *asking))
+        p = _weights(queries, keys, scale_value, atten_mask, sparse_mode)
+        dp = g @ values.transpose(1, 2)
         ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale_value
-        for whole, cut, part in zip(grads, (rows, columns, columns), (ds @ k, ds.transpose(1, 2) @ q, p.transpose(1, 2) @ g), strict=True):
-            whole[cut] = part.view(whole.shape[1], -1, *part.shape[1:]).sum(1).transpose(0, 1)
+        dq.copy_(ds @ keys)
+        for whole, part in ((dk, ds.transpose(1, 2) @ queries), (dv, p.transpose(1, 2) @ g)):
+            whole.copy_(part.view(whole.shape[0], -1, *part.shape[1:]).sum(1))
     return *(x.to(query.dtype) for x in grads), torch.zeros(0), torch.zeros(0)
 
 
-def _pieces(q_ends: Sequence[int], k_ends: Sequence[int], query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
-    assert q_ends[-1] == query.shape[0] and k_ends[-1] == key.shape[0]
-    cuts = [[slice(a, b) for a, b in zip([0, *ends], ends, strict=False)] for ends in (q_ends, k_ends)]
-    return list(zip(*cuts, strict=True))
+def _samples(x: Tensor, *, layout: str, heads: int, ends: Ends) -> list[Tensor]:
+    """Views [h, L, D] of each sample of a batch."""
+    if layout == "BSND":
+        assert x.dim() == 4 and heads % x.shape[2] == 0 and not ends
+        return [x[i].transpose(0, 1) for i in range(x.shape[0])]
+    assert layout == "TND" and x.dim() == 3 and heads % x.shape[1] == 0 and ends and ends[-1] == x.shape[0]
+    return [x[begin:end].transpose(0, 1) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """[L, h, D] -> [heads, L, D] float32, each of the h repeated for its group."""
-    return x.float().transpose(0, 1).repeat_interleave(heads // x.shape[1], 0)
+    """[h, L, D] -> [heads, L, D] float32, each of the h repeated for its group."""
+    return x.float().repeat_interleave(heads // x.shape[0], 0)
 
 
-def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
-    return (q @ k.transpose(1, 2) * scale).masked_fill(later, -torch.inf).softmax(-1)
+def _weights(q: Tensor, k: Tensor, scale: float, atten_mask: Tensor, sparse_mode: int) -> Tensor:
+    assert atten_mask.dtype == torch.bool
+    if sparse_mode == 3:
+        assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        atten_mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+    else:
+        assert sparse_mode == 1 and atten_mask.shape == (q.shape[1], k.shape[1]) and not atten_mask.all(1).any()
+    return (q @ k.transpose(1, 2) * scale).masked_fill(atten_mask, -torch.inf).softmax(-1)
 
 
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:

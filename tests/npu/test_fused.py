@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +16,13 @@ from megatron_replay.parallel import attention, fused, layers
 
 @pytest.fixture
 def on_npu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """After the call our modules find the operators' documented forms, whatever the device."""
+    """After the call our modules find the operators' documented forms, whatever the device, and may not ask torch for attention."""
     find = lambda name, device_type: documented.OPERATORS[name]  # noqa: E731
 
     def switch() -> None:
         for module in (attention, layers):
             monkeypatch.setattr(module, "fused_operator", find)
+        monkeypatch.setattr(attention, "_sdpa", lambda *_, **__: pytest.fail("torch's attention was asked for"))
 
     return switch
 
@@ -62,15 +63,75 @@ def test_attention_wants_neighbouring_segments() -> None:
         fused.causal_within(torch.tensor([[0, 3], [4, 2]]), torch.zeros(6, 2, 8), None)
 
 
-def test_the_fused_gradient_of_attention_is_that_of_its_forward() -> None:
+TREES = {
+    "two branches": [(0, 20, -1), (20, 6, 0), (26, 4, 0)],
+    "a prefix of a prefix": [(0, 9, -1), (9, 8, 0), (17, 3, 0), (20, 5, 1), (25, 1, 1), (26, 2, 3), (28, 4, 3)],
+    "beside samples alone": [(0, 5, -1), (5, 5, -1), (10, 8, -1), (18, 3, -1), (21, 4, 2), (25, 6, 2), (31, 2, 3)],
+    "a branch longer than a block": [(0, 6, -1), (6, 30, 0), (36, 3, 0), (39, 4, 1), (43, 20, 1)],
+}
+"""(start, length, parent) of each segment."""
+
+
+@pytest.fixture(params=[1, 7, 256], ids=lambda rows: f"blocks of {rows}")
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+    attention._blocks.cache_clear()
+    yield request.param
+    attention._blocks.cache_clear()
+
+
+def in_a_tree(name: str, heads: tuple[int, int], scale: float | None, on_npu: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
+    """`both_ways` of attention in a row that ends with two tokens of padding."""
+    torch.manual_seed(4)
+    segments = torch.tensor(TREES[name])
+    query, key, value = (torch.randn(int(segments[-1, :2].sum()) + 2, h, 8) for h in (heads[0], heads[1], heads[1]))
+    return both_ways(lambda q, k, v: attention.attend(q, k, v, segments, scale), [query, key, value], on_npu)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("name", TREES)
+def test_attention_in_a_tree(name: str, heads: tuple[int, int], block: int, on_npu: Callable[[], None]) -> None:
+    pairs = in_a_tree(name, heads, None, on_npu)
+    close(pairs)
+    assert not pairs[0][1][-2:].any(), "tokens of no segment give zero"
+
+
+def test_attention_in_a_tree_takes_the_scale(on_npu: Callable[[], None]) -> None:
+    close(in_a_tree("a prefix of a prefix", (4, 2), 0.3, on_npu))
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "siblings are seen": lambda visible: torch.ones_like(visible).tril(visible.shape[1] - visible.shape[0]),
+    "the first token is not seen": lambda visible: visible & (torch.arange(visible.shape[1]) > 0),
+    "what is later is seen": lambda visible: torch.ones_like(visible),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_mask_would_be_seen(what: str, on_npu: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fused.to_visible
+    monkeypatch.setattr(attention, "to_visible", lambda visible, *rest: right(WRONG[what](visible), *rest))
+    with pytest.raises(AssertionError, match="not close"):
+        close(in_a_tree("two branches", (4, 2), None, on_npu))
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]).bool()
+
+
+@pytest.mark.parametrize("form", ["within segments", "to what is visible"])
+def test_the_fused_gradient_of_attention_is_that_of_its_forward(form: str) -> None:
     torch.manual_seed(1)
-    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    arguments = fused.causal_within(torch.tensor([[0, 4], [4, 5]]), q, None)
+    if form == "within segments":
+        q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+        arguments = fused.causal_within(torch.tensor([[0, 4], [4, 5]]), q, None)
+    else:
+        q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+        arguments = fused.to_visible(MASK, q[0], None)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = documented.npu_fusion_attention(*leaves, **arguments)[0]
     dy = torch.randn_like(out)
-    known = {name: arguments[name] for name in ("head_num", "input_layout", "actual_seq_qlen", "actual_seq_kvlen")}
-    grads = documented.npu_fusion_attention_grad(q, k, v, dy, scale_value=arguments["scale"], **known)[:3]
+    known = {("scale_value" if name == "scale" else name): value for name, value in arguments.items()}
+    grads = documented.npu_fusion_attention_grad(q, k, v, dy, **known)[:3]
     close(list(zip(torch.autograd.grad(out, leaves, dy), grads, strict=True)))
 
 

@@ -20,8 +20,10 @@ def on_cpu(runtime: Runtime) -> Any:
     return runtime.run("step", "cpu", "fp32", "", "")
 
 
-def test_two_steps_are_those_of_the_cpu(on_npu: Any, on_cpu: Any) -> None:
-    for ours, theirs in zip(on_npu["steps"]["fp32"], on_cpu["steps"]["fp32"], strict=True):
+@pytest.mark.parametrize("run", ["fp32", "tree"])
+def test_two_steps_are_those_of_the_cpu(on_npu: Any, on_cpu: Any, run: str) -> None:
+    """The cpu computes each sample by itself."""
+    for ours, theirs in zip(on_npu["steps"][run], on_cpu["steps"]["fp32"], strict=True):
         assert ours["positions"] == theirs["positions"] > 0 and ours["applied"] and theirs["applied"]
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key

@@ -53,6 +53,15 @@ def compiled(project: Path) -> list[str]:
     return sorted(path.name.split(".")[0] for path in (project / "megatron_replay").rglob("*.so"))
 
 
+def test_a_wheel_holds_every_file_of_the_package_that_is_not_python() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    package, built = ROOT / "megatron_replay", {".py", ".pyc", ".so"}
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["megatron_replay"]
+    assert {path for pattern in patterns for path in package.glob(pattern)} == {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in built
+    }
+
+
 def test_nothing_in_csrc_is_nothing_to_build(project: Path) -> None:
     done = build(project)
     assert done.returncode == 0, done.stderr
@@ -149,6 +158,30 @@ def test_an_npu_build_that_fails_fails(project: Path, tmp_path: Path) -> None:
     assert done.returncode != 0 and "the NPU's kernels do not build" in done.stderr
 
 
-def test_for_cuda_there_is_nothing_more(project: Path) -> None:
-    done = build(project, MEGATRON_REPLAY_BUILD="cuda")
-    assert done.returncode == 0 and compiled(project) == []
+@pytest.mark.parametrize(
+    ("torch", "triton", "says"),
+    [
+        ("version.cuda = '13.0'", "", ""),
+        ("version.cuda = None", "", "needs a torch with CUDA, torch 2.13.0 has none; install one"),
+        (
+            "version.cuda = '13.0'",
+            "raise ImportError('no libtriton')",
+            "needs triton, which cannot be imported (no libtriton); pip install",
+        ),
+        ("raise ImportError('no libcudart')", "", "needs torch, which cannot be imported (no libcudart); install it first"),
+    ],
+)
+def test_for_cuda_it_only_looks_for_what_will_compile_the_kernels(
+    project: Path, tmp_path: Path, torch: str, triton: str, says: str
+) -> None:
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    (fakes / "torch.py").write_text(f"import types\n__version__, version = '2.13.0', types.SimpleNamespace()\n{torch}\n")
+    (fakes / "triton.py").write_text(triton)
+    done = build(project, MEGATRON_REPLAY_BUILD="cuda", PYTHONPATH=str(fakes))
+    assert compiled(project) == []
+    if says:
+        assert done.returncode != 0 and f"MEGATRON_REPLAY_BUILD=cuda {says}" in done.stderr and "Traceback" not in done.stderr
+        assert "or leave MEGATRON_REPLAY_BUILD out to build for the CPU" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
 # ruff: noqa: E402 (the extension must be there before the package looks for it)
 """The operators of `doctor --ops` and the steps they belong to, on one device: cpu, or npu:0 with the host's arithmetic.
 
-HCCL is not here: a process group of one runs over gloo. Arguments: device, precisions
-(fp32,bf16), shim to leave out, compiled extension; "" for none.
+The runs of the precisions compute each sample by itself; "tree", in fp32, shares what they begin with. HCCL is not here: a process group of
+one runs over gloo. Arguments: device, precisions (fp32,bf16), shim to leave out, compiled extension; "" for none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if extension:
     load(extension)
 
 from megatron_replay import device
-from megatron_replay.config import RunConfig
+from megatron_replay.config import Data, RunConfig
 from megatron_replay.ops import library
 from megatron_replay.optim import kernels
 from megatron_replay.parallel import shims, world
@@ -39,6 +39,7 @@ if without:
     world.shims.install = lambda device: install(device, skip={without})  # type: ignore[assignment]
 with seen:
     runs = {precision: operators.steps(RunConfig(device=name, precision=precision), where) for precision in precisions.split(",")}
+    runs["tree"] = operators.steps(RunConfig(device=name, precision="fp32", data=Data(share_prefixes=True)), where)
 print(
     json.dumps(
         {

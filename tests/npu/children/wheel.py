@@ -32,10 +32,13 @@ def on_meta() -> dict[str, Any]:
     meta = {"device": "meta", "dtype": torch.bfloat16}
     q, k, x = torch.empty(10, 4, 16, **meta), torch.empty(10, 2, 16, **meta), torch.empty(10, 1, 64, **meta)
     angles = torch.empty(10, 1, 1, 16, **meta)
-    arguments = fused.causal_within(torch.tensor([[0, 4], [4, 6]]), q, None)
+    within = fused.causal_within(torch.tensor([[0, 4], [4, 6]]), q, None)
+    few, more = torch.empty(3, 4, 16, **meta), torch.empty(7, 2, 16, **meta)
+    masked = fused.to_visible(torch.ones(3, 7, dtype=torch.bool), few, None)
     ops = torch.ops.npu
     return {
-        "npu_fusion_attention": list(ops.npu_fusion_attention(q, k, k, **arguments)[0].shape),
+        "npu_fusion_attention": list(ops.npu_fusion_attention(q, k, k, **within)[0].shape),
+        "npu_fusion_attention, masked": list(ops.npu_fusion_attention(few[None], more[None], more[None], **masked)[0].shape),
         "npu_rms_norm": list(ops.npu_rms_norm(x, torch.empty(64, **meta), 1e-6)[0].shape),
         "npu_rotary_mul": list(ops.npu_rotary_mul(q[:, None], angles, angles).shape),
     }
