@@ -138,10 +138,13 @@ def of_the_loss(dtype: torch.dtype, sizes: list[int], vocab: int, hidden: int) -
         ops.restricted_logits_bwd(*map(on, (z, offsets, columns, gold, scalars)), grad)
         return (grad,)
 
-    calls = [fwd, dh, dw, rows, logits_fwd, logits_bwd]
     return {
-        f"restricted_{name}": call
-        for name, call in zip(("fwd", "bwd_dh", "bwd_dw", "bwd_rows", "logits_fwd", "logits_bwd"), calls, strict=True)
+        "restricted_fwd": fwd,
+        "restricted_bwd_dh": dh,
+        "restricted_bwd_dw": dw,
+        "restricted_bwd_rows": rows,
+        "restricted_logits_fwd": logits_fwd,
+        "restricted_logits_bwd": logits_bwd,
     }
 
 
