@@ -3,8 +3,8 @@
     python benchmarks/run.py logits --output benchmarks/results/logits.csv
 
 float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200).
-A method makes the whole gradient [N, V]; those "alone" write into one that is there. `ratio` is to ours: of the minima. What builds the
-whole table of probabilities or padded sets runs once.
+The operators write into a gradient that is there; a whole loss makes a new gradient [N, V], of which the system clears every page that is
+written. `ratio` is to our operators: of the minima. Methods that build padded sets or the whole table of probabilities run once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, kernels, restricted_cross_entropy
 
-OURS = "ours"
+OURS = "ours, the operators"
 
 
 def sets_of(logits: Tensor, tau: float) -> CandidateSets:
@@ -29,7 +29,7 @@ def sets_of(logits: Tensor, tau: float) -> CandidateSets:
     )
 
 
-def alone(mode: str, logits: Tensor, sets: CandidateSets) -> Step:
+def operators(mode: str, logits: Tensor, sets: CandidateSets) -> Step:
     """Both operators and nothing else: no collectives, and no gradient to be made."""
     ops, here, grad = kernels(mode), sets.local(VocabShard(0, logits.shape[1])), torch.zeros_like(logits)
     table = (here.offsets, here.columns, here.gold)
@@ -56,10 +56,10 @@ def methods(logits: Tensor, sets: CandidateSets) -> dict[str, Step]:
         return run
 
     return {
-        OURS: step(lambda: restricted_cross_entropy(leaf, sets)),
-        "plain torch, the operators' twins": step(lambda: restricted_cross_entropy(leaf, sets, kernels="reference")),
-        "ours, the operators alone": alone("auto", logits, sets),
-        "plain torch, the twins alone": alone("reference", logits, sets),
+        OURS: operators("auto", logits, sets),
+        "plain torch, the operators' twins": operators("reference", logits, sets),
+        "ours, the whole loss": step(lambda: restricted_cross_entropy(leaf, sets)),
+        "plain torch, the whole loss": step(lambda: restricted_cross_entropy(leaf, sets, kernels="reference")),
         "gathered at the sets": step(lambda: cross_entropy(leaf.gather(1, padded).masked_fill(absent, -torch.inf), slot, reduction="none")),
         "full cross-entropy": step(lambda: cross_entropy(leaf, gold, reduction="none")),
     }
