@@ -33,8 +33,8 @@ TILE = 64
 
 
 class Problem:
-    def __init__(self, vocab: int, width: int, num: int, tau: float, device: Device) -> None:
-        self.device = device
+    def __init__(self, vocab: int, width: int, num: int, tau: float, device: Device, *, keep: bool) -> None:
+        self.device, self.keep = device, keep
         gen = torch.Generator().manual_seed(1)
         parts = []
         for logits in language_logits(num, vocab):
@@ -56,6 +56,8 @@ class Problem:
             self.hidden.grad = self.weight.grad = None
             loss().mean().backward()
             self.device.synchronize()
+            if not self.keep:  # each method frees its own, not that of the one before
+                self.hidden.grad = self.weight.grad = None
 
         return run
 
@@ -117,7 +119,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="print the methods' temporary memory, for the program itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, choose(args.device))
+    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, choose(args.device), keep=args.memory)
     steps = {n: s for n, s in methods(problem).items() if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)}
     if args.memory:
         for step in steps.values():

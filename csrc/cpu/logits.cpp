@@ -25,13 +25,8 @@ struct Sets {
 Sets checked_sets(const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold, int64_t positions, int64_t vocab, const char* op) {
   check_table(offsets, columns, vocab, op, "columns of the logits");
   TORCH_CHECK(offsets.size(0) == positions + 1, op, ": ", offsets.size(0) - 1, " sets for ", positions, " rows of logits");
-  check_gold(gold, positions, columns.size(0), op);
-  const int64_t* o = offsets.const_data_ptr<int64_t>();
-  const int64_t* g = gold.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < positions; ++t) {
-    TORCH_CHECK(g[t] < 0 || (o[t] <= g[t] && g[t] < o[t + 1]), op, ": gold of position ", t, " points outside its set");
-  }
-  return {o, columns.const_data_ptr<int32_t>(), g, positions};
+  check_gold_of(offsets, gold, op);
+  return {offsets.const_data_ptr<int64_t>(), columns.const_data_ptr<int32_t>(), gold.const_data_ptr<int64_t>(), positions};
 }
 
 template <class A, class T>

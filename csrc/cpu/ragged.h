@@ -73,4 +73,15 @@ inline void check_gold(const at::Tensor& gold, int64_t positions, int64_t entrie
   }
 }
 
+// Of a table that was checked: the gold entry of each position is one of its own, or -1.
+inline void check_gold_of(const at::Tensor& offsets, const at::Tensor& gold, const char* op) {
+  const int64_t n = offsets.size(0) - 1;
+  const int64_t* o = offsets.const_data_ptr<int64_t>();
+  check_gold(gold, n, o[n], op);
+  const int64_t* g = gold.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < n; ++t) {
+    TORCH_CHECK(g[t] < 0 || (o[t] <= g[t] && g[t] < o[t + 1]), op, ": gold of position ", t, " points outside its set");
+  }
+}
+
 }  // namespace megatron_replay

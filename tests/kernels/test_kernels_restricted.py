@@ -215,6 +215,8 @@ def test_what_does_not_fit_is_an_error() -> None:
         fwd(hidden, weight, offsets.int(), columns, gold, True)
     with pytest.raises(RuntimeError, match="gold of position 0 points outside"):
         fwd(hidden, weight, offsets, columns, gold + 10_000, True)
+    with pytest.raises(RuntimeError, match="gold of position 1 points outside its set"):
+        fwd(hidden, weight, offsets, columns, torch.cat([gold[:1], gold[:-1]]), True)
     with pytest.raises(RuntimeError, match="hidden is"):
         fwd(hidden.double(), weight, offsets, columns, gold, True)
     with pytest.raises(RuntimeError, match="kernels=reference takes others"):
