@@ -4,6 +4,8 @@ MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default
 a C++ compiler is there; where none is, the package installs all the same and runs the Python twins. What is for the NPU was asked for:
 without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. CUDA's kernels are Triton's, compiled when they first run:
 the build only fails where torch has no CUDA or Triton is missing.
+
+MEGATRON_REPLAY_CXXFLAGS: flags for what is for the CPU, after ours and so before them in rank; `make sanitize` says with it what to check.
 """
 
 import importlib.util
@@ -27,11 +29,15 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
+def cpu_flags(*flags: str) -> list[str]:
+    return ["-O3", *flags, *os.environ.get("MEGATRON_REPLAY_CXXFLAGS", "").split()]
+
+
 def store_codec(files: list[str]) -> Extension:
     from pybind11.setup_helpers import Pybind11Extension
 
     headers = sources("store/*.h")
-    return Pybind11Extension("megatron_replay.store._codec", files, cxx_std=17, extra_compile_args=["-O3"], depends=headers)
+    return Pybind11Extension("megatron_replay.store._codec", files, cxx_std=17, extra_compile_args=cpu_flags(), depends=headers)
 
 
 def cpu_kernels(files: list[str]) -> Extension:
@@ -39,19 +45,14 @@ def cpu_kernels(files: list[str]) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    flags = [
-        "-O3",
-        "-fvisibility=hidden",
-        f"-std=c++{cxx_standard(torch)}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    ]
+    flags = ["-fvisibility=hidden", f"-std=c++{cxx_standard(torch)}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     # Every instruction set, tail and thread must give the same bits, so no fused multiply-add where a compiler sees fit. The other two let
     # square roots and selections be vectorised, and change no bits.
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # not at the link: torch brings the OpenMP runtime, and a second one would not obey torch.set_num_threads
     headers = sources("*.h", "cpu/*.h")
-    return CppExtension("megatron_replay._C", files, extra_compile_args=[*flags, "-DTORCH_EXTENSION_NAME=_C"], depends=headers)
+    return CppExtension("megatron_replay._C", files, extra_compile_args=cpu_flags(*flags, "-DTORCH_EXTENSION_NAME=_C"), depends=headers)
 
 
 def npu_kernels() -> Extension:

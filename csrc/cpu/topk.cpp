@@ -16,47 +16,83 @@ namespace megatron_replay {
 namespace {
 
 constexpr int64_t kBlockWidth = 64;
-// Blocks whose largest term is below exp(-46) of the row's largest add less than 1e-20 a column, and are left out of the sum.
+// Blocks whose largest term is below exp(-46) of the row's largest so far add less than 1e-20 a column, and are left out of the sum.
 constexpr double kNothing = -46;
 
-// exp(x) for x in [-700, 0], to 1e-14: exp(r / 4)^4 2^n with |r| < ln 2 / 2 and Taylor's polynomial, no table and no branch.
+// The bits of 2^(j / 16), less j 2^48: with n 2^48 added for an n that is j modulo 16, they are those of 2^(n / 16).
+alignas(64) constexpr uint64_t kRoots[16] = {
+    0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
+    0x3fef06fe0a31b715, 0x3feedea64c123422, 0x3feebfdad5362a27, 0x3feeab07dd485429,
+    0x3feea09e667f3bcd, 0x3feea11473eb0187, 0x3feeace5422aa0db, 0x3feec49182a3f090,
+    0x3feee89f995ad3ad, 0x3fef199bdd85529c, 0x3fef5818dcfba487, 0x3fefa4afa2a490da,
+};
+
+// kRoots[n modulo 16] of each n.
 template <int kBytes>
-ALWAYS_INLINE Vector<double, kBytes> exponential(const Vector<double, kBytes>& x) {
+ALWAYS_INLINE Vector<uint64_t, kBytes> roots(const Vector<uint64_t, kBytes>& n) {
+#ifndef __clang__  // which has no __builtin_shuffle
+  if constexpr (kBytes == 64) return __builtin_shuffle(load<uint64_t, 64>(kRoots), load<uint64_t, 64>(kRoots + 8), n);
+#endif
+  Vector<uint64_t, kBytes> found;
+  for (size_t i = 0; i < kBytes / sizeof(uint64_t); ++i) found[i] = kRoots[n[i] % 16];
+  return found;
+}
+
+// x = exp(x) for x in [-700, 0], to 1e-14, as 2^(n / 16) 2^(f / 16) with an integer n and |f| <= 1/2. Two vectors at a time: the operations
+// on one wait for each other.
+template <int kBytes>
+ALWAYS_INLINE void exponentials(Vector<double, kBytes> (&x)[2]) {
+  using Doubles = Vector<double, kBytes>;
+  using Bits = Vector<uint64_t, kBytes>;
   constexpr double kMagic = 6755399441055744.0;  // 1.5 2^52: adding it rounds to an integer, which the low bits then hold
-  const Vector<double, kBytes> shifted = x * 1.4426950408889634 + kMagic;
-  const Vector<double, kBytes> r = (x - (shifted - kMagic) * 0.6931471805599453) * 0.25;
-  Vector<double, kBytes> p = r * (1.0 / 40320) + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  p *= p;
-  p *= p;
-  using Bits = Vector<int64_t, kBytes>;
-  return reinterpret_cast<Vector<double, kBytes>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 52));
+  // of 2^(f / 16) = 1 + c1 f + .. + c5 f^5, c5 first: those with the least relative error, 6e-15
+  constexpr double kPowers[] = {1.2715612969055873e-09, 1.4676419896158336e-07, 1.3550807791626494e-05, 9.383847925618033e-04,
+                                4.332169878499582e-02};
+  Doubles shifted[2], p[2];
+#pragma GCC unroll 2
+  for (int m = 0; m < 2; ++m) {
+    x[m] *= 23.083120654223414;  // 16 / ln 2
+    shifted[m] = x[m] + kMagic;
+    x[m] -= shifted[m] - kMagic;
+    p[m] = kPowers[0] * x[m] + kPowers[1];
+  }
+#pragma GCC unroll 4
+  for (int i = 2; i < 5; ++i) {
+#pragma GCC unroll 2
+    for (int m = 0; m < 2; ++m) p[m] = p[m] * x[m] + kPowers[i];
+  }
+#pragma GCC unroll 2
+  for (int m = 0; m < 2; ++m) {
+    const Bits n = reinterpret_cast<Bits>(shifted[m]);
+    const Doubles power = reinterpret_cast<Doubles>(roots<kBytes>(n) + (n << 48));
+    x[m] = power + power * (p[m] * x[m]);
+  }
 }
 
 // sums += exp(x - top) of a block.
 template <class A, int kBytes>
 ALWAYS_INLINE void add_block(const A* x, double top, double* sums) {
   constexpr int64_t kStep = kBytes / sizeof(double);
+  const Vector<double, kBytes> least = Vector<double, kBytes>{} - 700.0;
   for (int64_t lane = 0; lane < 8; lane += kStep) {
     Vector<double, kBytes> sum = load<double, kBytes>(sums + lane);
-    for (int64_t i = lane; i < kBlockWidth; i += 8) {
-      const auto some = load<A, kStep * sizeof(A)>(x + i);
-      Vector<double, kBytes> d = __builtin_convertvector(some, Vector<double, kBytes>) - top;
-      const Vector<double, kBytes> least = Vector<double, kBytes>{} - 700.0;
-      d = d < least ? least : d;
-      sum += exponential<kBytes>(d);
+#pragma GCC unroll 1
+    for (int64_t i = lane; i < kBlockWidth; i += 16) {
+      Vector<double, kBytes> some[2];
+#pragma GCC unroll 2
+      for (int64_t m = 0; m < 2; ++m) {
+        some[m] = __builtin_convertvector((load<A, kStep * sizeof(A)>(x + i + 8 * m)), Vector<double, kBytes>) - top;
+        some[m] = some[m] < least ? least : some[m];
+      }
+      exponentials<kBytes>(some);
+      sum += some[0];
+      sum += some[1];
     }
     store<double, kBytes>(sums + lane, sum);
   }
 }
 
-// The largest of a block; `check` stays 0 as long as everything is finite.
+// The largest of a block; `check` becomes NaN where a lane has seen one.
 template <class A, int kBytes>
 ALWAYS_INLINE A largest(const A* x, Vector<A, kBytes>& check) {
   constexpr int64_t kStep = kBytes / sizeof(A), kParts = 64 / kBytes;
@@ -69,7 +105,7 @@ ALWAYS_INLINE A largest(const A* x, Vector<A, kBytes>& check) {
 #pragma GCC unroll 4
     for (int64_t p = 0; p < kParts; ++p) {
       const V some = load<A, kBytes>(x + i + p * kStep);
-      check += some - some;
+      check = some == some ? check : some;
       top[p] = some > top[p] ? some : top[p];
     }
   }
@@ -102,30 +138,33 @@ struct Top {
   double* lse;
 };
 
+// What is known of a row so far: its largest, the sums of exp(x - top), and whether it has neither NaN nor +inf.
+template <class A>
+struct Known {
+  A top = -std::numeric_limits<A>::infinity();
+  double sums[8] = {};
+  bool usable = true;
+};
+
+// The maxima of the blocks and what is to be known of the row, in one visit: a block is in the cache when its exponentials are made.
 template <int kBytes, class A>
-ALWAYS_INLINE void maxima_body(const A* row, int64_t blocks, A* tops, A& top, bool& usable) {
+ALWAYS_INLINE void scan_body(const A* row, int64_t blocks, A* tops, Known<A>& known) {
   Vector<A, kBytes> check = {};
   for (int64_t b = 0; b < blocks; ++b) {
-    tops[b] = largest<A, kBytes>(row + b * kBlockWidth, check);
-    top = tops[b] > top ? tops[b] : top;
+    const A* x = row + b * kBlockWidth;
+    tops[b] = largest<A, kBytes>(x, check);
+    const double step = static_cast<double>(tops[b]) - static_cast<double>(known.top);
+    if (step > 0) {
+      for (double& sum : known.sums) sum *= std::exp(-step);
+      known.top = tops[b];
+    }
+    if (step >= kNothing) add_block<A, kBytes>(x, static_cast<double>(known.top), known.sums);
   }
-  A lanes[kBytes / sizeof(A)], sum = 0;
-  __builtin_memcpy(lanes, &check, sizeof lanes);
-  for (const A lane : lanes) sum += lane;
-  if (sum == 0) return;
-  // -inf is allowed, NaN and +inf are not
-  for (int64_t i = 0; i < blocks * kBlockWidth; ++i) usable &= row[i] < std::numeric_limits<A>::infinity();
+  known.usable = known.top < std::numeric_limits<A>::infinity();
+  for (size_t i = 0; i < kBytes / sizeof(A); ++i) known.usable &= check[i] == 0;
 }
 
-template <int kBytes, class A>
-ALWAYS_INLINE void total_body(const A* row, int64_t blocks, const A* tops, double top, double* sums) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (static_cast<double>(tops[b]) - top >= kNothing) add_block<A, kBytes>(row + b * kBlockWidth, top, sums);
-  }
-}
-
-PER_WIDTH(maxima, (class A), (A), (const A* row, int64_t blocks, A* tops, A& top, bool& usable), (row, blocks, tops, top, usable));
-PER_WIDTH(total, (class A), (A), (const A* row, int64_t blocks, const A* tops, double top, double* sums), (row, blocks, tops, top, sums));
+PER_WIDTH(scan, (class A), (A), (const A* row, int64_t blocks, A* tops, Known<A>& known), (row, blocks, tops, known));
 
 // The columns of the first k blocks that are not below the least of their maxima.
 template <class A>
@@ -149,20 +188,6 @@ void gather(const A* row, int64_t width, int64_t blocks, int64_t k, Scratch<A>& 
   }
 }
 
-// The maximum of the columns that do not fill a block.
-template <class A>
-void last_block(const A* row, int64_t width, A* tops, A& top, bool& usable) {
-  const int64_t whole = width / kBlockWidth;
-  if (width == whole * kBlockWidth) return;
-  A most = -std::numeric_limits<A>::infinity();
-  for (int64_t i = whole * kBlockWidth; i < width; ++i) {
-    usable &= row[i] < std::numeric_limits<A>::infinity();
-    most = row[i] > most ? row[i] : most;
-  }
-  tops[whole] = most;
-  top = most > top ? most : top;
-}
-
 template <class A, class T>
 void select_row(const T* x, int64_t width, int64_t k, Scratch<A>& s, const Top<A>& out, int level) {
   const int64_t blocks = (width + kBlockWidth - 1) / kBlockWidth;
@@ -172,22 +197,19 @@ void select_row(const T* x, int64_t width, int64_t k, Scratch<A>& s, const Top<A
   } else {
     for (int64_t i = 0; i < width; ++i) s.row[i] = load_one<A>(x + i);
   }
-  A top = -std::numeric_limits<A>::infinity();
-  bool usable = true;
-  double sums[8] = {};
-  maxima<A>[level](row, width / kBlockWidth, s.tops.data(), top, usable);
-  last_block(row, width, s.tops.data(), top, usable);
-  if (usable) total<A>[level](row, blocks, s.tops.data(), static_cast<double>(top), sums);
-  const bool empty = top == -std::numeric_limits<A>::infinity();
-  *out.lse = !usable ? std::numeric_limits<double>::quiet_NaN() : empty ? static_cast<double>(top) : static_cast<double>(top) + std::log(fold(sums));
-  if (usable) {
+  Known<A> known;
+  scan<A>[level](row, blocks, s.tops.data(), known);
+  const double top = static_cast<double>(known.top);
+  const bool empty = known.top == -std::numeric_limits<A>::infinity();
+  *out.lse = !known.usable ? std::numeric_limits<double>::quiet_NaN() : empty ? top : top + std::log(fold(known.sums));
+  if (known.usable) {
     gather(row, width, blocks, k, s);
   } else {  // nothing to be ranked
     s.found.clear();
     for (int64_t i = 0; i < k; ++i) s.found.push_back({row[i], static_cast<int32_t>(i)});
   }
   const auto end = s.found.begin() + k;
-  if (usable) {
+  if (known.usable) {
     if (end != s.found.end()) std::nth_element(s.found.begin(), end - 1, s.found.end());
     std::sort(s.found.begin(), end);
   }

@@ -12,7 +12,7 @@ from megatron_replay.ops import kernels
 
 pytestmark = pytest.mark.usefixtures("compiled")
 OURS, PLAIN = kernels("auto").topk_rows, kernels("reference").topk_rows
-KINDS = ["normal", "peaked", "bf16", "integer", "few", "equal", "signed zeros", "double", "mostly forbidden", "one block"]
+KINDS = ["normal", "peaked", "bf16", "integer", "few", "equal", "signed zeros", "double", "mostly forbidden", "one block", "rising"]
 
 
 def rows(kind: str, n: int, width: int, seed: int = 0) -> Tensor:
@@ -29,6 +29,7 @@ def rows(kind: str, n: int, width: int, seed: int = 0) -> Tensor:
         "double": z.double() + torch.arange(width) * 1e-12,
         "mostly forbidden": forbidden,
         "one block": z + 50 * (torch.arange(width) // 64 == 1),
+        "rising": z + torch.linspace(0, 900, width),  # nearly every block has a new maximum
     }[kind]
 
 

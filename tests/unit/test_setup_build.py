@@ -113,6 +113,15 @@ def test_a_source_that_does_not_compile_does_not_stop_the_other(project: Path) -
     assert compiled(project) == ["_C"]
 
 
+@needs_compiler
+def test_flags_from_the_environment_come_after_ours(project: Path) -> None:
+    add(project, "store/codec.cpp", BROKEN)
+    add(project, "register.cpp", BROKEN)
+    commands = build(project, MEGATRON_REPLAY_CXXFLAGS="-O1 -g1").stdout.splitlines()
+    (codec,), (kernels,) = ([line for line in commands if name in line and " -c " in line] for name in ("codec.cpp", "register.cpp"))
+    assert all(line.index(" -O3") < line.index(" -O1 -g1") for line in (codec, kernels))
+
+
 CMAKE = """
 cmake_minimum_required(VERSION 3.18)
 project(trial C)
