@@ -54,7 +54,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: f
     if not len(segments):
         return torch.zeros_like(query)
     roots, lengths = segments[segments[:, 2] < 0], segments[segments[:, 2] >= 0, 1].tolist()
-    begin, branches = int(roots[:, 1].sum()), blocks(segments, roots=False)
+    begin, branches = int(roots[:, 1].sum()), blocks(segments, query.device, roots=False)
     rest = query.shape[0] - begin - sum(lengths)
     # split, not slices: the gradient of each slice would be as long as the row
     queries = query.split([begin, *(block.visible.shape[0] for block in branches), rest])
@@ -83,13 +83,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: flo
 
 
 def _masked(visible: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attention to what is visible [Q, K] (bool, on the cpu). query [Q, Hq, D], key and value [K, Hk, D] -> [Q, Hq, D]."""
+    """Attention to what is visible [Q, K] (bool). query [Q, Hq, D], key and value [K, Hk, D] -> [Q, Hq, D]."""
     fused = fused_operator(FUSED, query.device.type)
     if fused is not None:
         out: Tensor = fused(query[None], key[None], value[None], **to_visible(visible, query, scale))[0][0]
         return out
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return _sdpa(q, k, v, scale=scale, attn_mask=visible.to(query.device))[0].transpose(0, 1)
+    return _sdpa(q, k, v, scale=scale, attn_mask=visible)[0].transpose(0, 1)
 
 
 class Block(NamedTuple):
@@ -102,13 +102,16 @@ class Block(NamedTuple):
     """[queries, keys] bool; the last keys are missing where no query sees them."""
 
 
-def blocks(segments: Tensor, *, roots: bool = True) -> Sequence[Block]:
-    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer segment in pieces."""
-    return _blocks(tuple(map(tuple, segments.tolist())), roots)
+def blocks(segments: Tensor, device: torch.device, *, roots: bool = True) -> Sequence[Block]:
+    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer segment in pieces.
+
+    What they see lies on `device`.
+    """
+    return _blocks(tuple(map(tuple, segments.tolist())), device, roots)
 
 
-@lru_cache(maxsize=4)  # every layer of a micro-batch asks for the same
-def _blocks(table: tuple[tuple[int, int, int], ...], roots: bool) -> tuple[Block, ...]:
+@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, and its masks need not travel again
+def _blocks(table: tuple[tuple[int, int, int], ...], device: torch.device, roots: bool) -> tuple[Block, ...]:
     found = []
     for above, siblings in _families(table):
         if above or roots:
@@ -116,7 +119,7 @@ def _blocks(table: tuple[tuple[int, int, int], ...], roots: bool) -> tuple[Block
             for low in range(begin, end, BLOCK):
                 high = min(low + BLOCK, end)
                 seen = visible(sum(table[i][1] for i in above), [table[i][1] for i in siblings], low - begin, high - begin)
-                found.append(Block(slice(low, high), (*above, *siblings), seen))
+                found.append(Block(slice(low, high), (*above, *siblings), seen.to(device)))
     return tuple(found)
 
 

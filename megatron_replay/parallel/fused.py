@@ -52,7 +52,7 @@ def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str,
         "head_num": query.shape[1],
         "input_layout": "BSND",
         "scale": scale or 1 / math.sqrt(query.shape[2]),
-        "atten_mask": ~visible.to(query.device),
+        "atten_mask": ~visible,
         "sparse_mode": _ALL_MASK,
     }
 

@@ -28,11 +28,11 @@ def largest_logits(query: Tensor, key: Tensor, segments: Tensor, scale: float | 
     scale = scale or 1 / math.sqrt(key.shape[2])
     found = torch.full((heads,), -math.inf, device=key.device)
     each = key[: int(segments[:, 1].sum())].split(segments[:, 1].tolist())
-    for block in blocks(segments):
+    for block in blocks(segments, key.device):
         q, k = query[block.queries], gathered(each, block).transpose(0, 1)
         grouped = q.view(len(q), heads, -1, q.shape[2]).permute(1, 2, 0, 3).reshape(heads, -1, q.shape[2])
         logits = (grouped @ k.transpose(1, 2)).float().view(heads, -1, *block.visible.shape)
-        found = torch.maximum(found, logits.masked_fill(~block.visible.to(key.device), -math.inf).amax((1, 2, 3)))
+        found = torch.maximum(found, logits.masked_fill(~block.visible, -math.inf).amax((1, 2, 3)))
     return found * scale
 
 

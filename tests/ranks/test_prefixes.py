@@ -213,6 +213,6 @@ def test_attention_in_blocks_is_that_of_each_sample(monkeypatch: pytest.MonkeyPa
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)
     assert not answers[0][0][len(tree) :].any()
-    masks = [b.visible.shape for b in attention.blocks(torch.from_numpy(tree.segments))]
+    masks = [b.visible.shape for b in attention.blocks(torch.from_numpy(tree.segments), query.device)]
     assert all(rows <= block for rows, _ in masks)
     attention._blocks.cache_clear()
