@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -178,7 +179,7 @@ class _Known(NamedTuple):
 def _look(logits: Tensor, extra: Tensor, rule: _Rule, shard: VocabShard) -> _Known:
     real, ids = shard.by_id(logits, rule.vocab_size)  # a kernel puts the first of equal columns first, which must be the lowest id
     values, columns, lse = choose(rule.kernels).topk_rows(real, rule.k_max)
-    ids = ids[columns].to(torch.int32)
+    ids = ids.to(torch.int32).take(columns)
     if not shard.is_whole:
         room = (0, rule.k_max - values.shape[1])
         values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
@@ -251,17 +252,25 @@ def _cut(ranked: _Ranked, count: Tensor, extra: Tensor, keep_logits: bool) -> Ca
     ids = torch.cat([ranked.ids, extra], 1).masked_fill(~kept, NOBODY)
     values = torch.cat([ranked.values, ranked.extra], 1)
     outside = 1 - _probability(values, ranked.lse[:, None]).masked_fill(~kept, 0.0).sum(1)
-    ids, order = ids.sort(1)
+    ids, order = _ascending(ids)
     taken = ids != NOBODY
     sizes = taken.sum(1)
     return CandidateSets(
         offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
-        ids=ids[taken],
+        ids=ids.masked_select(taken),
         gold_slot=(ids < gold[:, None]).sum(1).to(torch.int32),
-        logits=values.gather(1, order)[taken].float() if keep_logits else None,
+        logits=values.gather(1, order).masked_select(taken).float() if keep_logits else None,
         lse=ranked.lse.float(),
         outside_mass=outside.masked_fill(outside < SLACK, 0.0).float(),
     )
+
+
+def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of ids [N, K] int32 in order, and where each id was."""
+    keys = ids.long() << 32 | torch.arange(ids.shape[1], device=ids.device)  # all different, so that any sort will do
+    # numpy's sort has vector instructions, which torch's lacks: ten times as fast
+    keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(1).values
+    return (keys >> 32).to(torch.int32), keys & 0xFFFFFFFF
 
 
 def _joined(sets: CandidateSets, shard: VocabShard) -> CandidateSets:
