@@ -138,3 +138,4 @@ if __name__ == "__main__":
     page = DOCS / "performance.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw_loss()
+    draw_scale()
