@@ -10,7 +10,6 @@ MEGATRON_OLD := 0.12.1
 OLD := $(VENV)/megatron-0.12
 TORCH_NPU := 2.13.0
 NPU := $(VENV)/torch-npu-$(TORCH_NPU)
-RANKS := tests/ranks
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED_PYTHON = PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -43,19 +42,10 @@ check: venv
 test: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# the oldest megatron-core that is supported (MindSpeed pins it), beside the environment and found before it: what depends on the version
+# all that runs over ranks with the oldest megatron-core that is supported (MindSpeed pins it), beside the environment and found before it
 test-megatron-0.12: $(OLD)/.$(MEGATRON_OLD)
 	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import megatron.core as m; assert m.__version__ == "$(MEGATRON_OLD)", m.__file__'
-	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -m pytest -q $(RANKS)/test_shims.py $(RANKS)/test_zero1.py \
-		$(RANKS)/test_golden.py \
-		$(RANKS)/test_model_parity.py \
-		$(RANKS)/test_training_layouts.py::test_bf16_with_fp32_main_weights \
-		$(RANKS)/test_training_layouts.py::test_ten_steps_are_those_of_one_process \
-		$(RANKS)/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit \
-		$(RANKS)/test_resume.py::test_a_checkpoint_goes_on_on_any_layout \
-		$(RANKS)/test_resume.py::test_without_zero1_too \
-		$(RANKS)/test_torch_dist.py::test_the_reader_reads_what_megatron_saves \
-		$(RANKS)/test_torch_dist.py::test_megatron_loads_what_the_writer_writes
+	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -m pytest -q tests/ranks
 
 $(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
 	rm -rf $(OLD)
