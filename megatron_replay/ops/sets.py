@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_replay.errors import DataError
 from megatron_replay.ops.shard import VocabShard
+from megatron_replay.ops.torch_kernels import row_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +33,8 @@ class ByColumn:
         ordered, order = columns.sort(stable=True)
         touched, counts = torch.unique_consecutive(ordered, return_counts=True)
         begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        rows = torch.arange(offsets.shape[0] - 1, dtype=torch.int32, device=columns.device)
-        tokens = rows.repeat_interleave(offsets.diff(), output_size=columns.shape[0])[order]
-        return cls(touched, begins.to(torch.int32), tokens, order.to(torch.int32))
+        tokens = row_of(offsets, columns.shape[0])[order]
+        return cls(touched, begins.to(torch.int32), tokens.to(torch.int32), order.to(torch.int32))
 
     def entries(self, coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the operators of the weight's gradient take: touched, begins, tokens, and the coefficient [m] of each entry of the sets."""
