@@ -12,21 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from rows import Step, interleaved, language_logits, options, summary, write
+from rows import Step, interleaved, language_logits, options, sets_of, summary, write
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, kernels, restricted_cross_entropy
+from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_cross_entropy
 
 OURS = "ours, the operators"
-
-
-def sets_of(logits: Tensor, tau: float) -> CandidateSets:
-    gen = torch.Generator().manual_seed(1)
-    return CandidateSets.cat(
-        [dynamic_topk(rows, torch.multinomial(rows.softmax(1), 1, generator=gen)[:, 0], tau, 200) for rows in logits.split(128)]
-    )
 
 
 def operators(mode: str, logits: Tensor, sets: CandidateSets) -> Step:
@@ -73,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logits = torch.cat(list(language_logits(args.positions, args.vocab)))
-    sets = sets_of(logits, args.tau)
+    sets = sets_of(logits.split(128), args.tau, torch.Generator().manual_seed(1))
     steps = {n: s for n, s in methods(logits, sets).items() if n.startswith("ours") or not args.only or n.startswith(tuple(args.only))}
     rounds = {name: args.rounds if name.startswith(("ours", "plain")) else args.slow_rounds for name in steps}
     found = interleaved(steps, rounds, args.threads)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Step, frugal, interleaved, language_logits, options, summary, temporary_bytes, write
+from rows import Step, frugal, interleaved, language_logits, options, sets_of, summary, temporary_bytes, write
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_replay.device import Device, choose
-from megatron_replay.ops import CandidateSets, LocalSets, VocabShard, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import CandidateSets, LocalSets, VocabShard, linear_cross_entropy, restricted_linear_cross_entropy
 
 OURS = "ours, added into main_grad"
 TILE = 64
@@ -36,11 +36,7 @@ class Problem:
     def __init__(self, vocab: int, width: int, num: int, tau: float, device: Device, *, keep: bool) -> None:
         self.device, self.keep = device, keep
         gen = torch.Generator().manual_seed(1)
-        parts = []
-        for logits in language_logits(num, vocab):
-            gold = torch.multinomial(logits.softmax(1), 1, generator=gen)[:, 0]
-            parts.append(dynamic_topk(logits, gold, tau, 200))
-        self.sets = CandidateSets.cat(parts).to(device.at())
+        self.sets = sets_of(language_logits(num, vocab), tau, gen).to(device.at())
         self.hidden = torch.randn(num, width, generator=gen).to(device.at()).requires_grad_()
         self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device.at()).requires_grad_()
         self.main_grad = torch.zeros_like(self.weight)

@@ -12,13 +12,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_replay.ops import CandidateSets, dynamic_topk
 
 Step = Callable[[], object]
 
@@ -39,6 +41,11 @@ def language_logits(num: int, vocab: int, *, sigma: float = 2.5, exponent: float
             rows.append(0.5 * topic + 0.87 * context)
         sharpness = (0.35 * torch.randn(len(rows), 1, generator=gen)).exp()
         yield (base + sigma * torch.stack(rows) @ embedding.t()) * sharpness
+
+
+def sets_of(tiles: Iterable[Tensor], tau: float, gen: torch.Generator) -> CandidateSets:
+    """The candidate sets (k_max 200) of logits, with gold ids drawn from their own probabilities."""
+    return CandidateSets.cat([dynamic_topk(rows, torch.multinomial(rows.softmax(1), 1, generator=gen)[:, 0], tau, 200) for rows in tiles])
 
 
 def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int, *, processor: bool = True) -> dict[str, list[float]]:
