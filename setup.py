@@ -1,11 +1,12 @@
 """Compiles what lies in csrc/. Everything else about the project stands in pyproject.toml.
 
-MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default), `npu` or `cuda`. What is for the CPU is compiled where
-a C++ compiler is there; where none is, the package installs all the same and runs the Python twins. What is for the NPU was asked for:
-without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. CUDA's kernels are Triton's, compiled when they first run:
-the build only fails where torch has no CUDA or Triton is missing.
+MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default), `npu` or `cuda`. What is for the CPU
+is compiled where a C++ compiler is there; where none is, the package installs all the same and runs the Python twins.
+What is for the NPU was asked for: without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. CUDA's
+kernels are Triton's, compiled when they first run: the build only fails where torch has no CUDA or Triton is missing.
 
-MEGATRON_REPLAY_CXXFLAGS: flags for what is for the CPU, after ours and so before them in rank; `make sanitize` says with it what to check.
+MEGATRON_REPLAY_CXXFLAGS: flags for what is for the CPU, after ours and so before them in rank; `make sanitize` says
+with it what to check.
 """
 
 import importlib.util
@@ -37,7 +38,9 @@ def store_codec(files: list[str]) -> Extension:
     from pybind11.setup_helpers import Pybind11Extension
 
     headers = sources("store/*.h")
-    return Pybind11Extension("megatron_replay.store._codec", files, cxx_std=17, extra_compile_args=cpu_flags(), depends=headers)
+    return Pybind11Extension(
+        "megatron_replay.store._codec", files, cxx_std=17, extra_compile_args=cpu_flags(), depends=headers
+    )
 
 
 def cpu_kernels(files: list[str]) -> Extension:
@@ -45,14 +48,21 @@ def cpu_kernels(files: list[str]) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    flags = ["-fvisibility=hidden", f"-std=c++{cxx_standard(torch)}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    # Every instruction set, tail and thread must give the same bits, so no fused multiply-add where a compiler sees fit. The other two let
-    # square roots and selections be vectorised, and change no bits.
+    flags = [
+        "-fvisibility=hidden",
+        f"-std=c++{cxx_standard(torch)}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+    # Every instruction set, tail and thread must give the same bits, so no fused multiply-add where a compiler sees
+    # fit. The other two let square roots and selections be vectorised, and change no bits.
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     if sys.platform == "linux":
-        flags.append("-fopenmp")  # not at the link: torch brings the OpenMP runtime, and a second one would not obey torch.set_num_threads
+        # not at the link: torch brings the OpenMP runtime, and a second one would not obey torch.set_num_threads
+        flags.append("-fopenmp")
     headers = sources("*.h", "cpu/*.h")
-    return CppExtension("megatron_replay._C", files, extra_compile_args=cpu_flags(*flags, "-DTORCH_EXTENSION_NAME=_C"), depends=headers)
+    return CppExtension(
+        "megatron_replay._C", files, extra_compile_args=cpu_flags(*flags, "-DTORCH_EXTENSION_NAME=_C"), depends=headers
+    )
 
 
 def npu_kernels() -> Extension:
@@ -61,12 +71,15 @@ def npu_kernels() -> Extension:
     if not home or not Path(home).is_dir():
         where = f"is {home!r}, which is no folder" if home else "is not set"
         sys.exit(
-            f"error: MEGATRON_REPLAY_BUILD=npu needs CANN, but ASCEND_HOME_PATH {where}; source CANN's set_env.sh (it sets the variable) "
+            f"error: MEGATRON_REPLAY_BUILD=npu needs CANN, but ASCEND_HOME_PATH {where}; source CANN's set_env.sh (it "
+            "sets the variable) "
             "in the shell that builds, or leave MEGATRON_REPLAY_BUILD out to build for the CPU"
         )
     if shutil.which("cmake") is None:
         sys.exit("error: MEGATRON_REPLAY_BUILD=npu needs cmake, which is not here; pip install cmake")
-    return Extension("megatron_replay._npu", ["csrc/ascend/CMakeLists.txt"], depends=sources("ascend/**/*.h", "ascend/**/*.cpp"))
+    return Extension(
+        "megatron_replay._npu", ["csrc/ascend/CMakeLists.txt"], depends=sources("ascend/**/*.h", "ascend/**/*.cpp")
+    )
 
 
 def check_cuda() -> None:
@@ -75,17 +88,27 @@ def check_cuda() -> None:
     try:
         import torch
     except ImportError as err:
-        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs torch, which cannot be imported ({err}); install it first {way_out}")
+        sys.exit(
+            f"error: MEGATRON_REPLAY_BUILD=cuda needs torch, which cannot be imported ({err}); install it first "
+            f"{way_out}"
+        )
     if torch.version.cuda is None:
-        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs a torch with CUDA, torch {torch.__version__} has none; install one {way_out}")
+        sys.exit(
+            f"error: MEGATRON_REPLAY_BUILD=cuda needs a torch with CUDA, torch {torch.__version__} has none; install "
+            f"one {way_out}"
+        )
     try:
         import triton  # noqa: F401
     except ImportError as err:
-        sys.exit(f"error: MEGATRON_REPLAY_BUILD=cuda needs triton, which cannot be imported ({err}); pip install triton {way_out}")
+        sys.exit(
+            f"error: MEGATRON_REPLAY_BUILD=cuda needs triton, which cannot be imported ({err}); pip install triton "
+            f"{way_out}"
+        )
 
 
 def python_settings() -> dict[str, str]:
-    """What csrc/ascend/binding.cmake wants to know of the Python that will load the module; torch-npu is found without importing it."""
+    """What csrc/ascend/binding.cmake wants to know of the Python that will load the module; torch-npu is found without
+    importing it."""
     import torch
 
     npu = importlib.util.find_spec("torch_npu")
@@ -117,7 +140,10 @@ class Build(build_ext):
             f"-DASCEND_HOME_PATH={os.environ['ASCEND_HOME_PATH']}",
         ]
         configure += [f"-D{name}={value}" for name, value in python_settings().items()]
-        for command in (configure, ["cmake", "--build", str(folder), "--target", "_npu", "--parallel", str(os.cpu_count() or 1)]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(folder), "--target", "_npu", "--parallel", str(os.cpu_count() or 1)],
+        ):
             if subprocess.run(command).returncode:
                 sys.exit(f"error: the NPU's kernels do not build: {' '.join(command)}")
         (built,) = folder.rglob("_npu*.so")

@@ -1,11 +1,13 @@
-"""The optimizers on a tiny real model that is trained on a domain it has never seen: who is steady, who stays near, who learns.
+"""The optimizers on a tiny real model that is trained on a domain it has never seen: who is steady, who stays near, who
+learns.
 
     python benchmarks/convergence.py MODEL DOMAIN --output benchmarks/results/convergence.csv
 
-MODEL is a Hugging Face folder of a Llama (the study's: stories260K, made by `megatron-replay convert`), DOMAIN a text file, or a
-.jsonl of which --fields are read (the study's: Spider's questions and queries); its last tenth is never trained on. One thread, no
-megatron: the optimizers of `megatron_replay.optim` alone. A run is a row, written when it ends; runs that the file has are not repeated.
-`convergence_report.py` draws the figure and fills the page's tables from the file. What the columns mean is said in docs/convergence.md.
+MODEL is a Hugging Face folder of a Llama (the study's: stories260K, made by `megatron-replay convert`), DOMAIN a text
+file, or a .jsonl of which --fields are read (the study's: Spider's questions and queries); its last tenth is never
+trained on. One thread, no megatron: the optimizers of `megatron_replay.optim` alone. A run is a row, written when it
+ends; runs that the file has are not repeated. `convergence_report.py` draws the figure and fills the page's tables from
+the file. What the columns mean is said in docs/convergence.md.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ PROBE_EVERY, SMOOTH, WINDOW = 2, 5, 7
 """The probe's loss is taken every so many steps; smoothed over 5 of these and detrended over 7."""
 COLUMNS = (
     "date", "commit", "command", "machine", "method", "setting", "lr", "batch", "seed", "steps",
-    "domain_loss", "retention_loss", "probe_sd", "train_sd", "distance", "steps_to_target", "angle_mean", "angle_p95", "clipped",
-    "cpu_seconds", "weights", "probe",
+    "domain_loss", "retention_loss", "probe_sd", "train_sd", "distance", "steps_to_target", "angle_mean", "angle_p95",
+    "clipped", "cpu_seconds", "weights", "probe",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row of the comparison: an optimizer of ours, its options, and what it makes of the learning rate it is given."""
+    """One row of the comparison: an optimizer of ours, its options, and what it makes of the learning rate it is
+    given."""
 
     name: str
     optimizer: str
@@ -58,7 +61,8 @@ class Method:
 
 TUNED = Method(name="adamw-tuned", optimizer="adamw", options={"betas": (0.97, 0.95)}, lr_factor=0.66)
 NO_MOMENTUM = Method(name="adamw-no-momentum", optimizer="adamw", options={"betas": (0.0, 0.95)}, lr_factor=0.1)
-"""What `restart` comes near to: a step that drops the momentum is a tenth (1 - beta1) of the gradient, and here half of them do."""
+"""What `restart` comes near to: a step that drops the momentum is a tenth (1 - beta1) of the gradient, and here half of
+them do."""
 SWEPT = (
     Method(name="adamw", optimizer="adamw"),
     TUNED,
@@ -71,7 +75,9 @@ SWEPT = (
 """Those compared over the learning rate."""
 GRID = tuple(
     Method(
-        name=f"moclip-{angle}" + (f"-{scope}" if scope != "global" else "") + (f"-{obtuse}" if obtuse != "signed" else ""),
+        name=f"moclip-{angle}"
+        + (f"-{scope}" if scope != "global" else "")
+        + (f"-{obtuse}" if obtuse != "signed" else ""),
         optimizer="moclip",
         options={"max_angle": float(angle), "scope": scope, "obtuse": obtuse},
     )
@@ -94,10 +100,14 @@ EVERY = (*SWEPT, *(m for m in GRID if m.name not in {swept.name for swept in SWE
 
 
 class Layered:
-    """`LOCAL`, which also knows by a parameter's name in which layer it lies, as scope="layer" needs; -1 is outside of all."""
+    """`LOCAL`, which also knows by a parameter's name in which layer it lies, as scope="layer" needs; -1 is outside of
+    all."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.layer = {p: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name, p in model.named_parameters()}
+        self.layer = {
+            p: next((int(part) for part in name.split(".") if part.isdigit()), -1)
+            for name, p in model.named_parameters()
+        }
 
     def place(self, params: Sequence[Tensor]) -> Placement:
         return replace(LOCAL.place(params), layers=[self.layer[p] for p in params])
@@ -106,7 +116,11 @@ class Layered:
         return LOCAL.sum(table)
 
     def each_whole(
-        self, params: Sequence[Tensor], values: Callable[[int], Tensor], function: Callable[[Tensor], Tensor], stacked: int = 1
+        self,
+        params: Sequence[Tensor],
+        values: Callable[[int], Tensor],
+        function: Callable[[Tensor], Tensor],
+        stacked: int = 1,
     ) -> Iterator[tuple[int, Tensor]]:
         return LOCAL.each_whole(params, values, function, stacked)
 
@@ -149,8 +163,11 @@ def own_text(model: LlamaForCausalLM, *, count: int, length: int, start: int) ->
     return ids
 
 
-def make_task(model: LlamaForCausalLM, folder: Path, domain: Path, fields: Sequence[str], *, length: int = LENGTH) -> Task:
-    """The last tenth of the documents is held out: 8 windows spread over it are the probe, 64 others the domain's test."""
+def make_task(
+    model: LlamaForCausalLM, folder: Path, domain: Path, fields: Sequence[str], *, length: int = LENGTH
+) -> Task:
+    """The last tenth of the documents is held out: 8 windows spread over it are the probe, 64 others the domain's
+    test."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     start = model.config.bos_token_id or 0
     texts = documents(domain, fields)
@@ -172,7 +189,9 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 
 def angle(optimizer: ReplayOptimizer) -> float:
     """Degrees between the momentum and the gradient of the whole model; nan before there is a momentum."""
-    pairs = [(state["exp_avg"], p.grad) for p, state in optimizer.state.items() if "exp_avg" in state and p.grad is not None]
+    pairs = [
+        (state["exp_avg"], p.grad) for p, state in optimizer.state.items() if "exp_avg" in state and p.grad is not None
+    ]
     if not pairs:
         return math.nan
     m, g = (torch.cat([pair[i].flatten() for pair in pairs]).double() for i in (0, 1))
@@ -187,7 +206,8 @@ def groups_of(model: LlamaForCausalLM) -> list[dict[str, Any]]:
 
 
 def detrended_sd(values: Sequence[float], *, width: int = WINDOW) -> float:
-    """Standard deviation about a local parabola through the `width` values around each (Savitzky-Golay; the ends share one)."""
+    """Standard deviation about a local parabola through the `width` values around each (Savitzky-Golay; the ends share
+    one)."""
     y = np.asarray(values, dtype=float)
     width = min(width, len(y))
     if width < 4:
@@ -207,7 +227,11 @@ def smoothed(probe: Sequence[float]) -> list[float]:
 
 def target_of(rows: Sequence[dict[str, str]], lr: float) -> float:
     """The smoothed probe loss that AdamW has after three quarters of its steps at this rate, mean of the seeds."""
-    curves = [smoothed(curve_of(row)) for row in rows if (row["method"], row["setting"], float(row["lr"])) == ("adamw", "good", lr)]
+    curves = [
+        smoothed(curve_of(row))
+        for row in rows
+        if (row["method"], row["setting"], float(row["lr"])) == ("adamw", "good", lr)
+    ]
     return float(np.mean([curve[len(curve) * 3 // 4] for curve in curves]))
 
 
@@ -222,9 +246,18 @@ def steps_to(curve: Sequence[float], target: float) -> str:
 
 
 def run(
-    model: LlamaForCausalLM, base: dict[str, Tensor], task: Task, method: Method, *, lr: float, batch: int, seed: int, steps: int
+    model: LlamaForCausalLM,
+    base: dict[str, Tensor],
+    task: Task,
+    method: Method,
+    *,
+    lr: float,
+    batch: int,
+    seed: int,
+    steps: int,
 ) -> dict[str, str]:
-    """Train from the base weights; the rate rises over the first tenth and then stays. The columns that are measured."""
+    """Train from the base weights; the rate rises over the first tenth and then stays. The columns that are
+    measured."""
     began = time.process_time()
     model.load_state_dict(base)
     shards: Shards = Layered(model)
@@ -284,7 +317,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which runs there are: every method at `lr` and `high_lr`; the most compared at the rates of `sweep`, and with a larger batch."""
+    """Which runs there are: every method at `lr` and `high_lr`; the most compared at the rates of `sweep`, and with a
+    larger batch."""
 
     lr: float
     high_lr: float
@@ -296,7 +330,11 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """In the order in which they are done; AdamW at `lr` comes first, adam_atan2 before what must equal it."""
-        settings = [("good", self.lr, BATCH), ("high", self.high_lr, BATCH), *(("sweep", lr, BATCH) for lr in self.sweep)]
+        settings = [
+            ("good", self.lr, BATCH),
+            ("high", self.high_lr, BATCH),
+            *(("sweep", lr, BATCH) for lr in self.sweep),
+        ]
         settings.append(("batch", self.lr, self.large_batch))
         listed = []
         for setting, lr, batch in settings:
@@ -330,12 +368,19 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def study(model: LlamaForCausalLM, task: Task, plan: Plan, output: Path, *, about: dict[str, str]) -> None:
-    """Do the runs that the file lacks, adding each as it ends; then fill in the steps to the target, which AdamW's rows define."""
+    """Do the runs that the file lacks, adding each as it ends; then fill in the steps to the target, which AdamW's rows
+    define."""
     base = {name: value.clone() for name, value in model.state_dict().items()}
     rows = read_rows(output)
     done = {key_of(row): row["weights"] for row in rows}
     for one in plan.runs():
-        named = {"method": one.method.name, "setting": one.setting, "lr": f"{one.lr:g}", "batch": str(one.batch), "seed": str(one.seed)}
+        named = {
+            "method": one.method.name,
+            "setting": one.setting,
+            "lr": f"{one.lr:g}",
+            "batch": str(one.batch),
+            "seed": str(one.seed),
+        }
         row = about | named | {"steps": str(plan.steps)}
         if key_of(row) in done:
             continue
@@ -346,7 +391,11 @@ def study(model: LlamaForCausalLM, task: Task, plan: Plan, output: Path, *, abou
         done[key_of(row)] = row["weights"]
         rows.append(row)
         write_rows(output, rows)
-        print(" ".join(named.values()), *(f"{name} {row[name]}" for name in ("domain_loss", "retention_loss", "cpu_seconds")), flush=True)
+        print(
+            " ".join(named.values()),
+            *(f"{name} {row[name]}" for name in ("domain_loss", "retention_loss", "cpu_seconds")),
+            flush=True,
+        )
     target = target_of(rows, plan.lr)
     print(f"the target is a probe loss of {target:.3f}")
     write_rows(output, [row | {"steps_to_target": steps_to(curve_of(row), target)} for row in rows])
@@ -360,7 +409,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="csv; runs that it has are not repeated")
     parser.add_argument("--lr", type=float, default=2e-3, help="a rate that suits AdamW")
     parser.add_argument("--high-lr", type=float, default=2e-2, help="one that is too high for it")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[5e-4, 6e-3, 6e-2], help="more rates, for the most compared methods")
+    parser.add_argument(
+        "--sweep", type=float, nargs="*", default=[5e-4, 6e-3, 6e-2], help="more rates, for the most compared methods"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()

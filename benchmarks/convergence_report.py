@@ -1,8 +1,10 @@
 """The figure and the tables of docs/convergence.md, from the study's csv alone; trains nothing.
 
-    python benchmarks/convergence_report.py benchmarks/results/convergence.csv --figure docs/img/convergence.png --page docs/convergence.md
+    python benchmarks/convergence_report.py benchmarks/results/convergence.csv --figure docs/img/convergence.png --page
+    docs/convergence.md
 
-Numbers are mean ± standard deviation over the seeds. A table of the page stands between `<!-- table NAME -->` and `<!-- end -->`.
+Numbers are mean ± standard deviation over the seeds. A table of the page stands between `<!-- table NAME -->` and `<!--
+end -->`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,15 @@ HEADS = {
     "angle_p95": "angle, 95 %",
     "clipped": "clipped",
 }
-DIGITS = {"domain_loss": 2, "retention_loss": 2, "distance": 3, "probe_sd": 4, "train_sd": 3, "steps_to_target": 0, "angle_mean": 0}
+DIGITS = {
+    "domain_loss": 2,
+    "retention_loss": 2,
+    "distance": 3,
+    "probe_sd": 4,
+    "train_sd": 3,
+    "steps_to_target": 0,
+    "angle_mean": 0,
+}
 SCOPES, OBTUSE, ANGLES = ("global", "layer", "tensor"), ("signed", "restart", "project"), (30, 45, 60)
 
 
@@ -91,8 +101,12 @@ def in_order(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def methods_table(rows: Sequence[Row], setting: str) -> str:
-    """Every method at the rate of a setting, but for the grid of MoClip's own options, of which scope and obtuse stay at the default."""
-    here = sorted(chosen(rows, setting=setting), key=lambda row: SWEPT.index(row["method"]) if row["method"] in SWEPT else len(SWEPT))
+    """Every method at the rate of a setting, but for the grid of MoClip's own options, of which scope and obtuse stay
+    at the default."""
+    here = sorted(
+        chosen(rows, setting=setting),
+        key=lambda row: SWEPT.index(row["method"]) if row["method"] in SWEPT else len(SWEPT),
+    )
     grid = re.compile(r"moclip-(90|\d+-(layer|tensor|restart|project).*)")
     names = [name for name in in_order(here, "method") if name in SWEPT or not grid.fullmatch(name)]
     lines = [[f"`{name}`", *(cell(chosen(here, method=name), column) for column in HEADS)] for name in names]
@@ -106,7 +120,9 @@ def grid_table(rows: Sequence[Row]) -> str:
     for scope in SCOPES:
         for obtuse in OBTUSE:
             for angle in ANGLES:
-                name = f"moclip-{angle}" + "".join(f"-{part}" for part in (scope, obtuse) if part not in ("global", "signed"))
+                name = f"moclip-{angle}" + "".join(
+                    f"-{part}" for part in (scope, obtuse) if part not in ("global", "signed")
+                )
                 runs = [chosen(rows, setting=setting, method=name) for setting in ("good", "high")]
                 lines.append([scope, obtuse, f"{angle}°", *(cell(r, column) for column in shown for r in runs)])
     at = [in_order(chosen(rows, setting=setting), "lr")[0] for setting in ("good", "high")]
@@ -140,7 +156,9 @@ def batch_table(rows: Sequence[Row]) -> str:
         for name in SWEPT:
             runs = chosen(rows, setting=setting, method=name)
             batch = in_order(runs, "batch")
-            lines.append([f"`{name}`", *batch, *(cell(runs, column) for column in HEADS if column != "steps_to_target")])
+            lines.append(
+                [f"`{name}`", *batch, *(cell(runs, column) for column in HEADS if column != "steps_to_target")]
+            )
     return table(["", "batch", *(head for column, head in HEADS.items() if column != "steps_to_target")], lines)
 
 
@@ -174,12 +192,20 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes[0, 0].errorbar([float(r[0]["lr"]) for r in runs], means, [spread(v) for v in learnt], capsize=3, **look)
         axes[0, 1].plot([np.mean(v) for v in kept], means, **look)
         for axis, setting in zip(axes[1], ("good", "high"), strict=True):
-            probe = np.array([[float(v) for v in row["probe"].split()] for row in chosen(rows, setting=setting, method=name)])
+            probe = np.array(
+                [[float(v) for v in row["probe"].split()] for row in chosen(rows, setting=setting, method=name)]
+            )
             steps = np.linspace(0, int(rows[0]["steps"]), probe.shape[1])
             axis.plot(steps, probe.mean(0), color=colour, linestyle=dash, label=name, linewidth=1.5)
             axis.fill_between(steps, probe.min(0), probe.max(0), color=colour, alpha=0.12, linewidth=0)
-    axes[0, 0].set(xscale="log", xlabel="learning rate", ylabel="domain loss at the end", title="Learning, over the rate")
-    axes[0, 1].set(xlabel="retention loss at the end", ylabel="domain loss at the end", title="Learning against forgetting, a point a rate")
+    axes[0, 0].set(
+        xscale="log", xlabel="learning rate", ylabel="domain loss at the end", title="Learning, over the rate"
+    )
+    axes[0, 1].set(
+        xlabel="retention loss at the end",
+        ylabel="domain loss at the end",
+        title="Learning against forgetting, a point a rate",
+    )
     for axis, setting in zip(axes[1], ("good", "high"), strict=True):
         (lr,) = in_order(chosen(rows, setting=setting), "lr")
         axis.set(xlabel="step", ylabel="probe loss", title=f"Fixed probe batch, lr {lr}")

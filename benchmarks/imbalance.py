@@ -1,10 +1,13 @@
-"""How unevenly a text's ids, and a store's candidate ids, lie on tensor ranks: contiguous shards of the vocabulary against stripes.
+"""How unevenly a text's ids, and a store's candidate ids, lie on tensor ranks: contiguous shards of the vocabulary
+against stripes.
 
-    python benchmarks/run.py imbalance TOKENIZER spider_train.jsonl --label spider+qwen --output benchmarks/results/imbalance.csv
+    python benchmarks/run.py imbalance TOKENIZER spider_train.jsonl --label spider+qwen --output
+    benchmarks/results/imbalance.csv
 
-TOKENIZER: a folder with tokenizer.json, tokenizer.model or *.tiktoken. Texts: plain text, or jsonl of which the values of --fields are
-taken, in order, joined by newlines. A row is max / mean over the ranks: 1 is even, and as much faster than one rank as there are ranks
-divided by it is the best that work done id by id can get. --store adds the candidate ids of a collected store.
+TOKENIZER: a folder with tokenizer.json, tokenizer.model or *.tiktoken. Texts: plain text, or jsonl of which the values
+of --fields are taken, in order, joined by newlines. A row is max / mean over the ranks: 1 is even, and as much faster
+than one rank as there are ranks divided by it is the best that work done id by id can get. --store adds the candidate
+ids of a collected store.
 """
 
 from __future__ import annotations
@@ -83,13 +86,17 @@ def main() -> None:
     if args.store:
         counted["candidate ids of the store"] = candidates(args.store)
     names = " ".join(path.name for path in args.texts)
-    command = f"python benchmarks/run.py imbalance TOKENIZER {names} --fields {args.fields}" + (" --store STORE" if args.store else "")
+    command = f"python benchmarks/run.py imbalance TOKENIZER {names} --fields {args.fields}" + (
+        " --store STORE" if args.store else ""
+    )
     common = {key: value for key, value in about(command, "").items() if key != "machine"}  # counts do not depend on it
     rows = []
     for what, counts in counted.items():
         metric = f"{args.label}: {counts.sum()} {what}, {len(counts)} rows"
         for ranks in RANKS:
-            both = {name: f"{imbalance(counts, ranks, striped=name == 'striped'):.4g}" for name in ("contiguous", "striped")}
+            both = {
+                name: f"{imbalance(counts, ranks, striped=name == 'striped'):.4g}" for name in ("contiguous", "striped")
+            }
             rows.append({**common, "metric": metric, "tensor ranks": ranks, **both})
     append(rows, args.output)
 

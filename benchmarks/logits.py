@@ -1,10 +1,12 @@
-"""The restricted loss from logits, forward and backward, against its plain-torch twin and others, in one interleaved run.
+"""The restricted loss from logits, forward and backward, against its plain-torch twin and others, in one interleaved
+run.
 
     python benchmarks/run.py logits --output benchmarks/results/logits.csv
 
-float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200).
-The operators write into a gradient that is there; a whole loss makes a new gradient [N, V], of which the system clears every page that is
-written. `ratio` is to our operators: of the minima. Methods that build padded sets or the whole table of probabilities run once.
+float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80
+ids, k_max 200). The operators write into a gradient that is there; a whole loss makes a new gradient [N, V], of which
+the system clears every page that is written. `ratio` is to our operators: of the minima. Methods that build padded sets
+or the whole table of probabilities run once.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def methods(logits: Tensor, sets: CandidateSets) -> dict[str, Step]:
         "plain torch, the operators' twins": operators("reference", logits, sets),
         "ours, the whole loss": step(lambda: restricted_cross_entropy(leaf, sets)),
         "plain torch, the whole loss": step(lambda: restricted_cross_entropy(leaf, sets, kernels="reference")),
-        "gathered at the sets": step(lambda: cross_entropy(leaf.gather(1, padded).masked_fill(absent, -torch.inf), slot, reduction="none")),
+        "gathered at the sets": step(
+            lambda: cross_entropy(leaf.gather(1, padded).masked_fill(absent, -torch.inf), slot, reduction="none")
+        ),
         "full cross-entropy": step(lambda: cross_entropy(leaf, gold, reduction="none")),
     }
 
@@ -67,11 +71,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logits = torch.cat(list(language_logits(args.positions, args.vocab)))
     sets = sets_of(logits.split(128), args.tau, torch.Generator().manual_seed(1))
-    steps = {n: s for n, s in methods(logits, sets).items() if n.startswith("ours") or not args.only or n.startswith(tuple(args.only))}
+    steps = {
+        n: s
+        for n, s in methods(logits, sets).items()
+        if n.startswith("ours") or not args.only or n.startswith(tuple(args.only))
+    }
     rounds = {name: args.rounds if name.startswith(("ours", "plain")) else args.slow_rounds for name in steps}
     found = interleaved(steps, rounds, args.threads)
-    sizes = {"V": args.vocab, "T": args.positions, "threads": args.threads, "nnz": len(sets.ids), "median_set": int(sets.sizes().median())}
-    table = [{"method": n, **sizes, **summary(s), "ratio": f"{min(s) / min(found[OURS]):.3g}"} for n, s in found.items()]
+    sizes = {
+        "V": args.vocab,
+        "T": args.positions,
+        "threads": args.threads,
+        "nnz": len(sets.ids),
+        "median_set": int(sets.sizes().median()),
+    }
+    table = [
+        {"method": n, **sizes, **summary(s), "ratio": f"{min(s) / min(found[OURS]):.3g}"} for n, s in found.items()
+    ]
     write(table, "logits", args.output)
 
 

@@ -1,13 +1,15 @@
-"""The restricted loss forward and backward against every other way to compute it or the full loss, in one interleaved run.
+"""The restricted loss forward and backward against every other way to compute it or the full loss, in one interleaved
+run.
 
     python benchmarks/run.py loss --output benchmarks/results/loss.csv
     python benchmarks/run.py loss --vocab 49152 --hidden 576 --output benchmarks/results/loss.csv
 
-float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200);
-our loss, on either kernels, gets them as the trainer's loader prepares them, by position and by id, but in the row that says otherwise.
-`ratio` is to ours with the weight's gradient added into the persistent one: of the minima. Methods that take seconds run once.
-`temporary_mb` is the peak of resident memory above what is held at the end (both gradients), from a process of its own; `gradient_mb` is
-what the method leaves as the weight's gradient, 0 where it adds into one that is there.
+float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80
+ids, k_max 200); our loss, on either kernels, gets them as the trainer's loader prepares them, by position and by id,
+but in the row that says otherwise. `ratio` is to ours with the weight's gradient added into the persistent one: of the
+minima. Methods that take seconds run once. `temporary_mb` is the peak of resident memory above what is held at the end
+(both gradients), from a process of its own; `gradient_mb` is what the method leaves as the weight's gradient, 0 where
+it adds into one that is there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from torch.nn.functional import cross_entropy, embedding
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_replay.device import Device, choose
-from megatron_replay.ops import CandidateSets, LocalSets, VocabShard, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import (
+    CandidateSets,
+    LocalSets,
+    VocabShard,
+    linear_cross_entropy,
+    restricted_linear_cross_entropy,
+)
 
 OURS = "ours, added into main_grad"
 TILE = 64
@@ -73,7 +81,8 @@ def methods(p: Problem) -> dict[str, Step]:
         return p.of_padded((p.hidden @ p.weight.index_select(0, ids).t()).gather(1, where))
 
     def tiles() -> Tensor:
-        """Of each tile of positions the union's rows, a dense product, a mask, a softmax: the form that matrix units like."""
+        """Of each tile of positions the union's rows, a dense product, a mask, a softmax: the form that matrix units
+        like."""
         losses = []
         for start in range(0, len(p.padded), TILE):
             rows = slice(start, start + TILE)
@@ -112,11 +121,17 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=1024)
     parser.add_argument("--tau", type=float, default=0.5)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or npu; temporary memory is told of the cpu only")
-    parser.add_argument("--memory", action="store_true", help="print the methods' temporary memory, for the program itself")
+    parser.add_argument(
+        "--memory", action="store_true", help="print the methods' temporary memory, for the program itself"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     problem = Problem(args.vocab, args.hidden, args.positions, args.tau, choose(args.device), keep=args.memory)
-    steps = {n: s for n, s in methods(problem).items() if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)}
+    steps = {
+        n: s
+        for n, s in methods(problem).items()
+        if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)
+    }
     if args.memory:
         for step in steps.values():
             if step is steps[OURS]:
@@ -131,7 +146,11 @@ def main() -> None:
     if args.device == "cpu":
         used = json.loads(frugal([str(Path(__file__)), *sys.argv[1:], "--memory"]).splitlines()[-1])
     sizes = {"V": args.vocab, "H": args.hidden, "T": args.positions, "threads": args.threads}
-    sizes |= {"U": len(problem.sets.ids.unique()), "nnz": len(problem.sets.ids), "median_set": int(problem.sets.sizes().median())}
+    sizes |= {
+        "U": len(problem.sets.ids.unique()),
+        "nnz": len(problem.sets.ids),
+        "median_set": int(problem.sets.sizes().median()),
+    }
     best = min(found[OURS])
     table = [
         {"method": n, **sizes, **summary(found[n]), **used[n], "ratio": f"{min(found[n]) / best:.3g}"} for n in steps

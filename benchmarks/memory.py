@@ -3,14 +3,14 @@
     python benchmarks/run.py memory --output benchmarks/results/memory.csv
     python benchmarks/run.py memory --operators --output benchmarks/results/memory.csv
 
-The model is a Qwen3 of 50 million random parameters, half of them its vocabulary. Every case trains two steps in fresh processes.
-`measured_mb` is the peak of resident memory (VmHWM) of the rank of a pipeline stage that had the most, where the allocator maps and
-returns every block of 64 KB or more (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=0): what is held, without what glibc
-keeps for later. `predicted_mb` includes `base_mb`, the process without a model, which the dry run measures under the same allocator;
-`error` is (predicted - measured) / (measured - base).
+The model is a Qwen3 of 50 million random parameters, half of them its vocabulary. Every case trains two steps in fresh
+processes. `measured_mb` is the peak of resident memory (VmHWM) of the rank of a pipeline stage that had the most, where
+the allocator maps and returns every block of 64 KB or more (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=0):
+what is held, without what glibc keeps for later. `predicted_mb` includes `base_mb`, the process without a model, which
+the dry run measures under the same allocator; `error` is (predicted - measured) / (measured - base).
 
---operators: head and restricted loss alone, one forward and backward pass above what is left when it is over, at two sizes of the
-vocabulary (512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
+--operators: head and restricted loss alone, one forward and backward pass above what is left when it is over, at two
+sizes of the vocabulary (512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ CASES = (
     Case("restricted, fp32, AdaMuon, no ZeRO-1", (RESTRICTED, FP32, SHORT, WHOLE, "optimizer.name=adamuon")),
     Case("restricted, bf16, adapter of rank 16", (RESTRICTED, BF16, LONG, "adapter.rank=16")),
     Case("restricted, fp32, TP2", (RESTRICTED, FP32, LONG, TP2), 2),
-    Case("full, fp32, TP2, sequence parallel, no ZeRO-1", (FULL, FP32, LONG, TP2, WHOLE, "layout.sequence_parallel=true"), 2),
+    Case(
+        "full, fp32, TP2, sequence parallel, no ZeRO-1",
+        (FULL, FP32, LONG, TP2, WHOLE, "layout.sequence_parallel=true"),
+        2,
+    ),
     Case("restricted, fp32, PP2, no ZeRO-1", (RESTRICTED, FP32, SHORT, PP2, WHOLE), 2),
     Case("restricted, bf16, DP2", (RESTRICTED, BF16, SHORT), 2),
     Case("restricted, fp32, no ZeRO-1, saved", (RESTRICTED, FP32, "data.seq_length=128", WHOLE, "train.save=saved")),
@@ -128,14 +132,20 @@ def here(given: list[str], ranks: int, dry_run: bool) -> None:
     from megatron_replay.parallel import launch, shims
 
     shims.import_megatron()
-    code = train(given, ".", dry_run) if ranks == 1 else launch.launch("memory:train", (given, ".", dry_run), {}, ranks, "cpu")
+    code = (
+        train(given, ".", dry_run)
+        if ranks == 1
+        else launch.launch("memory:train", (given, ".", dry_run), {}, ranks, "cpu")
+    )
     sys.exit(code)
 
 
 def fresh(given: list[str], ranks: int, folder: Path, *, dry_run: bool = False) -> None:
     """`here` in a new process."""
     job = json.dumps({"given": given, "ranks": ranks, "dry_run": dry_run})
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     env = {**os.environ, **FRUGAL, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, "--job", job], env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
@@ -160,7 +170,14 @@ def measured(model: Path, case: Case, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for row, ours in zip(peaks, held, strict=True):
         parts = {f"{name}_mb": f"{row[name] / 1e6:.0f}" for name in PARTS}
-        told = {"case": case.name, "ranks": case.ranks, "stage": row["stage"], "vocabulary": "", **parts, "moment": row["moment"]}
+        told = {
+            "case": case.name,
+            "ranks": case.ranks,
+            "stage": row["stage"],
+            "vocabulary": "",
+            **parts,
+            "moment": row["moment"],
+        }
         sizes = {"predicted_mb": row["total"], "measured_mb": ours}
         error = (row["total"] - ours) / (ours - row["base"])
         rows.append({**told, **{name: f"{size / 1e6:.0f}" for name, size in sizes.items()}, "error": f"{error:.3f}"})
@@ -170,7 +187,15 @@ def measured(model: Path, case: Case, folder: Path) -> list[dict[str, Any]]:
 def collect(given: list[str], folder: Path) -> None:
     """The candidate store of all cases."""
     plain = [item for item in given if item.split("=")[0] in ("model", "data.path", "device")]
-    command = [sys.executable, "-m", "megatron_replay", "collect", *plain, f"collect.store={folder / 'store'}", "data.seq_length=512"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_replay",
+        "collect",
+        *plain,
+        f"collect.store={folder / 'store'}",
+        "data.seq_length=512",
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 

@@ -2,13 +2,14 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/optimizers.py --output benchmarks/results/optimizers.csv
 
-16 M float32 parameters in 8 matrices; every optimizer steps the same parameters with the same gradients and keeps a state of its own. The
-rounds are interleaved (each optimizer once a round), so that neighbours on the machine disturb all alike. With one thread the processor
-time of this process counts, with more the wall clock does. `ratio` is to torch's fused AdamW plus a pass for the gradient norm, which every
-optimizer of ours takes as well: minima over minima, and the median of the rounds' own ratios. `traffic` is counted, not measured: float32
-numbers read and written in the passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one
-round only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many operations
-of the reference forms then costs a time slice, and they look 30 times slower than they are.
+16 M float32 parameters in 8 matrices; every optimizer steps the same parameters with the same gradients and keeps a
+state of its own. The rounds are interleaved (each optimizer once a round), so that neighbours on the machine disturb
+all alike. With one thread the processor time of this process counts, with more the wall clock does. `ratio` is to
+torch's fused AdamW plus a pass for the gradient norm, which every optimizer of ours takes as well: minima over minima,
+and the median of the rounds' own ratios. `traffic` is counted, not measured: float32 numbers read and written in the
+passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one round only.
+Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many
+operations of the reference forms then costs a time slice, and they look 30 times slower than they are.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Rival(NamedTuple):
 
 
 class ForeachMoClip:
-    """MoClip (global scope, signed, 45 degrees) as one would write it with torch._foreach: a pass over memory for each operation."""
+    """MoClip (global scope, signed, 45 degrees) as one would write it with torch._foreach: a pass over memory for each
+    operation."""
 
     def __init__(self, params: list[Tensor], lr: float) -> None:
         self.params, self.lr, self.t = params, lr, 0
@@ -148,7 +150,11 @@ def main() -> None:
             rows.append((name, threads, "ratio of minima", min(seconds) / min(found[BASE]), "x"))
             rows.append((name, threads, "ratio, median of rounds", statistics.median(paired), "x"))
     rows += [(rival.name, 0, "state a parameter", rival.state() / num, "bytes") for rival in table]
-    rows += [(name, 0, "traffic a parameter", traffic, "bytes") for name, traffic in TRAFFIC.items() if name in {r.name for r in table}]
+    rows += [
+        (name, 0, "traffic a parameter", traffic, "bytes")
+        for name, traffic in TRAFFIC.items()
+        if name in {r.name for r in table}
+    ]
     write(rows, args)
 
 
@@ -163,7 +169,9 @@ def write(rows: list[tuple[str, int, str, float, str]], args: argparse.Namespace
         out = csv.writer(file, lineterminator="\n")
         if new or not args.output:
             out.writerow(HEADER)
-        out.writerows((*common, name, threads or "", metric, f"{value:.4g}", unit) for name, threads, metric, value, unit in rows)
+        out.writerows(
+            (*common, name, threads or "", metric, f"{value:.4g}", unit) for name, threads, metric, value, unit in rows
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""A training step on text-to-SQL questions: grouped by schema with shared prefixes, against the same questions packed without.
+"""A training step on text-to-SQL questions: grouped by schema with shared prefixes, against the same questions packed
+without.
 
     python benchmarks/run.py prefix --model MODEL --data DATA --output benchmarks/results/prefix.csv
 
-DATA is a folder with spider_train.jsonl (db_id, question, query) and spider_schemas.json; MODEL a Hugging Face folder. A sample is the
-schema, the question and the SQL, whose tokens are the targets. A step takes the questions of the first `--rows` rows that
-`data.group_prefixes` makes of all questions, once as they are and once packed into as many rows of the same length as they need, each row
-a micro-batch; then one AdamW update with a learning rate of 0, so that every step does the same. Steps are interleaved in one process;
-`--layers` cuts the model. The candidate sets of the restricted loss are the model's own (tau 0.95, k_max 200). `gradient` is the largest
-difference of an element, relative to the largest element.
+DATA is a folder with spider_train.jsonl (db_id, question, query) and spider_schemas.json; MODEL a Hugging Face folder.
+A sample is the schema, the question and the SQL, whose tokens are the targets. A step takes the questions of the first
+`--rows` rows that `data.group_prefixes` makes of all questions, once as they are and once packed into as many rows of
+the same length as they need, each row a micro-batch; then one AdamW update with a learning rate of 0, so that every
+step does the same. Steps are interleaved in one process; `--layers` cuts the model. The candidate sets of the
+restricted loss are the model's own (tau 0.95, k_max 200). `gradient` is the largest difference of an element, relative
+to the largest element.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def questions(folder: Path, model: Path, seq_length: int) -> list[Sample]:
             prompt = f"Schema:\n{schemas[line['db_id']]}\nQuestion: {line['question']}\nSQL:\n"
             file.write(json.dumps({"prompt": prompt, "completion": line["query"]}) + "\n")
         file.flush()
-        return load_samples(Data(path=file.name, template="plain", seq_length=seq_length, over_length="drop"), load_tokenizer(model))
+        return load_samples(
+            Data(path=file.name, template="plain", seq_length=seq_length, over_length="drop"), load_tokenizer(model)
+        )
 
 
 def batches(samples: Sequence[Sample], way: Way, sets: dict[bytes, CandidateSets] | None) -> list[MicroBatch]:
@@ -93,7 +97,9 @@ def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int
             stop = at + len(sample.positions)
             span = slice(offsets[at], offsets[stop])
             found[sample.uid] = CandidateSets.from_arrays(
-                (sets.offsets[at : stop + 1] - offsets[at]).numpy(), sets.ids[span].numpy(), sets.gold_slot[at:stop].numpy()
+                (sets.offsets[at : stop + 1] - offsets[at]).numpy(),
+                sets.ids[span].numpy(),
+                sets.gold_slot[at:stop].numpy(),
             )
             at = stop
 
@@ -101,7 +107,9 @@ def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int
     return found
 
 
-def measured(trainer: Trainer, loss: str, vocab_size: int, steps: dict[str, list[MicroBatch]], rounds: int) -> list[Row]:
+def measured(
+    trainer: Trainer, loss: str, vocab_size: int, steps: dict[str, list[MicroBatch]], rounds: int
+) -> list[Row]:
     """Rows of one loss: every way once a round, after one round that does not count."""
     task = restricted_task(trainer.model) if loss == "restricted" else full_task(trainer.model, vocab_size)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -123,7 +131,10 @@ def measured(trainer: Trainer, loss: str, vocab_size: int, steps: dict[str, list
     rows.append((loss, "ratio, median of rounds", statistics.median(paired), "x"))
     rows.append((loss, "loss", losses[apart], "nats"))
     rows.append((loss, "loss difference", abs(losses[shared] - losses[apart]), "nats"))
-    return [*rows, (loss, "gradient difference", float((grads[shared] - grads[apart]).abs().max() / grads[apart].abs().max()), "")]
+    return [
+        *rows,
+        (loss, "gradient difference", float((grads[shared] - grads[apart]).abs().max() / grads[apart].abs().max()), ""),
+    ]
 
 
 def main() -> None:
@@ -180,7 +191,11 @@ def first_layers(whole: Path, layers: int, folder: Path) -> Path:
     config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}), encoding="utf-8")
     tensors = {name: tensor for file in whole.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers}
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+    }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -43,7 +43,14 @@ def loss() -> str:
     return markdown(
         ["V, H", "method", "ms", "x ours", "temporary MB", "gradient MB"],
         [
-            [f"{thousands(r['V'])}, {thousands(r['H'])}", r["method"], r["min_ms"], r["ratio"], r["temporary_mb"], r["gradient_mb"]]
+            [
+                f"{thousands(r['V'])}, {thousands(r['H'])}",
+                r["method"],
+                r["min_ms"],
+                r["ratio"],
+                r["temporary_mb"],
+                r["gradient_mb"],
+            ]
             for r in rows_of("loss")
         ],
     )
@@ -123,10 +130,14 @@ def draw_loss() -> None:
 def draw_scale() -> None:
     rows = rows_of("scale")
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.2), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names), 3.2), layout="constrained", sharey=True, squeeze=False
+    )
     for name, one in zip(names, axes[0], strict=True):
         for kind in dict.fromkeys(row["loss"] for row in rows):
-            points = sorted((int(row[name]), float(row["min_ms"])) for row in rows if row["axis"] == name and row["loss"] == kind)
+            points = sorted(
+                (int(row[name]), float(row["min_ms"])) for row in rows if row["axis"] == name and row["loss"] == kind
+            )
             one.plot(*zip(*points, strict=True), marker="o", label=kind)
         one.set(xscale="log", yscale="log", xlabel=name)
         values = sorted({int(row[name]) for row in rows if row["axis"] == name})

@@ -25,9 +25,12 @@ from megatron_replay.ops import CandidateSets, dynamic_topk
 Step = Callable[[], object]
 
 
-def language_logits(num: int, vocab: int, *, sigma: float = 2.5, exponent: float = 1.05, rank: int = 64, seed: int = 0) -> Iterator[Tensor]:
-    """Logits of a log-bilinear language model, 128 rows at a time: Zipf's law over shuffled ids, and a direction of each document and
-    position that lifts some of them; rows differ in sharpness. sigma and exponent give sets like those of real text."""
+def language_logits(
+    num: int, vocab: int, *, sigma: float = 2.5, exponent: float = 1.05, rank: int = 64, seed: int = 0
+) -> Iterator[Tensor]:
+    """Logits of a log-bilinear language model, 128 rows at a time: Zipf's law over shuffled ids, and a direction of
+    each document and position that lifts some of them; rows differ in sharpness. sigma and exponent give sets like
+    those of real text."""
     gen = torch.Generator().manual_seed(seed)
     base = -exponent * (torch.arange(vocab) + 2.7).log()[torch.randperm(vocab, generator=gen)]
     embedding = torch.randn(vocab, rank, generator=gen)
@@ -45,14 +48,19 @@ def language_logits(num: int, vocab: int, *, sigma: float = 2.5, exponent: float
 
 def sets_of(tiles: Iterable[Tensor], tau: float, gen: torch.Generator) -> CandidateSets:
     """The candidate sets (k_max 200) of logits, with gold ids drawn from their own probabilities."""
-    return CandidateSets.cat([dynamic_topk(rows, torch.multinomial(rows.softmax(1), 1, generator=gen)[:, 0], tau, 200) for rows in tiles])
+    return CandidateSets.cat(
+        [dynamic_topk(rows, torch.multinomial(rows.softmax(1), 1, generator=gen)[:, 0], tau, 200) for rows in tiles]
+    )
 
 
-def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int, *, processor: bool = True) -> dict[str, list[float]]:
-    """Seconds of each step in each of its rounds, the steps in turn; a first round does not count, and is left out for those that run once.
+def interleaved(
+    steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int, *, processor: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each step in each of its rounds, the steps in turn; a first round does not count, and is left out for
+    those that run once.
 
-    With one thread processor time counts, so that neighbours on the machine do not; with more, or where `processor` is false because the
-    work is a device's, the wall clock does.
+    With one thread processor time counts, so that neighbours on the machine do not; with more, or where `processor` is
+    false because the work is a device's, the wall clock does.
     """
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 and processor else time.perf_counter
@@ -69,7 +77,8 @@ def interleaved(steps: Mapping[str, Step], rounds: Mapping[str, int], threads: i
 
 
 def temporary_bytes(step: Step) -> int:
-    """Peak resident memory of a step above what is held when it is over; only where freed memory is returned at once, see `frugal`."""
+    """Peak resident memory of a step above what is held when it is over; only where freed memory is returned at once,
+    see `frugal`."""
     Path("/proc/self/clear_refs").write_text("5")
     result = step()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -78,13 +87,23 @@ def temporary_bytes(step: Step) -> int:
 
 
 def frugal(arguments: list[str]) -> str:
-    """The output of this program with other arguments, in a process whose allocator maps and returns every block of 64 KB or more."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
+    """The output of this program with other arguments, in a process whose allocator maps and returns every block of 64
+    KB or more."""
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_MAX_": "1000000",
+    }
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=True).stdout
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    return {"min_ms": f"{min(seconds) * 1e3:.2f}", "median_ms": f"{statistics.median(seconds) * 1e3:.2f}", "rounds": len(seconds)}
+    return {
+        "min_ms": f"{min(seconds) * 1e3:.2f}",
+        "median_ms": f"{statistics.median(seconds) * 1e3:.2f}",
+        "rounds": len(seconds),
+    }
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -98,7 +117,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(rows: list[dict[str, Any]], table: str, output: Path | None) -> None:
-    command = " ".join(["python benchmarks/run.py", table, *(a for a in sys.argv[1:] if a != "--output" and a != str(output))])
+    command = " ".join(
+        ["python benchmarks/run.py", table, *(a for a in sys.argv[1:] if a != "--output" and a != str(output))]
+    )
     append([{**about(command, machine()), **row} for row in rows], output)
 
 
@@ -114,7 +135,9 @@ def append(rows: list[dict[str, Any]], output: Path | None) -> None:
 
 def about(command: str, machine: str) -> dict[str, str]:
     """The first columns of every table."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     return {"date": datetime.date.today().isoformat(), "commit": commit, "command": command, "machine": machine}
 
 
@@ -122,7 +145,9 @@ def processor() -> str:
     """The processor's model, as far as it is told, and nothing else of the machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    told = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    told = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return told or "unknown processor"
 
 

@@ -1,10 +1,12 @@
-"""How the restricted loss's cost, forward and backward, grows with positions T, vocabulary V, set size K, hidden size H and tensor ranks.
+"""How the restricted loss's cost, forward and backward, grows with positions T, vocabulary V, set size K, hidden size H
+and tensor ranks.
 
     python benchmarks/run.py scale --output benchmarks/results/scale.csv
 
-float32; one axis at a time away from T = 1,024, V = 49,152, K = 80, H = 576 on one rank. A set's ids are drawn by Zipf's law, all sets have
-K of them, and the weight's gradient is added into a persistent one. Beside it the full cross-entropy in chunks. `ranks` cuts the vocabulary
-in stripes over so many processes of one thread: the time is the slowest one's.
+float32; one axis at a time away from T = 1,024, V = 49,152, K = 80, H = 576 on one rank. A set's ids are drawn by
+Zipf's law, all sets have K of them, and the weight's gradient is added into a persistent one. Beside it the full
+cross-entropy in chunks. `ranks` cuts the vocabulary in stripes over so many processes of one thread: the time is the
+slowest one's.
 """
 
 from __future__ import annotations
@@ -75,7 +77,10 @@ def measure(point: Point, args: Namespace, group: dist.ProcessGroup | None) -> l
 
     steps = {"restricted": restricted, "full, chunked": full}
     found = interleaved(steps, {"restricted": args.rounds, "full, chunked": args.slow_rounds}, args.threads)
-    return [{"loss": name, **asdict(point), "ranks": shards(group), **summary(slowest(some, group))} for name, some in found.items()]
+    return [
+        {"loss": name, **asdict(point), "ranks": shards(group), **summary(slowest(some, group))}
+        for name, some in found.items()
+    ]
 
 
 def shards(group: dist.ProcessGroup | None) -> int:
@@ -100,7 +105,10 @@ def on_ranks(args: Namespace, ranks: int) -> int:
 
 
 def write(rows: list[dict[str, object]], axis: str, args: Namespace) -> None:
-    command = f"python benchmarks/run.py scale --rounds {args.rounds} --slow-rounds {args.slow_rounds} --threads {args.threads}"
+    command = (
+        f"python benchmarks/run.py scale --rounds {args.rounds} --slow-rounds {args.slow_rounds} --threads "
+        f"{args.threads}"
+    )
     append([{**about(command, machine()), "axis": axis, "threads": args.threads, **row} for row in rows], args.output)
 
 

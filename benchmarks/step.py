@@ -1,12 +1,14 @@
-"""A whole training step, restricted loss against full at equal positions, on a real model and text, in one interleaved run.
+"""A whole training step, restricted loss against full at equal positions, on a real model and text, in one interleaved
+run.
 
     python benchmarks/run.py step --model MODEL --text TEXT --output benchmarks/results/step.csv
 
-MODEL: a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every token is a target, or
-the share `--fraction` of them. Candidate sets are the model's own (tau 0.95, k_max 200). A step is zero, forward, backward, reduce and an
-AdamW update with a learning rate of 0, so that every step does the same. float32. `--ranks` runs on so many processes of `--threads`
-threads each: data-parallel, or `--tensor` of them tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to
-it: of the minima, and the median over rounds.
+MODEL: a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every
+token is a target, or the share `--fraction` of them. Candidate sets are the model's own (tau 0.95, k_max 200). A step
+is zero, forward, backward, reduce and an AdamW update with a learning rate of 0, so that every step does the same.
+float32. `--ranks` runs on so many processes of `--threads` threads each: data-parallel, or `--tensor` of them
+tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to it: of the minima, and the median
+over rounds.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> list[MicroBatch]:
     samples = [[ids[i * length : (i + 1) * length + 1]] for i in range(here.data_rank, args.rows, here.data_size)]
     drawn = np.random.default_rng(0)
     positions = [[np.sort(drawn.permutation(length)[: round(args.fraction * length)])] for _ in samples]
-    found = micro_batches(samples, positions, [{} for _ in samples], torch.device("cpu"), multiple=here.tensor_size, share=False)
+    found = micro_batches(
+        samples, positions, [{} for _ in samples], torch.device("cpu"), multiple=here.tensor_size, share=False
+    )
     rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
 
     def done(batch: MicroBatch, _: Tensor) -> None:
@@ -85,7 +89,9 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def write(args: Namespace, seconds: dict[str, list[float]], losses: dict[str, float], batches: list[MicroBatch]) -> None:
+def write(
+    args: Namespace, seconds: dict[str, list[float]], losses: dict[str, float], batches: list[MicroBatch]
+) -> None:
     shown = [a for a in sys.argv[1:] if a != "--output" and a != str(args.output)]
     for path in (args.model, args.text):  # its name alone
         shown = [path.name if a == str(path) else a for a in shown]

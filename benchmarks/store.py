@@ -2,8 +2,9 @@
 
     python benchmarks/store.py --output benchmarks/results/store.csv
 
-Samples of 128 positions, sets of 2 to 201 ids (mean about 100), one thread, warm cache. Times are processor time of this process, so
-that neighbours on the machine do not count; fsync's waiting does not either. Rows carry the commit they were measured at.
+Samples of 128 positions, sets of 2 to 201 ids (mean about 100), one thread, warm cache. Times are processor time of
+this process, so that neighbours on the machine do not count; fsync's waiting does not either. Rows carry the commit
+they were measured at.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from megatron_replay.store import CandidateStore, Manifest, SampleSets, Writer, 
 VOCAB, POSITIONS = 151_669, 128
 HEADER = ("date", "commit", "command", "machine", "metric", "value", "unit")
 PLAN = Manifest(
-    model="none", tokenizer="none", template="none", dataset="zipf", vocab_size=VOCAB, vocab_padded=151_680, tau=0.95, k_max=200,
-    min_set_size=2, strategy="all", fraction=1.0, buckets=1, seed=0, dtype="fp32",
+    model="none", tokenizer="none", template="none", dataset="zipf", vocab_size=VOCAB, vocab_padded=151_680, tau=0.95,
+    k_max=200, min_set_size=2, strategy="all", fraction=1.0, buckets=1, seed=0, dtype="fp32",
 )  # fmt: skip
 
 
@@ -90,8 +91,15 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     samples = [(rng.bytes(16), sample(rng)) for _ in range(args.samples)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    common = (datetime.date.today().isoformat(), commit, f"python benchmarks/store.py --samples {args.samples}", args.machine)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    common = (
+        datetime.date.today().isoformat(),
+        commit,
+        f"python benchmarks/store.py --samples {args.samples}",
+        args.machine,
+    )
     with tempfile.TemporaryDirectory() as folder:
         found = [row for codec in ("zd", "raw") for row in measure(Path(folder) / codec, samples, codec)]
     new = args.output is not None and not args.output.exists()

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py topk --output benchmarks/results/topk.csv
 
-float32 logits of a synthetic language model, tau 0.95, k_max 200. `ratio` is to ours: of the minima. The plain way with float32
-sums is neither exact nor reproducible; with float64 sums it is, but for ties.
+float32 logits of a synthetic language model, tau 0.95, k_max 200. `ratio` is to ours: of the minima. The plain way with
+float32 sums is neither exact nor reproducible; with float64 sums it is, but for ties.
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def main() -> None:
             per_row = {"min_ms_a_row": f"{min(seconds) / args.rows * 1e3:.4f}"}
             ratio = f"{min(seconds) / min(found[OURS]):.3g}"
             table.append(
-                {"method": name, "V": vocab, "rows": args.rows, "threads": args.threads, **summary(seconds), **per_row, "ratio": ratio}
+                {
+                    "method": name,
+                    "V": vocab,
+                    "rows": args.rows,
+                    "threads": args.threads,
+                    **summary(seconds),
+                    **per_row,
+                    "ratio": ratio,
+                }
             )
     write(table, "topk", args.output)
 

@@ -1,4 +1,5 @@
-"""Post-training on a domain without forgetting: candidate sets from the base model, a loss restricted to them, and MoClip.
+"""Post-training on a domain without forgetting: candidate sets from the base model, a loss restricted to them, and
+MoClip.
 
 The public names below are imported on first use, so that `import megatron_replay` needs neither torch nor megatron.
 """
@@ -12,7 +13,15 @@ __version__ = "0.1.0"
 
 _NAMES_OF = {
     "megatron_replay.config": ["RunConfig"],
-    "megatron_replay.errors": ["ReplayError", "ConfigError", "DataError", "StoreError", "CheckpointError", "LayoutError", "DeviceError"],
+    "megatron_replay.errors": [
+        "ReplayError",
+        "ConfigError",
+        "DataError",
+        "StoreError",
+        "CheckpointError",
+        "LayoutError",
+        "DeviceError",
+    ],
     "megatron_replay.ops": [
         "VocabShard",
         "CandidateSets",
@@ -21,7 +30,17 @@ _NAMES_OF = {
         "restricted_linear_cross_entropy",
         "restricted_cross_entropy",
     ],
-    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "MoFO", "TAM", "Muon", "AdaMuon", "MuonClip", "build_optimizer"],
+    "megatron_replay.optim": [
+        "AdamW",
+        "AdamAtan2",
+        "MoClip",
+        "MoFO",
+        "TAM",
+        "Muon",
+        "AdaMuon",
+        "MuonClip",
+        "build_optimizer",
+    ],
     "megatron_replay.store": ["CandidateStore"],
 }
 _HOME = {name: module for module, names in _NAMES_OF.items() for name in names}

@@ -1,4 +1,5 @@
-"""The `megatron-replay` command: a verb names a function that is imported when chosen; `--help` needs neither torch nor megatron.
+"""The `megatron-replay` command: a verb names a function that is imported when chosen; `--help` needs neither torch nor
+megatron.
 
 Exit codes: 0 done; 2 wrong input, said in one line; 1 a fault of ours, with its traceback; 130 interrupted.
 """
@@ -47,20 +48,29 @@ def _generate(given: Arguments) -> tuple[Any, ...]:
     config = _config([word for word in given.words if is_file(word)], given.overrides)
     if len(prompts) > 1:
         raise ConfigError(f"one prompt at most, got {len(prompts)}; put it in quotes")
-    return (dataclasses.replace(config, generate=dataclasses.replace(config.generate, prompt=prompts[0])) if prompts else config,)
+    return (
+        dataclasses.replace(config, generate=dataclasses.replace(config.generate, prompt=prompts[0]))
+        if prompts
+        else config,
+    )
 
 
 def _launch(given: Arguments) -> tuple[Any, ...]:
-    """The cluster's file and overrides, and the command that follows, which is read here so that its mistakes are told before it starts."""
+    """The cluster's file and overrides, and the command that follows, which is read here so that its mistakes are told
+    before it starts."""
     runnable = [name for name, its in VERBS.items() if "ranks" in its.flags]
     if not given.command or given.command[0] not in runnable:
-        raise ConfigError(f"needs the command that the nodes run: [CLUSTER.yaml] {{{','.join(runnable)}}} [RUN.yaml] ...")
+        raise ConfigError(
+            f"needs the command that the nodes run: [CLUSTER.yaml] {{{','.join(runnable)}}} [RUN.yaml] ..."
+        )
     if len(given.words) > 1:
         raise ConfigError(f"one cluster file at most, got {len(given.words)}: {', '.join(given.words)}")
     verb = VERBS[given.command[0]]
     its = read(given.command[1:], {flag: bool(one.value) for flag, one in verb.flags.items()})
     if "ranks" in its.flags:
-        raise ConfigError(f"--ranks {its.flags['ranks']}: launch starts as many ranks as the nodes have devices; leave it out")
+        raise ConfigError(
+            f"--ranks {its.flags['ranks']}: launch starts as many ranks as the nodes have devices; leave it out"
+        )
     config: RunConfig = verb.arguments(its)[0]
     return config, given.command, given.words[0] if given.words else None, given.overrides
 
@@ -70,7 +80,9 @@ def _store(given: Arguments) -> tuple[Any, ...]:
     if action not in STORE_ACTIONS:
         known = f"one of {', '.join(STORE_ACTIONS)}"
         raise ConfigError(
-            f"unknown action {action!r}; {nearest(action, STORE_ACTIONS, otherwise=known)}" if action else f"needs an action: {known}"
+            f"unknown action {action!r}; {nearest(action, STORE_ACTIONS, otherwise=known)}"
+            if action
+            else f"needs an action: {known}"
         )
     if not paths:
         raise ConfigError(f"{action} needs the folder of a candidate store")
@@ -106,7 +118,8 @@ class Verb:
     keys: bool = True
     """Whether it reads a configuration."""
     runs: bool = False
-    """Whether another verb's command line follows; its own flags stand before that, and the rest is passed on as it is."""
+    """Whether another verb's command line follows; its own flags stand before that, and the rest is passed on as it
+    is."""
 
 
 VERBS = {
@@ -144,7 +157,9 @@ VERBS = {
         ("data", "train", "adapter", "optimizer", "schedule", "layout", "batch"),
         flags={"dry-run": DRY_RUN, **RANKS},
     ),
-    "evaluate": Verb("evaluate:run", "Measure what was learnt and what was forgotten.", ("evaluate", "data", "layout"), flags=RANKS),
+    "evaluate": Verb(
+        "evaluate:run", "Measure what was learnt and what was forgotten.", ("evaluate", "data", "layout"), flags=RANKS
+    ),
     "generate": Verb(
         "generate:run",
         "Continue a prompt.",
@@ -179,9 +194,19 @@ VERBS = {
 def usage() -> str:
     """What `megatron-replay --help` prints."""
     verbs = [entry(name, verb.meaning, column=12) for name, verb in VERBS.items()]
-    head = ["megatron-replay VERB ...", "", "Post-train a language model on a domain without forgetting what it knew.", ""]
+    head = [
+        "megatron-replay VERB ...",
+        "",
+        "Post-train a language model on a domain without forgetting what it knew.",
+        "",
+    ]
     return "\n".join(
-        [*head, *verbs, "", "`megatron-replay VERB --help` lists the verb's keys and flags; `megatron-replay --version` the version."]
+        [
+            *head,
+            *verbs,
+            "",
+            "`megatron-replay VERB --help` lists the verb's keys and flags; `megatron-replay --version` the version.",
+        ]
     )
 
 
@@ -190,7 +215,11 @@ def verb_usage(name: str) -> str:
     verb = VERBS[name]
     text = [f"megatron-replay {name} {verb.words} [flags]", "", verb.meaning]
     if verb.flags:
-        text += ["", "Flags", *(entry(f"--{flag} {its.value}".rstrip(), its.meaning) for flag, its in verb.flags.items())]
+        text += [
+            "",
+            "Flags",
+            *(entry(f"--{flag} {its.value}".rstrip(), its.meaning) for flag, its in verb.flags.items()),
+        ]
     if verb.runs:
         from megatron_replay.stages.cluster import Cluster
 
@@ -202,11 +231,17 @@ def verb_usage(name: str) -> str:
 
 
 def call(name: str, tokens: Sequence[str]) -> int:
-    """Read the tokens after the verb `name` and run its function, here or on `--ranks` processes; returns the exit code."""
+    """Read the tokens after the verb `name` and run its function, here or on `--ranks` processes; returns the exit
+    code."""
     verb = VERBS[name]
     at = next((i for i, token in enumerate(tokens) if token in VERBS), len(tokens)) if verb.runs else len(tokens)
     spellings = ALIASES if verb.keys else {}
-    given = read(tokens[:at], {flag: bool(its.value) for flag, its in verb.flags.items()}, keys=verb.keys or verb.runs, spellings=spellings)
+    given = read(
+        tokens[:at],
+        {flag: bool(its.value) for flag, its in verb.flags.items()},
+        keys=verb.keys or verb.runs,
+        spellings=spellings,
+    )
     given.command = list(tokens[at:])
     ranks = _ranks(given.flags.pop("ranks", "1"))
     args, target = verb.arguments(given), f"megatron_replay.stages.{verb.target}"

@@ -1,4 +1,5 @@
-"""What may stand after a verb: words, `section.key=value` overrides, the verb's own flags, and Megatron's spellings of our keys."""
+"""What may stand after a verb: words, `section.key=value` overrides, the verb's own flags, and Megatron's spellings of
+our keys."""
 
 from __future__ import annotations
 
@@ -63,12 +64,16 @@ class Arguments:
     """The command line of another verb that followed."""
 
 
-def read(tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True, spellings: Mapping[str, str] = ALIASES) -> Arguments:
-    """Sort the tokens after a verb; `own` says of each of its flags whether it takes a value, `keys` whether it has a configuration.
+def read(
+    tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True, spellings: Mapping[str, str] = ALIASES
+) -> Arguments:
+    """Sort the tokens after a verb; `own` says of each of its flags whether it takes a value, `keys` whether it has a
+    configuration.
 
     `spellings` are the flags that set its keys, and the keys.
 
-    Everything after `--` is a word. Raises ConfigError for an unknown flag (with the nearest one) and for a value too many or missing.
+    Everything after `--` is a word. Raises ConfigError for an unknown flag (with the nearest one) and for a value too
+    many or missing.
     """
     given = Arguments()
     takes_value = {**({flag: "=" not in key for flag, key in spellings.items()} if keys else {}), **own}
@@ -81,7 +86,9 @@ def read(tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True, s
         if token.startswith("--"):
             name, has_value, value = token[2:].partition("=")
             if name not in takes_value:
-                hint = nearest(f"--{name}", [f"--{known}" for known in takes_value], otherwise="--help lists the known ones")
+                hint = nearest(
+                    f"--{name}", [f"--{known}" for known in takes_value], otherwise="--help lists the known ones"
+                )
                 raise ConfigError(f"unknown flag '--{name}'; {hint}")
             if has_value and not takes_value[name]:
                 raise ConfigError(f"--{name} takes no value, got {value!r}")
@@ -106,7 +113,8 @@ def is_file(word: str) -> bool:
 
 
 def configuration(path: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The RunConfig of a file and overrides, the last one winning; `optimizer.betas.0=` and `.1=` change one beta and leave the other."""
+    """The RunConfig of a file and overrides, the last one winning; `optimizer.betas.0=` and `.1=` change one beta and
+    leave the other."""
     plain = [item for item in overrides if not item.startswith("optimizer.betas")]
     betas: list[str] = []
     for item in overrides:
@@ -128,7 +136,10 @@ def keys_help(sections: Sequence[str]) -> str:
     lines = ["Keys (YAML, or section.key=value)", *_fields(classes["RunConfig"], RunConfig(), "")]
     for section in sections:
         kind = classes[str(top[section].type)]
-        lines += ["", textwrap.fill(f"{section}: {ast.get_docstring(kind)}", WIDTH) if ast.get_docstring(kind) else f"{section}:"]
+        lines += [
+            "",
+            textwrap.fill(f"{section}: {ast.get_docstring(kind)}", WIDTH) if ast.get_docstring(kind) else f"{section}:",
+        ]
         lines += _fields(kind, getattr(RunConfig(), section), f"{section}.")
     return "\n".join(lines)
 
@@ -148,7 +159,11 @@ def _fields(kind: ast.ClassDef, defaults: object, prefix: str) -> list[str]:
         value = getattr(defaults, node.target.id)
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             continue
-        said = [ast.literal_eval(after.value)] if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else []
+        said = (
+            [ast.literal_eval(after.value)]
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            else []
+        )
         if isinstance(node.annotation, ast.Subscript) and ast.unparse(node.annotation.value) == "Literal":
             said.insert(0, " | ".join(ast.literal_eval(node.annotation.slice)) + ".")
         lines.append(entry(f"{prefix}{node.target.id}={_yaml(value)}", " ".join(said)))
@@ -166,4 +181,6 @@ def _yaml(value: object) -> str:
 def entry(name: str, meaning: str, column: int = 42) -> str:
     """One line of a help text (more, where the meaning is long): the name, and from `column` on what it means."""
     head = f"  {name}".ljust(column - 1) + " "
-    return textwrap.fill(meaning, WIDTH, initial_indent=head, subsequent_indent=" " * column) if meaning else head.rstrip()
+    return (
+        textwrap.fill(meaning, WIDTH, initial_indent=head, subsequent_indent=" " * column) if meaning else head.rstrip()
+    )

@@ -1,4 +1,5 @@
-"""The extensions of compiled kernels, which register themselves with torch when they are loaded, and the choice whether to use them."""
+"""The extensions of compiled kernels, which register themselves with torch when they are loaded, and the choice whether
+to use them."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ Mode = Literal["auto", "reference"]
 def check_mode(mode: str) -> None:
     """Raise ConfigError, with the nearest name, unless `mode` is one."""
     if mode not in get_args(Mode):
-        raise ConfigError(f"unknown kernels {mode!r}; {nearest(str(mode), get_args(Mode), otherwise='choose auto or reference')}")
+        raise ConfigError(
+            f"unknown kernels {mode!r}; {nearest(str(mode), get_args(Mode), otherwise='choose auto or reference')}"
+        )
 
 
 def load(extension: str = "_C") -> str:
-    """Load the kernels, once torch is imported (the NPU's: torch-npu): "loaded", or why not ("not built", "cannot be loaded: ...")."""
+    """Load the kernels, once torch is imported (the NPU's: torch-npu): "loaded", or why not ("not built", "cannot be
+    loaded: ...")."""
     try:
         importlib.import_module(f"megatron_replay.{extension}")
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
 """Typed configuration: what each key is called, means and may be; `config_file` reads and writes it.
 
-One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is the run that uses
-it.
+One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is
+the run that uses it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Data:
     packing: bool = True
     """Put several samples in one row (attention never crosses samples); false: one sample in a row."""
     share_prefixes: bool = False
-    """Compute a beginning that samples of a micro-batch have in common once; exact but for rounding. `collect` and `evaluate` also lay
-    samples that begin alike together."""
+    """Compute a beginning that samples of a micro-batch have in common once; exact but for rounding. `collect` and
+    `evaluate` also lay samples that begin alike together."""
     group_prefixes: bool = False
-    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once; docs/prefixes.md has what that
-    changes. Needs share_prefixes."""
+    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once;
+    docs/prefixes.md has what that changes. Needs share_prefixes."""
     shuffle: bool = True
     limit: int | None = None
     """Use only the first so many samples."""
@@ -65,7 +65,10 @@ class Data:
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "limit")
         if self.group_prefixes and not (self.share_prefixes and self.packing):
-            raise ConfigError("group_prefixes fills rows by what their samples share; set share_prefixes=true and packing=true with it")
+            raise ConfigError(
+                "group_prefixes fills rows by what their samples share; set share_prefixes=true and packing=true "
+                "with it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +83,15 @@ class Collect:
     min_set_size: int = 2
     """Keep at least this many: a set of one has no gradient. 1 is the paper's literal rule."""
     stop_token: bool = False
-    """Keep the tokens that end an answer in every set, beyond the paper's rule. Else nothing in Stage 1 lowers their probability where an
-    answer is to go on, while the end of each answer raises it (docs/log.md has what that did)."""
+    """Keep the tokens that end an answer in every set, beyond the paper's rule. Else nothing in Stage 1 lowers their
+    probability where an answer is to go on, while the end of each answer raises it (docs/log.md has what that did)."""
     strategy: Literal["all", "random", "last", "bucket"] = "bucket"
     fraction: float = 0.5
     """Share of the target positions to keep (random, bucket)."""
     buckets: int = 5
     bucket_samples: int = 1024
-    """The bucket edges are quantiles of the confidence over this many samples, drawn with the run's seed and passed through first."""
+    """The bucket edges are quantiles of the confidence over this many samples, drawn with the run's seed and passed
+    through first."""
     logits: Literal["none", "fp16", "bf16"] = "none"
     """Also store the base model's logits of the kept tokens."""
     codec: Literal["zd", "raw"] = "zd"
@@ -112,7 +116,8 @@ class Train:
 
     loss: Literal["restricted", "full"] = "restricted"
     store: str = ""
-    """The candidate store of `loss: restricted`; with `loss: full` a store, when given, still says which positions count."""
+    """The candidate store of `loss: restricted`; with `loss: full` a store, when given, still says which positions
+    count."""
     iters: int | None = None
     """Optimizer steps; when unset, `epochs` passes over the data."""
     epochs: float = 1.0
@@ -124,23 +129,30 @@ class Train:
     log_interval: int = 1
     tensorboard: bool = True
     profile: tuple[int, ...] = ()
-    """First and last step, counted from this run's beginning, of which each rank writes a chrome trace; --profile: [2, 4]."""
+    """First and last step, counted from this run's beginning, of which each rank writes a chrome trace; --profile: [2,
+    4]."""
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradient was not finite."""
     freeze_share: float = 0.0
-    """Half fine-tuning: this share of each layer's tensors (0.5: half), drawn with the run's seed, is not trained; 0: train all."""
+    """Half fine-tuning: this share of each layer's tensors (0.5: half), drawn with the run's seed, is not trained; 0:
+    train all."""
 
     def __post_init__(self) -> None:
         _positive(self, "iters", "epochs", "save_interval", "log_interval", "max_skipped")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
-            raise ConfigError(f"profile is the first and the last step to trace, such as [2, 4], got {list(self.profile)}")
+            raise ConfigError(
+                f"profile is the first and the last step to trace, such as [2, 4], got {list(self.profile)}"
+            )
         if not 0 <= self.freeze_share < 1:
-            raise ConfigError(f"freeze_share is the share of the tensors that stays as it is, in [0, 1), got {self.freeze_share}")
+            raise ConfigError(
+                f"freeze_share is the share of the tensors that stays as it is, in [0, 1), got {self.freeze_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """LoRA: the model stays as it is, low-rank factors beside its matrices are trained, y = W x + (alpha / rank) B A x."""
+    """LoRA: the model stays as it is, low-rank factors beside its matrices are trained, y = W x + (alpha / rank) B A
+    x."""
 
     rank: int = 0
     """Rows of A and columns of B; 0: no adapter, train the model itself."""
@@ -166,7 +178,8 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """Name, learning rate and weight decay; every further key goes to the optimizer, which checks it (`optimizer.max_angle=60`)."""
+    """Name, learning rate and weight decay; every further key goes to the optimizer, which checks it
+    (`optimizer.max_angle=60`)."""
 
     name: str = "moclip"
     lr: float = 1.25e-6
@@ -207,11 +220,11 @@ class Layout:
     zero1: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
     head_multiple: int = 1
-    """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact, undone on
-    export."""
+    """Pad the key/value heads with zero heads up to a multiple of this, so that tensor parallelism divides them; exact,
+    undone on export."""
     stripe: bool | None = None
-    """Deal the vocabulary's rows out in stripes, so that every tensor rank holds its share of the frequent tokens; exact, undone on export.
-    When unset: where layout.tensor is above 1."""
+    """Deal the vocabulary's rows out in stripes, so that every tensor rank holds its share of the frequent tokens;
+    exact, undone on export. When unset: where layout.tensor is above 1."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor", "pipeline", "head_multiple")
@@ -279,7 +292,8 @@ class Generate:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     model: str = ""
-    """A Hugging Face folder (config.json, safetensors, tokenizer) or a checkpoint folder written by `train` or `convert`."""
+    """A Hugging Face folder (config.json, safetensors, tokenizer) or a checkpoint folder written by `train` or
+    `convert`."""
     tokenizer: str = ""
     """Folder of the tokenizer, when it is not the model's."""
     output: str = "runs/replay"
@@ -287,7 +301,8 @@ class RunConfig:
     seed: int = 42
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto: bf16 with fp32 main weights on devices that have it, fp32 on cpu; fp64: cpu only, for checking one layout against another."""
+    """auto: bf16 with fp32 main weights on devices that have it, fp32 on cpu; fp64: cpu only, for checking one layout
+    against another."""
     kernels: Literal["auto", "reference"] = "auto"
     data: Data = field(default_factory=Data)
     collect: Collect = field(default_factory=Collect)
@@ -303,6 +318,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.adapter.rank and self.train.freeze_share:
             raise ConfigError(
-                f"adapter.rank={self.adapter.rank} freezes the whole model, so train.freeze_share={self.train.freeze_share} has nothing to "
+                f"adapter.rank={self.adapter.rank} freezes the whole model, so "
+                f"train.freeze_share={self.train.freeze_share} has nothing to "
                 "choose from; set one of them to 0"
             )

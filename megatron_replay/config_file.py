@@ -1,4 +1,5 @@
-"""Any frozen dataclass, sections nested, from its defaults, a YAML file and dotted overrides, and back; every mistake names its key.
+"""Any frozen dataclass, sections nested, from its defaults, a YAML file and dotted overrides, and back; every mistake
+names its key.
 
 A field with `metadata={"rest": True}` takes the keys that the section does not know.
 """
@@ -24,7 +25,8 @@ T = TypeVar("T")
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Build `cls` from its defaults, then the YAML file, then `section.key=value` overrides; the last one wins.
 
-    Raises ConfigError for a file that is missing or no YAML mapping, an unknown key (with the nearest name), or a value of another type.
+    Raises ConfigError for a file that is missing or no YAML mapping, an unknown key (with the nearest name), or a value
+    of another type.
     """
     tree = _read(Path(path)) if path else {}
     for item in overrides:
@@ -62,7 +64,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         mark = getattr(err, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(err, 'problem', err)}; write plain 'key: value' lines") from err
+        raise ConfigError(
+            f"{path}{where}: not valid YAML: {getattr(err, 'problem', err)}; write plain 'key: value' lines"
+        ) from err
     if tree is None:
         return {}
     if not isinstance(tree, dict):

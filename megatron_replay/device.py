@@ -1,6 +1,8 @@
-"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims.py` names a device's module.
+"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims.py` names a
+device's module.
 
-A `Device` says what the rest needs to know: where tensors live, which backend moves them between ranks, and what the hardware has.
+A `Device` says what the rest needs to know: where tensors live, which backend moves them between ranks, and what the
+hardware has.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Device:
         """Make device `index` this process's current one."""
         if self.module is not None:
             if index >= self.count():
-                raise DeviceError(f"local rank {index} has no {self.name} device: {self.count()} here; start fewer ranks per node")
+                raise DeviceError(
+                    f"local rank {index} has no {self.name} device: {self.count()} here; start fewer ranks per node"
+                )
             self.module.set_device(index)
         return self.at(index)
 
@@ -152,7 +156,10 @@ def dtype(precision: str, device: Device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if device.has_bf16 else "fp32"
     if precision == "fp64" and device.name != "cpu":
-        raise DeviceError(f"precision=fp64 is for checking layouts against each other on the cpu, not for {device.name}; use fp32 or bf16")
+        raise DeviceError(
+            f"precision=fp64 is for checking layouts against each other on the cpu, not for {device.name}; use fp32 "
+            "or bf16"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
 
 
@@ -165,7 +172,8 @@ def launcher_ranks() -> tuple[int, int, int] | None:
 
 
 def node_rank() -> int | None:
-    """NODE_RANK, which a launcher sets on each node of several; None when it is not set. Raises ConfigError when it is no number."""
+    """NODE_RANK, which a launcher sets on each node of several; None when it is not set. Raises ConfigError when it is
+    no number."""
     text = os.environ.get("NODE_RANK")
     if text is not None and not text.isdecimal():
         raise ConfigError(f"NODE_RANK={text!r} is no number; set it to 0 on the first node, 1 on the next, and so on")
@@ -179,7 +187,8 @@ def environment() -> dict[str, str]:
 
 
 def fused_operator(name: str, device_type: str) -> Callable[..., Any] | None:
-    """torch-npu's fused operator of this name, for tensors on an NPU; None elsewhere, and where this torch-npu lacks it."""
+    """torch-npu's fused operator of this name, for tensors on an NPU; None elsewhere, and where this torch-npu lacks
+    it."""
     return getattr(torch.ops.npu, name, None) if device_type == "npu" else None
 
 

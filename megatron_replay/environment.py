@@ -1,7 +1,8 @@
-"""The variables that decide how ranks find each other and use their device: what each should be, and a check of those that are set.
+"""The variables that decide how ranks find each other and use their device: what each should be, and a check of those
+that are set.
 
-Values are those that Megatron and MindSpeed launch scripts use; what a variable may be at all follows its maker's documentation: CANN's
-"Environment variables" and "HCCL" references, and that of Ascend Extension for PyTorch.
+Values are those that Megatron and MindSpeed launch scripts use; what a variable may be at all follows its maker's
+documentation: CANN's "Environment variables" and "HCCL" references, and that of Ascend Extension for PyTorch.
 """
 
 from __future__ import annotations
@@ -29,13 +30,31 @@ _INTERFACES = r"[=^]?[\w.:-]+(,[\w.:-]+)*"
 _OPTIONS = r"\w+:[^,:]+(,\w+:[^,:]+)*"
 
 VARIABLES = (
-    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", range(1, 33), "kernels start in the order megatron issues them", ("npu", "cuda")),
+    Variable(
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "1",
+        range(1, 33),
+        "kernels start in the order megatron issues them",
+        ("npu", "cuda"),
+    ),
     Variable("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", _OPTIONS, "less fragmentation of device memory"),
-    Variable("HCCL_CONNECT_TIMEOUT", "3600", range(120, 7201), "seconds (120..7200) that ranks wait for each other to connect"),
-    Variable("HCCL_EXEC_TIMEOUT", "3600", range(2**31), "seconds a rank waits in a collective (0: for ever), as while another saves"),
+    Variable(
+        "HCCL_CONNECT_TIMEOUT",
+        "3600",
+        range(120, 7201),
+        "seconds (120..7200) that ranks wait for each other to connect",
+    ),
+    Variable(
+        "HCCL_EXEC_TIMEOUT",
+        "3600",
+        range(2**31),
+        "seconds a rank waits in a collective (0: for ever), as while another saves",
+    ),
     Variable("CPU_AFFINITY_CONF", "1", r"[0-2](,.+)?", "each rank stays on the cores near its device"),
     Variable("TASK_QUEUE_ENABLE", "2", range(3), "operators are issued from a queue of their own"),
-    Variable("HCCL_SOCKET_IFNAME", "", _INTERFACES, "the interface of HCCL, where hosts have several", when="several nodes"),
+    Variable(
+        "HCCL_SOCKET_IFNAME", "", _INTERFACES, "the interface of HCCL, where hosts have several", when="several nodes"
+    ),
     Variable(
         "GLOO_SOCKET_IFNAME",
         "",
@@ -44,7 +63,14 @@ VARIABLES = (
         ("npu", "cuda", "cpu"),
         "several nodes",
     ),
-    Variable("NCCL_SOCKET_IFNAME", "", _INTERFACES, "the interface of NCCL, where hosts have several", ("cuda",), "several nodes"),
+    Variable(
+        "NCCL_SOCKET_IFNAME",
+        "",
+        _INTERFACES,
+        "the interface of NCCL, where hosts have several",
+        ("cuda",),
+        "several nodes",
+    ),
     Variable(
         "HCCL_IF_BASE_PORT",
         "",
@@ -52,10 +78,25 @@ VARIABLES = (
         "first of the 32 host ports (1024..65520) HCCL takes; 60000 when unset",
         when="on demand",
     ),
-    Variable("HCCL_DETERMINISTIC", "true", r"true|false|strict", "the same sums in every run, at a cost", when="on demand"),
+    Variable(
+        "HCCL_DETERMINISTIC", "true", r"true|false|strict", "the same sums in every run, at a cost", when="on demand"
+    ),
     Variable("ASCEND_RT_VISIBLE_DEVICES", "", _NUMBERS, "which devices of the node a run may use", when="on demand"),
-    Variable("CUDA_VISIBLE_DEVICES", "", r"[\w-]+(,[\w-]+)*|", "which devices of the node a run may use", ("cuda",), "on demand"),
-    Variable("OMP_NUM_THREADS", "1", range(1, 1025), "threads of each rank: all ranks of a node share its cores", ("npu", "cuda", "cpu")),
+    Variable(
+        "CUDA_VISIBLE_DEVICES",
+        "",
+        r"[\w-]+(,[\w-]+)*|",
+        "which devices of the node a run may use",
+        ("cuda",),
+        "on demand",
+    ),
+    Variable(
+        "OMP_NUM_THREADS",
+        "1",
+        range(1, 1025),
+        "threads of each rank: all ranks of a node share its cores",
+        ("npu", "cuda", "cpu"),
+    ),
 )
 
 
@@ -78,15 +119,19 @@ class Finding:
             return f"{self.name} is missing: {wanted} ({self.why})"
         if self.state == "wrong":
             return f"{self.name}={self.value} is wrong: {wanted} ({self.why})"
-        return f"{self.name}={self.value}" + (f" (usual: {wanted}; {self.why})" if self.wanted not in ("", self.value) else "")
+        return f"{self.name}={self.value}" + (
+            f" (usual: {wanted}; {self.why})" if self.wanted not in ("", self.value) else ""
+        )
 
 
 def check(device: str, environ: Mapping[str, str], *, nodes: int = 1) -> list[Finding]:
-    """What is set, missing and wrong in `environ` for ranks on `device` (cpu, cuda, npu) of that many nodes, in the order of VARIABLES."""
+    """What is set, missing and wrong in `environ` for ranks on `device` (cpu, cuda, npu) of that many nodes, in the
+    order of VARIABLES."""
     return [
         Finding(v.name, _state(v, environ), environ.get(v.name, ""), v.wanted, v.why)
         for v in VARIABLES
-        if device in v.devices and (v.name in environ or v.when == "always" or (v.when == "several nodes" and nodes > 1))
+        if device in v.devices
+        and (v.name in environ or v.when == "always" or (v.when == "several nodes" and nodes > 1))
     ]
 
 

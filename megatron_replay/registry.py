@@ -60,13 +60,19 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def foreign(self, name: str, options: Iterable[str]) -> dict[str, str]:
-        """Those of `options` that the class of that name does not take but another does: option -> a name that takes it."""
+        """Those of `options` that the class of that name does not take but another does: option -> a name that takes
+        it."""
         own = _options(self.get(name))[0]
-        takers = {option: [n for n in self._classes if option in _options(self._classes[n])[0]] for option in options if option not in own}
+        takers = {
+            option: [n for n in self._classes if option in _options(self._classes[n])[0]]
+            for option in options
+            if option not in own
+        }
         return {option: names[0] for option, names in takers.items() if names}
 
     def build(self, name: str, *args: Any, **options: Any) -> T:
-        """Construct the class of that name; `args` come from the program, `options` from the user and are checked against the signature.
+        """Construct the class of that name; `args` come from the program, `options` from the user and are checked
+        against the signature.
 
         Raises ConfigError for an option the constructor does not take, takes already from `args`, or misses.
         """
@@ -82,7 +88,8 @@ class Registry(Generic[T]):
 
 
 def _options(cls: type, given: int = 0) -> tuple[dict[str, bool], bool]:
-    """Keyword -> whether it is needed, of the parameters after the first `given`; and whether any further keyword is taken."""
+    """Keyword -> whether it is needed, of the parameters after the first `given`; and whether any further keyword is
+    taken."""
     parameters = list(inspect.signature(cls).parameters.values())[given:]
     unpacked = _unpacked(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not unpacked

@@ -1,9 +1,11 @@
-"""The coefficients in csrc/cpu/arctangent.h: atan(t) = t + t z Q(z) with z = t^2, of least relative error for t in [0, 1].
+"""The coefficients in csrc/cpu/arctangent.h: atan(t) = t + t z Q(z) with z = t^2, of least relative error for t in [0,
+1].
 
     python tools/arctangent.py [terms]
 
-Lawson's iteration (least squares whose weights grow where the error is largest) in float64 converges to the minimax polynomial; then the
-coefficients are rounded to float32. Prints them, and the largest error of the polynomial itself, before any float32 arithmetic.
+Lawson's iteration (least squares whose weights grow where the error is largest) in float64 converges to the minimax
+polynomial; then the coefficients are rounded to float32. Prints them, and the largest error of the polynomial itself,
+before any float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def main() -> None:
     t = np.linspace(1e-6, 1, 1_000_001)
     z = t * t
     value = t + t * z * np.polyval(q[::-1].astype(np.float64), z)
-    print("largest relative error", np.abs(value / np.arctan(t) - 1).max(), "(half a float32 ulp is 2.98e-08 to 5.96e-08)")
+    print(
+        "largest relative error", np.abs(value / np.arctan(t) - 1).max(), "(half a float32 ulp is 2.98e-08 to 5.96e-08)"
+    )
     print(", ".join(f"{c:.9g}f" for c in q))
 
 

@@ -1,4 +1,5 @@
-"""Write requirements.lock: the versions this environment holds of all that pyproject.toml asks for, directly or through others.
+"""Write requirements.lock: the versions this environment holds of all that pyproject.toml asks for, directly or through
+others.
 
     python tools/lock.py > requirements.lock
 
@@ -30,7 +31,8 @@ def wanted(pyproject: Path) -> list[Requirement]:
 
 
 def resolve(roots: list[Requirement]) -> dict[str, str]:
-    """Name -> installed version of the roots and of everything they need here; raises LookupError for one that is missing or too old."""
+    """Name -> installed version of the roots and of everything they need here; raises LookupError for one that is
+    missing or too old."""
     versions: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     todo = list(roots)
@@ -43,7 +45,9 @@ def resolve(roots: list[Requirement]) -> dict[str, str]:
         try:
             package = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            raise LookupError(f"{name} is not installed in {sys.prefix}; install the project with its extras first") from None
+            raise LookupError(
+                f"{name} is not installed in {sys.prefix}; install the project with its extras first"
+            ) from None
         if not need.specifier.contains(package.version, prereleases=True):
             raise LookupError(f"{name} {package.version} is installed, but {need} is needed")
         versions[name] = Version(package.version).public  # +cpu and the like name a build, not a version

@@ -1,10 +1,12 @@
-"""Is this device sound? Every operator against plain torch, collectives, ten training steps against the golden losses, timings.
+"""Is this device sound? Every operator against plain torch, collectives, ten training steps against the golden losses,
+timings.
 
     python tools/selftest.py --device cuda kernels
     python tools/selftest.py --device npu collectives
 
-A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). `npu_selftest.sh` runs all.
-Needs the project's checkout and pytest: the golden losses and the tiny model are those of tests/.
+A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why).
+`npu_selftest.sh` runs all. Needs the project's checkout and pytest: the golden losses and the tiny model are those of
+tests/.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from megatron_replay.parallel.launch import launch
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float64: 1e-12}
-"""Largest difference to float64 on the cpu, relative to the largest value; inputs are rounded before, so what remains is that of sums."""
+"""Largest difference to float64 on the cpu, relative to the largest value; inputs are rounded before, so what remains
+is that of sums."""
 PROBLEMS: dict[str, tuple[list[int], int, int]] = {
     "short sets": ([1 + t % 40 for t in range(50)], 700, 96),
     "sets of all sizes": ([1, 2, 40, 201, 7, 120] * 20, 3000, 1024),
@@ -57,7 +60,8 @@ Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
 
 
 def kernels(device: Device) -> int:
-    """Each operator on the device: the same bits twice, and those of plain torch in float64 on the cpu but for rounding."""
+    """Each operator on the device: the same bits twice, and those of plain torch in float64 on the cpu but for
+    rounding."""
     live = {**operators.live(device.name), **optimizer.live(device.name)}
     print(f"compiled kernels: {operators.EXTENSION}")
     wrong = 0
@@ -76,7 +80,8 @@ def kernels(device: Device) -> int:
 
 
 def compared(call: Run, device: Device, tolerance: float, *, again: bool) -> tuple[float, str]:
-    """(how far the device's results are from float64 on the cpu, what is wrong or ""); `again`: a second call must give the same bits."""
+    """(how far the device's results are from float64 on the cpu, what is wrong or ""); `again`: a second call must give
+    the same bits."""
     try:
         found, second = (call(operators.kernels("auto"), lambda t: t.to(device.at())) for _ in range(2))
     except (RuntimeError, ValueError) as err:
@@ -211,7 +216,10 @@ def collectives_rank(name: str) -> int:
                 right = bool((total == RANKS * (RANKS + 1) / 2).all()) if what == "all-reduce" else gathered(parts)
                 wrong += not right
                 if active.is_main:
-                    kind = f"{what} over {active.device.backend} {str(dtype).removeprefix('torch.'):8} {mine.nbytes / 2**20:5.1f} MiB"
+                    kind = (
+                        f"{what} over {active.device.backend} {str(dtype).removeprefix('torch.'):8} "
+                        f"{mine.nbytes / 2**20:5.1f} MiB"
+                    )
                     print(f"{kind}  {'right' if right else 'WRONG'}  {seconds * 1e3:.2f} ms", flush=True)
     world.stop()
     return int(wrong > 0)
@@ -232,17 +240,26 @@ def golden(device: Device) -> int:
     import models
     import test_golden
 
-    kept = [line.split() for line in test_golden.GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    kept = [
+        line.split() for line in test_golden.GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ]
     tolerance, worst = GOLDEN_TOLERANCE[device.name], 0.0
     for loss, tied in test_golden.RUNS:
         wanted = [[float(x) for x in row[3:5]] for row in kept if row[:2] == [loss, "tied" if tied else "untied"]]
         with tempfile.TemporaryDirectory() as folder:
             models.write_folder(Path(folder), {**models.QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": tied})
             found = train(device, folder, loss, jobs)
-        error = max(abs(a / b - 1) for ours, theirs in zip(found, wanted, strict=True) for a, b in zip(ours, theirs, strict=True))
+        error = max(
+            abs(a / b - 1)
+            for ours, theirs in zip(found, wanted, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
         worst = max(worst, error)
         verdict = "right" if error <= tolerance else "WRONG"
-        print(f"{loss:10} {'tied' if tied else 'untied':6} {verdict}: loss and gradient norm of ten steps off by at most {error:.1e}")
+        print(
+            f"{loss:10} {'tied' if tied else 'untied':6} {verdict}: loss and gradient norm of ten steps off by at "
+            f"most {error:.1e}"
+        )
     return int(not worst <= tolerance)
 
 
@@ -257,12 +274,15 @@ def train(device: Device, folder: str, loss: str, jobs: Any) -> list[tuple[float
         model = build(source.spec, Layout(), active, torch.float32, seq_length=128)
         load_hf(model, source)
         trainer = make_trainer(model, jobs.MOCLIP)
-        steps = [trainer.step(jobs.batch_of(model, step, jobs.ROWS), jobs.task(model, loss), jobs.LR) for step in range(10)]
+        steps = [
+            trainer.step(jobs.batch_of(model, step, jobs.ROWS), jobs.task(model, loss), jobs.LR) for step in range(10)
+        ]
     return [(float(step.loss), float(step.grad_norm)) for step in steps]
 
 
 def timings(device: Device) -> int:
-    """Forward and backward of the restricted loss and of the full one, at one tensor-parallel rank's share of Qwen3-4B (small on a cpu)."""
+    """Forward and backward of the restricted loss and of the full one, at one tensor-parallel rank's share of Qwen3-4B
+    (small on a cpu)."""
     n, hidden, vocab, k = (128, 256, 4096, 50) if device.name == "cpu" else (4096, 2560, 151_936 // 4, 100)
     dtype = torch.bfloat16 if device.has_bf16 else torch.float32
     gen = torch.Generator().manual_seed(0)
@@ -273,7 +293,9 @@ def timings(device: Device) -> int:
     main_grad, gold = torch.zeros(w.shape, device=device.at()), ids[:, 0].to(device.at())
     losses: dict[str, Callable[[], Tensor]] = {
         "restricted": lambda: restricted_linear_cross_entropy(h, w, sets, main_grad=main_grad),
-        "restricted, plain torch": lambda: restricted_linear_cross_entropy(h, w, sets, main_grad=main_grad, kernels="reference"),
+        "restricted, plain torch": lambda: restricted_linear_cross_entropy(
+            h, w, sets, main_grad=main_grad, kernels="reference"
+        ),
         "full, chunked": lambda: linear_cross_entropy(h, w, gold),
         "full": lambda: torch.nn.functional.cross_entropy((h @ w.t()).float(), gold, reduction="none"),
     }
@@ -301,7 +323,12 @@ def best_of(device: Device, call: Callable[[], Any], rounds: int = 5) -> float:
     return min(took[1:])
 
 
-PARTS: dict[str, Callable[[Device], int]] = {"kernels": kernels, "collectives": collectives, "golden": golden, "timings": timings}
+PARTS: dict[str, Callable[[Device], int]] = {
+    "kernels": kernels,
+    "collectives": collectives,
+    "golden": golden,
+    "timings": timings,
+}
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
-"""The three kinds of vocabulary file behind one face: tokenizer.json, sentencepiece's tokenizer.model, Qwen's *.tiktoken."""
+"""The three kinds of vocabulary file behind one face: tokenizer.json, sentencepiece's tokenizer.model, Qwen's
+*.tiktoken."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ import tokenizers
 from megatron_replay.errors import DataError
 
 # The split pattern and the control tokens of Qwen's tokenizer (github.com/QwenLM/Qwen, tokenization_qwen)
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
@@ -30,7 +33,8 @@ class Backend(Protocol):
     """The bos_token, eos_token and pad_token that the file itself names."""
 
     def encode(self, text: str, *, special: bool, continues: bool) -> list[int]:
-        """special: control tokens written in the text become their ids. continues: the text goes on, so no space is put before it."""
+        """special: control tokens written in the text become their ids. continues: the text goes on, so no space is put
+        before it."""
         ...
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str: ...
@@ -43,9 +47,11 @@ class Backend(Protocol):
 
 
 def _continue(encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """Ids of a text that follows other text: many sentencepiece-like vocabularies put a space before whatever they are given.
+    """Ids of a text that follows other text: many sentencepiece-like vocabularies put a space before whatever they are
+    given.
 
-    Encoding after a line break, which such vocabularies never join with what follows, and cutting it off again leaves that space out.
+    Encoding after a line break, which such vocabularies never join with what follows, and cutting it off again leaves
+    that space out.
     """
     anchor, ids = encode("\n"), encode("\n" + text)
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else encode(text)
@@ -59,7 +65,9 @@ class JsonBackend:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as err:  # the library raises plain Exception
-            raise DataError(f"{path}: not a tokenizer.json that the tokenizers library reads: {err}; copy the file again") from err
+            raise DataError(
+                f"{path}: not a tokenizer.json that the tokenizers library reads: {err}; copy the file again"
+            ) from err
         self._tokenizer.no_truncation()  # saved files often carry the cut of somebody's last batch
         self._tokenizer.no_padding()
         self._register(path, added, control)
@@ -74,10 +82,13 @@ class JsonBackend:
                 self._tokenizer.add_special_tokens([token])
             if (got := self._tokenizer.token_to_id(token)) != wanted:
                 raise DataError(
-                    f"{path}: tokenizer_config.json gives {token!r} the id {wanted}, but the vocabulary makes it {got}; "
+                    f"{path}: tokenizer_config.json gives {token!r} the id {wanted}, but the vocabulary makes it "
+                    f"{got}; "
                     "the two files do not belong together"
                 )
-        self._tokenizer.add_special_tokens([t for t in control if t not in known and self._tokenizer.token_to_id(t) is not None])
+        self._tokenizer.add_special_tokens(
+            [t for t in control if t not in known and self._tokenizer.token_to_id(t) is not None]
+        )
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -100,7 +111,8 @@ class JsonBackend:
 class PieceBackend:
     """sentencepiece's tokenizer.model, with the folder's added tokens.
 
-    legacy: put a space before the text after every control token, as the first Llama tokenizers did, and not only at the start.
+    legacy: put a space before the text after every control token, as the first Llama tokenizers did, and not only at
+    the start.
     """
 
     def __init__(self, path: Path, added: Mapping[str, int], *, legacy: bool) -> None:
@@ -108,14 +120,28 @@ class PieceBackend:
         try:
             self._pieces.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as err:
-            raise DataError(f"{path}: not a sentencepiece model; a tiktoken vocabulary must be named *.tiktoken") from err
+            raise DataError(
+                f"{path}: not a sentencepiece model; a tiktoken vocabulary must be named *.tiktoken"
+            ) from err
         count = self._pieces.get_piece_size()
-        known = {i: self._pieces.id_to_piece(i) for i in range(count) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
-        self._control = {token: i for i, token in known.items()} | {token: i for token, i in added.items() if i >= count}
+        known = {
+            i: self._pieces.id_to_piece(i)
+            for i in range(count)
+            if self._pieces.is_control(i) or self._pieces.is_unknown(i)
+        }
+        self._control = {token: i for i, token in known.items()} | {
+            token: i for token, i in added.items() if i >= count
+        }
         self._texts = {i: token for token, i in self._control.items()}
-        self._split = re.compile("(" + "|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True)) + ")")
+        self._split = re.compile(
+            "(" + "|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True)) + ")"
+        )
         self._legacy = legacy
-        named = {"bos_token": self._pieces.bos_id(), "eos_token": self._pieces.eos_id(), "pad_token": self._pieces.pad_id()}
+        named = {
+            "bos_token": self._pieces.bos_id(),
+            "eos_token": self._pieces.eos_id(),
+            "pad_token": self._pieces.pad_id(),
+        }
         self.names = {name: self._pieces.id_to_piece(i) for name, i in named.items() if i >= 0}
         self.size = max(count, *(i + 1 for i in self._control.values()))
 
@@ -128,7 +154,11 @@ class PieceBackend:
             if i % 2:
                 ids.append(self._control[part])
             elif part:
-                ids += _continue(self._encode, part) if (continues or ids) and not (self._legacy and ids) else self._encode(part)
+                ids += (
+                    _continue(self._encode, part)
+                    if (continues or ids) and not (self._legacy and ids)
+                    else self._encode(part)
+                )
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
@@ -163,7 +193,9 @@ class TiktokenBackend:
         self.names = {"eos_token": QWEN_CONTROL[0]}
         start = max(ranks.values()) + 1  # 151643 in Qwen's own file
         self._control = {token: start + i for i, token in enumerate(QWEN_CONTROL)}
-        self._encoding = tiktoken.Encoding(path.name, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=self._control)
+        self._encoding = tiktoken.Encoding(
+            path.name, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=self._control
+        )
         self._texts = {i: token for token, i in self._control.items()}
         self.size = start + len(QWEN_CONTROL)
 
@@ -195,7 +227,9 @@ def _ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as err:
-            raise DataError(f"{path}:{number}: expected a base64 token and its rank, found {line[:40]!r}; copy the file again") from err
+            raise DataError(
+                f"{path}:{number}: expected a base64 token and its rank, found {line[:40]!r}; copy the file again"
+            ) from err
     _check_ranks(path, ranks, ranks.values())
     return ranks
 

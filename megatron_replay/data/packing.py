@@ -1,7 +1,7 @@
 """Samples to rows to batches: which samples stand in which row, and which rows in which step, on any layout.
 
-A row is a list of sample indices whose lengths add up to at most the capacity. All here is a pure function of lengths, seed and step:
-the layout of the ranks comes in last, in `share`, and resuming needs the step number alone.
+A row is a list of sample indices whose lengths add up to at most the capacity. All here is a pure function of lengths,
+seed and step: the layout of the ranks comes in last, in `share`, and resuming needs the step number alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from megatron_replay.errors import DataError, LayoutError
 Row = list[int]
 
 OPEN_ROWS = 32
-"""Rows that still take samples at a time: more of them fill better, but cost time and put samples together from farther apart."""
+"""Rows that still take samples at a time: more of them fill better, but cost time and put samples together from farther
+apart."""
 
 
 def order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
-    """[n] the order of an epoch's samples, the same on every layout and numpy version (PCG64's raw stream is fixed, shuffle is not)."""
+    """[n] the order of an epoch's samples, the same on every layout and numpy version (PCG64's raw stream is fixed,
+    shuffle is not)."""
     if not shuffle:
         return np.arange(n, dtype=np.int64)
     keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(n)
@@ -37,10 +39,11 @@ def pack(
     packing: bool = True,
     order: Sequence[int] | NDArray[np.integer] | None = None,
 ) -> list[Row]:
-    """Rows of sample indices, in `order` (default: as they stand). Raises DataError for a sample longer than `capacity`.
+    """Rows of sample indices, in `order` (default: as they stand). Raises DataError for a sample longer than
+    `capacity`.
 
-    packing: each sample goes to the first of the open rows that has room for it, else to a new row; the oldest row closes when there are
-    more than `OPEN_ROWS`. Every sample stands in exactly one row. False: one sample a row.
+    packing: each sample goes to the first of the open rows that has room for it, else to a new row; the oldest row
+    closes when there are more than `OPEN_ROWS`. Every sample stands in exactly one row. False: one sample a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
@@ -64,7 +67,8 @@ def pack(
 
 
 class Grouping:
-    """Rows of samples that begin alike; a row may hold more tokens of its samples than `capacity`, since what they share counts once."""
+    """Rows of samples that begin alike; a row may hold more tokens of its samples than `capacity`, since what they
+    share counts once."""
 
     def __init__(self, samples: Sequence[NDArray[np.integer]], capacity: int) -> None:
         _check(np.array([len(ids) for ids in samples]), capacity)
@@ -72,7 +76,8 @@ class Grouping:
         self._forest = prefixes.forest(samples)
 
     def rows(self, seed: int, epoch: int, shuffle: bool = True) -> list[Row]:
-        """One epoch: branches in random order, and the samples of each, cut into rows; then the rows in random order."""
+        """One epoch: branches in random order, and the samples of each, cut into rows; then the rows in random
+        order."""
         ordered = self._forest.order(order(len(self._samples), seed, epoch, shuffle).tolist())
         rows = prefixes.rows(self._samples, ordered, self._capacity)
         return [rows[i] for i in order(len(rows), seed + 1, epoch, shuffle)]
@@ -82,7 +87,8 @@ def _check(sizes: NDArray[np.int64], capacity: int) -> None:
     if len(sizes) and sizes.max() > capacity:
         longest = int(sizes.argmax())
         raise DataError(
-            f"sample {longest} has {sizes[longest]} tokens, but a row holds {capacity}; raise data.seq_length, or set data.over_length"
+            f"sample {longest} has {sizes[longest]} tokens, but a row holds {capacity}; raise data.seq_length, or set "
+            "data.over_length"
         )
 
 
@@ -98,7 +104,8 @@ def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[l
     """
     if len(rows) % (dp_size * micro):
         raise LayoutError(
-            f"a batch of {len(rows)} rows cannot be dealt to {dp_size} data-parallel ranks in micro-batches of {micro}; "
+            f"a batch of {len(rows)} rows cannot be dealt to {dp_size} data-parallel ranks in micro-batches of "
+            f"{micro}; "
             f"make batch.total a multiple of {dp_size * micro}"
         )
     size = len(rows) // dp_size
@@ -108,8 +115,8 @@ def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[l
 class Stream:
     """The rows of all epochs one after another, cut into global batches of `total` rows.
 
-    A batch at the end of an epoch is filled with the first rows of the next one, so every batch is full and no sample is left out.
-    `grouping` makes the rows of an epoch in place of `pack`.
+    A batch at the end of an epoch is filled with the first rows of the next one, so every batch is full and no sample
+    is left out. `grouping` makes the rows of an epoch in place of `pack`.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
-"""Samples that begin alike, laid down as a forest: what they share is there once, and each goes on in a branch of its own.
+"""Samples that begin alike, laid down as a forest: what they share is there once, and each goes on in a branch of its
+own.
 
-A forest is a table of segments [n, 3] (start, length, parent). A segment is a stretch of a flat row of T tokens; `parent` is the row of the
-table whose segment it goes on from, -1 where a sample begins. Parents stand before their children, roots first, siblings side by side. A
-sample is the path from a root to one segment, so a sample that is the beginning of another one has no segment of its own, and without
-sharing every segment is a root.
+A forest is a table of segments [n, 3] (start, length, parent). A segment is a stretch of a flat row of T tokens;
+`parent` is the row of the table whose segment it goes on from, -1 where a sample begins. Parents stand before their
+children, roots first, siblings side by side. A sample is the path from a root to one segment, so a sample that is the
+beginning of another one has no segment of its own, and without sharing every segment is a root.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class _Node:
 
 
 class Forest:
-    """Grows by a sample at a time; what was shared stays shared, so the tokens that a sample adds are known beforehand."""
+    """Grows by a sample at a time; what was shared stays shared, so the tokens that a sample adds are known
+    beforehand."""
 
     def __init__(self, *, share: bool = True) -> None:
         self._share = share
@@ -104,7 +106,8 @@ class Forest:
         self._ends.append(node)
 
     def _walk(self, ids: Ids) -> tuple[_Node, int]:
-        """The node in or at the end of which this sample leaves the forest, and the number of tokens it has in common until there."""
+        """The node in or at the end of which this sample leaves the forest, and the number of tokens it has in common
+        until there."""
         node, depth = self._top, 0
         while self._share and depth == node.stop and (child := _next(node, ids)) is not None:
             node, depth = child, _agree(child, ids)
@@ -135,8 +138,8 @@ class Forest:
         return _joined(parts[::-1])
 
     def order(self, ranked: Iterable[int]) -> list[int]:
-        """`ranked` (all samples, in some order), rearranged so that those that begin alike stand together: branches, and samples within a
-        branch, come in the order of their first sample in `ranked`."""
+        """`ranked` (all samples, in some order), rearranged so that those that begin alike stand together: branches,
+        and samples within a branch, come in the order of their first sample in `ranked`."""
         held: dict[int, list[int | _Node]] = {id(self._top): []}
         for index in ranked:
             item: int | _Node = index
@@ -167,7 +170,8 @@ def forest(samples: Iterable[Ids]) -> Forest:
 
 
 def rows(samples: Sequence[Ids], order: Iterable[int], capacity: int) -> list[list[int]]:
-    """Cut samples in this order into rows of at most `capacity` tokens, shared ones counted once (a longer sample stands alone)."""
+    """Cut samples in this order into rows of at most `capacity` tokens, shared ones counted once (a longer sample
+    stands alone)."""
     found: list[list[int]] = []
     row = Forest()
     for index in order:

@@ -23,13 +23,21 @@ from megatron_replay.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
-# the key that tells a format, in the order in which the formats are tried; "text" comes last because alpaca files often carry it as a copy
-_TELLING = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "prompt_completion": "prompt", "text": "text"}
+# the key that tells a format, in the order in which the formats are tried; "text" comes last because alpaca files often
+# carry it as a copy
+_TELLING = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "alpaca": "instruction",
+    "prompt_completion": "prompt",
+    "text": "text",
+}
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train` says whether an assistant turn's tokens are targets; `extra` goes to the chat template as it is."""
+    """One turn. `train` says whether an assistant turn's tokens are targets; `extra` goes to the chat template as it
+    is."""
 
     role: str
     content: str
@@ -65,8 +73,8 @@ class Record:
 def read_records(paths: str, format: str = "auto", *, targets: bool = True) -> Iterator[Record]:
     """Read the comma-separated files in turn.
 
-    auto decides per file from the keys of its first record; every later record of the file must fit.
-    targets: a record without anything to train on is an error; False reads prompts for generation, where the completion may be missing.
+    auto decides per file from the keys of its first record; every later record of the file must fit. targets: a record
+    without anything to train on is an error; False reads prompts for generation, where the completion may be missing.
     Raises DataError, naming file and line, for whatever does not fit.
     """
     files = [Path(name.strip()) for name in paths.split(",") if name.strip()]
@@ -93,7 +101,8 @@ def _read(path: Path, format: str, targets: bool) -> Iterator[Record]:
         if _TELLING[chosen] not in obj:
             why = "of the first record" if format == "auto" else "data.format says so"
             raise DataError(
-                f"{where}: no {_TELLING[chosen]!r} key (read as {chosen} because {why}); found {_keys(obj)}; fix it or set data.format"
+                f"{where}: no {_TELLING[chosen]!r} key (read as {chosen} because {why}); found {_keys(obj)}; fix it "
+                "or set data.format"
             )
         yield _PARSERS[chosen](_Fields(obj, str(path), line, targets))
         read = True
@@ -116,7 +125,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 except UnicodeDecodeError as err:
                     raise DataError(
-                        f"{path}:{line}: byte {err.start + 1} of the line is not UTF-8 (0x{raw[err.start]:02x}); convert the file to UTF-8"
+                        f"{path}:{line}: byte {err.start + 1} of the line is not UTF-8 (0x{raw[err.start]:02x}); "
+                        "convert the file to UTF-8"
                     ) from err
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}") from err
@@ -130,19 +140,28 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             obj = json.loads(text)
         except json.JSONDecodeError as err:
             if line == 1 and text.lstrip().startswith("["):
-                raise DataError(f"{path}:1: a JSON array, not one record per line; convert it with: jq -c '.[]' {path.name}") from err
-            raise DataError(f"{path}:{line}: broken JSON at column {err.colno}: {err.msg}; fix or remove the line") from err
+                raise DataError(
+                    f"{path}:1: a JSON array, not one record per line; convert it with: jq -c '.[]' {path.name}"
+                ) from err
+            raise DataError(
+                f"{path}:{line}: broken JSON at column {err.colno}: {err.msg}; fix or remove the line"
+            ) from err
         except (RecursionError, ValueError) as err:
             raise DataError(f"{path}:{line}: JSON that cannot be read ({err}); fix or remove the line") from err
         if not isinstance(obj, dict):
-            raise DataError(f"{path}:{line}: expected a JSON object with keys, found {_kind(obj)}; write one record per line")
+            raise DataError(
+                f"{path}:{line}: expected a JSON object with keys, found {_kind(obj)}; write one record per line"
+            )
         yield line, obj
 
 
 def _guess(obj: dict[str, Any], where: str) -> str:
     fits = [name for name, key in _TELLING.items() if key in obj]
     if len(fits) > 1 and fits[1] != "text":
-        raise DataError(f"{where}: the keys {_keys(obj)} fit {' and '.join(n for n in fits if n != 'text')}; say which with data.format")
+        raise DataError(
+            f"{where}: the keys {_keys(obj)} fit {' and '.join(n for n in fits if n != 'text')}; say which with "
+            "data.format"
+        )
     if not fits:
         raise DataError(f"{where}: the keys {_keys(obj)} fit no format; expected one of {', '.join(_TELLING.values())}")
     return fits[0]
@@ -209,7 +228,9 @@ class _Fields:
 
 def _prompt_completion(fields: _Fields) -> Record:
     prompt = fields.string("prompt")
-    return fields.conversation(prompt, "response" if "response" in fields.rest and "completion" not in fields.rest else "completion")
+    return fields.conversation(
+        prompt, "response" if "response" in fields.rest and "completion" not in fields.rest else "completion"
+    )
 
 
 def _alpaca(fields: _Fields) -> Record:
@@ -251,7 +272,17 @@ def _keys(obj: Mapping[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return (
-        f"{names[type(value)]} ({str(value)[:40]!r})" if isinstance(value, (str, int, float)) and value is not None else names[type(value)]
+        f"{names[type(value)]} ({str(value)[:40]!r})"
+        if isinstance(value, (str, int, float)) and value is not None
+        else names[type(value)]
     )

@@ -49,9 +49,14 @@ class Sample:
 
 
 def make_sample(
-    ids: NDArray[np.int32], mask: NDArray[np.bool_], template: str, source: str = "", extra: Mapping[str, Any] | None = None
+    ids: NDArray[np.int32],
+    mask: NDArray[np.bool_],
+    template: str,
+    source: str = "",
+    extra: Mapping[str, Any] | None = None,
 ) -> Sample:
-    """A sample with its uid: xxh3-128 of the length, the ids (int32, little endian), the mask (bits) and the template's fingerprint."""
+    """A sample with its uid: xxh3-128 of the length, the ids (int32, little endian), the mask (bits) and the template's
+    fingerprint."""
     ids = np.ascontiguousarray(ids, dtype=np.int32)
     digest = xxhash.xxh3_128(len(ids).to_bytes(8, "little"))
     digest.update(ids.astype("<i4").tobytes())
@@ -63,10 +68,11 @@ def make_sample(
 def load_samples(data: config.Data, tokenizer: Tokenizer, *, template: Template | None = None) -> list[Sample]:
     """Read `data.path` into samples, in file order. `template` defaults to what `data.template` names.
 
-    Samples longer than `data.seq_length` are an error, dropped, or cut, as `data.over_length` says. A document is cut into windows of that
-    length, each beginning with the last token of the one before, so that every token but the document's first is predicted once.
-    Identical samples are all kept, as training sees each as often as the data holds it, and counted in a warning; `unique` is to collect.
-    Raises DataError, naming file and line, for bad input, and when nothing is left.
+    Samples longer than `data.seq_length` are an error, dropped, or cut, as `data.over_length` says. A document is cut
+    into windows of that length, each beginning with the last token of the one before, so that every token but the
+    document's first is predicted once. Identical samples are all kept, as training sees each as often as the data holds
+    it, and counted in a warning; `unique` is to collect. Raises DataError, naming file and line, for bad input, and
+    when nothing is left.
     """
     template = template or load_template(data.template, tokenizer)
     reader = _Reader(data, tokenizer, template)
@@ -118,7 +124,10 @@ class _Reader:
         limit = self.data.seq_length
         if len(ids) > limit:
             if self.data.over_length == "error":
-                raise DataError(f"{len(ids)} tokens, but data.seq_length is {limit}; raise it, or set data.over_length=drop or truncate")
+                raise DataError(
+                    f"{len(ids)} tokens, but data.seq_length is {limit}; raise it, or set data.over_length=drop or "
+                    "truncate"
+                )
             if self.data.over_length == "drop":
                 self.num_dropped += 1
                 return None
@@ -126,7 +135,8 @@ class _Reader:
             self.num_cut += 1
             if not mask.any():
                 raise DataError(
-                    f"cut to data.seq_length={limit} tokens it has no target left; raise data.seq_length, or set data.over_length=drop"
+                    f"cut to data.seq_length={limit} tokens it has no target left; raise data.seq_length, or set "
+                    "data.over_length=drop"
                 )
         return make_sample(ids, mask, self.template.fingerprint, record.where, record.extra)
 
@@ -146,12 +156,15 @@ class _Reader:
         """Whatever was done to the data without being an error is said once."""
         path, size = self.data.path, self.data.seq_length
         if self.num_dropped:
-            log.warning("%s: dropped %d samples longer than %d tokens, kept %d", path, self.num_dropped, size, num_samples)
+            log.warning(
+                "%s: dropped %d samples longer than %d tokens, kept %d", path, self.num_dropped, size, num_samples
+            )
         if self.num_cut:
             log.warning("%s: cut %d samples to %d tokens", path, self.num_cut, size)
         if self.num_skipped:
             log.warning(
-                "%s: %d earlier assistant turns are context only: the chat template shows them otherwise than it would generate them",
+                "%s: %d earlier assistant turns are context only: the chat template shows them otherwise than it "
+                "would generate them",
                 path,
                 self.num_skipped,
             )

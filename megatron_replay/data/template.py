@@ -1,15 +1,16 @@
 """Conversations to token ids and target marks: the model's own chat template in a sandbox, or none (`plain`).
 
-**Which tokens are targets.** The tokens of each trained assistant turn, up to and with its end-of-turn token; the line break that many
-templates write after it is never sampled, so it is no target. A turn starts where the template's generation prompt for the turns before it
-ends, so training sees exactly what generation will start from. Text is encoded in pieces cut at those places, which always makes the ids of
-a prompt a prefix of the sample's.
+**Which tokens are targets.** The tokens of each trained assistant turn, up to and with its end-of-turn token; the line
+break that many templates write after it is never sampled, so it is no target. A turn starts where the template's
+generation prompt for the turns before it ends, so training sees exactly what generation will start from. Text is
+encoded in pieces cut at those places, which always makes the ids of a prompt a prefix of the sample's.
 
-**Templates that rewrite history** (Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where there is none). An
-earlier turn that the whole conversation does not show as `generation prompt + reply` is context, not a target, and is counted in
-`Encoded.num_skipped`: training on it would teach the model to answer where it should start to think. The last turn is always trained; where
-even that one does not start with the generation prompt, its targets start at its content. Replies without reasoning are rendered with
-`enable_thinking=False`, so an empty think block belongs to the prompt and does not teach the model to stop thinking.
+**Templates that rewrite history** (Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where
+there is none). An earlier turn that the whole conversation does not show as `generation prompt + reply` is context, not
+a target, and is counted in `Encoded.num_skipped`: training on it would teach the model to answer where it should start
+to think. The last turn is always trained; where even that one does not start with the generation prompt, its targets
+start at its content. Replies without reasoning are rendered with `enable_thinking=False`, so an empty think block
+belongs to the prompt and does not teach the model to stop thinking.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from megatron_replay.data.records import Message
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 
-# Templates that print today's date would give every sample another uid tomorrow, and its stored candidate sets would not be found
+# Templates that print today's date would give every sample another uid tomorrow, and its stored candidate sets would
+# not be found
 FIXED_DAY = datetime(2024, 7, 26)
 
 
@@ -56,7 +58,9 @@ class Template(ABC):
         self.tokenizer = tokenizer
 
     @abstractmethod
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False
+    ) -> str:
         """The conversation as text, with its control tokens."""
 
     @abstractmethod
@@ -77,15 +81,18 @@ class Template(ABC):
         mask = np.concatenate([np.full(len(part), target) for part, target in pieces])
         mask[:1] = False
         if not mask.any():
-            raise DataError("the assistant turns give no target token; set data.template=plain or to a template that shows them")
+            raise DataError(
+                "the assistant turns give no target token; set data.template=plain or to a template that shows them"
+            )
         return Encoded(ids, mask, skipped)
 
 
 class PlainTemplate(Template):
     """No template: [bos, where the tokenizer asks for it] the prompt as it stands, the completion as it stands, eos.
 
-    Nothing is put between a prompt and its completion, so a space or line break there must be part of the data; each is encoded by itself.
-    Turns before a completion (a system text and the prompt) are joined by one line break; eos ends every assistant turn.
+    Nothing is put between a prompt and its completion, so a space or line break there must be part of the data; each is
+    encoded by itself. Turns before a completion (a system text and the prompt) are joined by one line break; eos ends
+    every assistant turn.
     """
 
     fingerprint = hashlib.sha256(b"plain 1").hexdigest()
@@ -94,10 +101,13 @@ class PlainTemplate(Template):
         super().__init__(tokenizer)
         if not tokenizer.eos_ids:
             raise DataError(
-                "the plain template ends replies with eos, but the tokenizer names none; set eos_token_id in generation_config.json"
+                "the plain template ends replies with eos, but the tokenizer names none; set eos_token_id in "
+                "generation_config.json"
             )
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False
+    ) -> str:
         """As the class says, bos left out; eos as the tokenizer writes it."""
         eos = self.tokenizer.decode(self.tokenizer.eos_ids[:1], special=True)
         return "".join(text + eos * is_reply for text, is_reply, _ in self._turns(messages))
@@ -107,7 +117,9 @@ class PlainTemplate(Template):
 
     def _pieces(self, messages: Sequence[Message]) -> tuple[list[tuple[list[int], bool]], int]:
         eos = list(self.tokenizer.eos_ids[:1])
-        pieces = [([self.tokenizer.bos_id], False)] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
+        pieces = (
+            [([self.tokenizer.bos_id], False)] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
+        )
         for i, (text, is_reply, is_target) in enumerate(self._turns(messages)):
             pieces.append((self.tokenizer.encode(text, continues=i > 0) + eos * is_reply, is_target))
         return pieces, 0
@@ -125,7 +137,8 @@ class PlainTemplate(Template):
 
 
 class ChatTemplate(Template):
-    """A jinja2 template in the environment that Hugging Face gives it, in a sandbox that refuses to reach Python's internals."""
+    """A jinja2 template in the environment that Hugging Face gives it, in a sandbox that refuses to reach Python's
+    internals."""
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -134,20 +147,29 @@ class ChatTemplate(Template):
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as err:
             raise DataError(
-                f"chat template, line {err.lineno}: {str(err.message).rstrip('.')}; correct it, or set data.template=plain"
+                f"chat template, line {err.lineno}: {str(err.message).rstrip('.')}; correct it, or set "
+                "data.template=plain"
             ) from err
         except Exception as err:  # a foreign program: jinja2 folds constants while it compiles
             raise DataError(f"chat template cannot be compiled: {err}; correct it, or set data.template=plain") from err
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False
+    ) -> str:
         """The conversation as text. Raises DataError for whatever goes wrong inside the template."""
         turns = [{**m.extra, "role": m.role, "content": m.content} for m in messages]
-        known: dict[str, Any] = {"tools": None, "documents": None, "enable_thinking": thinking, **self.tokenizer.special_tokens}
+        known: dict[str, Any] = {
+            "tools": None,
+            "documents": None,
+            "enable_thinking": thinking,
+            **self.tokenizer.special_tokens,
+        }
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **known)
         except Exception as err:  # a foreign program: whatever it raises is about the template or the conversation
             raise DataError(
-                f"the chat template refused the conversation: {err or type(err).__name__}; fix the record, or set data.template"
+                f"the chat template refused the conversation: {err or type(err).__name__}; fix the record, or set "
+                "data.template"
             ) from err
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -165,8 +187,11 @@ class ChatTemplate(Template):
         return pieces, skipped
 
     def _spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], int]:
-        """The rendered conversation, the [start, stop) characters of its trained turns, and the number of skipped ones."""
-        thinking = any(m.role == "assistant" and ("<think>" in m.content or m.extra.get("reasoning_content")) for m in messages)
+        """The rendered conversation, the [start, stop) characters of its trained turns, and the number of skipped
+        ones."""
+        thinking = any(
+            m.role == "assistant" and ("<think>" in m.content or m.extra.get("reasoning_content")) for m in messages
+        )
         whole = self.render(messages, thinking=thinking)
         spans, skipped = [], 0
         for i, message in enumerate(messages):
@@ -191,18 +216,23 @@ def _agreement(a: str, b: str) -> int:
 
 
 def _content_start(whole: str, content: str, agreed: int) -> int:
-    """Where the last reply's content begins; the rendering agrees with the generation prompt for `agreed` characters, so about there."""
+    """Where the last reply's content begins; the rendering agrees with the generation prompt for `agreed` characters,
+    so about there."""
     for text in (content.strip(), content.split("</think>")[-1].strip()):
         start = whole.rfind(text, 0, agreed + len(text))  # a content may begin like the rest of the generation prompt
         if agreed - start > len(text) or start < 0:
             start = whole.find(text, agreed)
         if start >= 0 and text:
             return start
-    raise DataError("the chat template does not show the last reply as it is written; set data.template=plain or to another template")
+    raise DataError(
+        "the chat template does not show the last reply as it is written; set data.template=plain or to another "
+        "template"
+    )
 
 
 def load_template(choice: str, tokenizer: Tokenizer) -> Template:
-    """auto: the tokenizer's own chat template, or plain where it has none; plain; or the path of a jinja2 file. Raises DataError."""
+    """auto: the tokenizer's own chat template, or plain where it has none; plain; or the path of a jinja2 file. Raises
+    DataError."""
     if choice == "plain" or (choice == "auto" and tokenizer.chat_template is None):
         return PlainTemplate(tokenizer)
     if choice == "auto":
@@ -211,7 +241,9 @@ def load_template(choice: str, tokenizer: Tokenizer) -> Template:
         text = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         reason = getattr(err, "strerror", None) or err
-        raise DataError(f"data.template={choice}: cannot be read ({reason}); give auto, plain, or the path of a jinja2 file") from err
+        raise DataError(
+            f"data.template={choice}: cannot be read ({reason}); give auto, plain, or the path of a jinja2 file"
+        ) from err
     try:
         return ChatTemplate(text, tokenizer)
     except DataError as err:
@@ -221,11 +253,14 @@ def load_template(choice: str, tokenizer: Tokenizer) -> Template:
 class _Sandbox(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         # jinja2 itself would print nothing and go on, so a template that probes would not be noticed
-        raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of {type(obj).__name__} is not allowed in a template")
+        raise jinja2.exceptions.SecurityError(
+            f"access to {attribute!r} of {type(obj).__name__} is not allowed in a template"
+        )
 
 
 class _GenerationMark(Extension):
-    """`{% generation %}`, with which some templates mark replies for Hugging Face's trainers: accepted, and without effect."""
+    """`{% generation %}`, with which some templates mark replies for Hugging Face's trainers: accepted, and without
+    effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -244,7 +279,9 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """jinja2's own tojson escapes HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -1,4 +1,5 @@
-"""A model folder's tokenizer: ids, decoding, stop tokens, chat template and fingerprint, whatever the kind of its vocabulary file."""
+"""A model folder's tokenizer: ids, decoding, stop tokens, chat template and fingerprint, whatever the kind of its
+vocabulary file."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Tokenizer:
     size: int
     """Number of ids it knows: the highest id, added tokens included, + 1."""
     eos_ids: tuple[int, ...] = ()
-    """Ids that end a reply: the tokenizer's eos token first, then those of generation_config.json (or else config.json)."""
+    """Ids that end a reply: the tokenizer's eos token first, then those of generation_config.json (or else
+    config.json)."""
     bos_id: int | None = None
     pad_id: int | None = None
     add_bos: bool = False
@@ -35,7 +37,8 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
         """Ids of `text`.
 
-        special: control tokens written in the text (also by a user) become their ids, as Hugging Face does; False reads them as plain text.
+        special: control tokens written in the text (also by a user) become their ids, as Hugging Face does; False reads
+            them as plain text.
         continues: the text follows other text, so a vocabulary that puts a space before every text must not.
         Raises DataError for text that is no Unicode (lone surrogates).
         """
@@ -43,7 +46,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as err:
             raise DataError(
-                f"character {err.start} of the text is half of a surrogate pair (U+{ord(text[err.start]):04X}); fix the text"
+                f"character {err.start} of the text is half of a surrogate pair (U+{ord(text[err.start]):04X}); fix "
+                "the text"
             ) from err
         return self.backend.encode(text, special=special, continues=continues)
 
@@ -52,18 +56,24 @@ class Tokenizer:
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.size:
-                raise DataError(f"id {i} is outside the tokenizer's 0..{self.size - 1}; these ids come from another tokenizer")
+                raise DataError(
+                    f"id {i} is outside the tokenizer's 0..{self.size - 1}; these ids come from another tokenizer"
+                )
         return self.backend.decode(plain, special=special)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files that describe them.
+    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files that
+    describe them.
 
     Raises DataError when none is there, or one is damaged or contradicts another.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the model's folder, or set tokenizer to one that holds the tokenizer's files")
+        raise DataError(
+            f"{folder}: no such folder; give the model's folder, or set tokenizer to one that holds the tokenizer's "
+            "files"
+        )
     config = _json(folder / "tokenizer_config.json")
     vocabulary = _vocabulary(folder)
     added = _added(folder, config)
@@ -95,7 +105,8 @@ def _vocabulary(folder: Path) -> Path:
         if found:
             return found[0]
     raise DataError(
-        f"{folder}: no tokenizer.json, tokenizer.model or *.tiktoken; copy the tokenizer's files there, or set tokenizer to their folder"
+        f"{folder}: no tokenizer.json, tokenizer.model or *.tiktoken; copy the tokenizer's files there, or set "
+        "tokenizer to their folder"
     )
 
 
@@ -126,12 +137,14 @@ def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
         return added | {str(entry["content"]): int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise DataError(
-            f"{folder}: added_tokens.json or added_tokens_decoder in tokenizer_config.json is not a map of tokens and ids: {err!r}"
+            f"{folder}: added_tokens.json or added_tokens_decoder in tokenizer_config.json is not a map of tokens and "
+            f"ids: {err!r}"
         ) from err
 
 
 def _names(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """{"eos_token": "</s>", ...}: the first source that sets a name wins; a token is a string or {"content": string}."""
+    """{"eos_token": "</s>", ...}: the first source that sets a name wins; a token is a string or {"content":
+    string}."""
     names: dict[str, str] = {}
     for source in sources:
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -146,12 +159,15 @@ def _named_id(backend: Backend, name: str, token: str, folder: Path) -> int | No
     found = backend.id_of(token)
     if found is None and name != "unk_token":
         raise DataError(
-            f"{folder}: {name} is {token!r}, which the vocabulary does not hold; copy all of the tokenizer's files, or correct that name"
+            f"{folder}: {name} is {token!r}, which the vocabulary does not hold; copy all of the tokenizer's files, "
+            "or correct that name"
         )
     return found
 
 
-def _eos_ids(backend: Backend, named: int | None, generation: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_ids(
+    backend: Backend, named: int | None, generation: Mapping[str, Any], model: Mapping[str, Any]
+) -> tuple[int, ...]:
     told = _first(generation.get("eos_token_id"), model.get("eos_token_id"))
     ids = [named, *(told if isinstance(told, list) else [told])]
     if generation.get("chat_format") == "chatml":  # Qwen's first chat models say so instead of listing the token
@@ -160,7 +176,8 @@ def _eos_ids(backend: Backend, named: int | None, generation: Mapping[str, Any],
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's text or list of {name, template}, of which `default` or else the first counts."""
+    """chat_template.jinja, else tokenizer_config.json's text or list of {name, template}, of which `default` or else
+    the first counts."""
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
@@ -175,7 +192,8 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return named.get("default", next(iter(named.values())))
     except (TypeError, KeyError, StopIteration) as err:
         raise DataError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor a list of name and template; correct it"
+            f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor a list of name and template; "
+            "correct it"
         ) from err
 
 

@@ -1,7 +1,9 @@
-"""LoRA adapters as data: which factors a model gets, how they lie on the ranks, where they start, and how they merge (arXiv 2106.09685).
+"""LoRA adapters as data: which factors a model gets, how they lie on the ranks, where they start, and how they merge
+(arXiv 2106.09685).
 
-Beside a matrix W [out, in] stand A [r, in] and B [out, r], and y = W x + (alpha / r) B A x. Of what tensor parallelism cuts by rows
-(linear_qkv, linear_fc1) every rank holds A and its rows of B; of what it cuts by columns (linear_proj, linear_fc2) its columns of A and B.
+Beside a matrix W [out, in] stand A [r, in] and B [out, r], and y = W x + (alpha / r) B A x. Of what tensor parallelism
+cuts by rows (linear_qkv, linear_fc1) every rank holds A and its rows of B; of what it cuts by columns (linear_proj,
+linear_fc2) its columns of A and B.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ A, B = "lora_a", "lora_b"
 
 
 def factors(spec: ModelSpec, adapter: Adapter, *, head_multiple: int = 1) -> list[Weight]:
-    """A and B of every adapted matrix, in the model's order; `hf` is their own name, for Hugging Face folders hold them merged.
+    """A and B of every adapted matrix, in the model's order; `hf` is their own name, for Hugging Face folders hold them
+    merged.
 
-    The zero rows and columns of padded heads are no part of the factors: B has none of their rows, A none of their columns.
+    The zero rows and columns of padded heads are no part of the factors: B has none of their rows, A none of their
+    columns.
     """
     plain = {weight.name: weight.shape for weight in weights(spec)}
     found = []
@@ -44,7 +48,8 @@ def check(adapter: Adapter, spec: ModelSpec) -> None:
         if weight.layer is not None and _target(weight) in adapter.targets and adapter.rank > min(weight.shape):
             raise ConfigError(
                 f"adapter.rank={adapter.rank} is too large: {_target(weight)} is {list(weight.shape)}; "
-                f"give at most {min(weight.shape)} (8 to 64 is usual), or train the matrices themselves with adapter.rank=0"
+                f"give at most {min(weight.shape)} (8 to 64 is usual), or train the matrices themselves with "
+                "adapter.rank=0"
             )
 
 
@@ -54,7 +59,8 @@ def scale(adapter: Adapter) -> float:
 
 
 def initial(factor: Weight, seed: int) -> Tensor:
-    """Where a factor starts, whole and without padding, fp32: B zero, A uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5, as the paper's code).
+    """Where a factor starts, whole and without padding, fp32: B zero, A uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5,
+    as the paper's code).
 
     It depends on the name and the seed alone, so every layout starts from the same numbers.
     """

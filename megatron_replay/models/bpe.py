@@ -33,9 +33,11 @@ def byte_level_bpe(tokens: Sequence[str], merges: Iterable[str], pre: str) -> To
 
 
 def scored_bpe(tokens: Sequence[str], scores: Sequence[float]) -> Tokenizer:
-    """A sentencepiece-style BPE tokenizer, where the pair whose union scores best is merged first: <unk> <s> </s>, 256 byte tokens, pieces.
+    """A sentencepiece-style BPE tokenizer, where the pair whose union scores best is merged first: <unk> <s> </s>, 256
+    byte tokens, pieces.
 
-    Spaces in pieces are visible spaces. Merges: every cut of a piece into two, best score first. Adds <s> and a leading space.
+    Spaces in pieces are visible spaces. Merges: every cut of a piece into two, best score first. Adds <s> and a leading
+    space.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
     pieces = [token for token in tokens[3:] if not _is_byte(token)]
@@ -59,7 +61,9 @@ def scored_bpe(tokens: Sequence[str], scores: Sequence[float]) -> Tokenizer:
 
 def begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
     """Put the begin-of-text token before every text."""
-    return processors.TemplateProcessing(single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)])
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
+    )
 
 
 def _is_byte(token: str) -> bool:

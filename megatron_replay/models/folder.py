@@ -37,7 +37,8 @@ def sha256_file(path: str | Path, *, chunk: int = 1 << 20) -> str:
 class HFFolder:
     """The weights of a Hugging Face folder: model.safetensors, or the shards of model.safetensors.index.json.
 
-    Opening reads the headers only. CheckpointError: no weights, a shard missing, truncated or corrupt, an index that does not fit.
+    Opening reads the headers only. CheckpointError: no weights, a shard missing, truncated or corrupt, an index that
+    does not fit.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,7 +53,8 @@ class HFFolder:
         for name, file in mapped.items():
             if self._where.get(name) != file:
                 raise CheckpointError(
-                    f"{self.path / INDEX}: tensor {name!r} is not in {file.name}, where the index says it is; download both again"
+                    f"{self.path / INDEX}: tensor {name!r} is not in {file.name}, where the index says it is; "
+                    "download both again"
                 )
 
     def names(self) -> list[str]:
@@ -67,7 +69,9 @@ class HFFolder:
         """Stored type of a tensor; CheckpointError for types that are not plain floats (quantised weights)."""
         kind = self._header_of(name)[1]
         if kind not in DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is stored as {kind}; only {', '.join(DTYPES)} weights can be used")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is stored as {kind}; only {', '.join(DTYPES)} weights can be used"
+            )
         return DTYPES[kind]
 
     def read(self, name: str) -> Tensor:
@@ -79,7 +83,8 @@ class HFFolder:
         return tensor
 
     def check(self, spec: ModelSpec | None = None) -> None:
-        """Every tensor of the model there, in its shape and a float type, and none beside; CheckpointError names the first that is not."""
+        """Every tensor of the model there, in its shape and a float type, and none beside; CheckpointError names the
+        first that is not."""
         spec = spec or self.spec
         expected = hf_shapes(spec)
         problems = [f"tensor {n!r} {list(s)} is missing" for n, s in expected.items() if n not in self._headers]
@@ -92,10 +97,13 @@ class HFFolder:
                 problems.append(f"tensor {name!r} {list(shape)} does not belong to this {spec.architecture}")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise CheckpointError(f"{self.path}: {problems[0]}{more}; config.json and weights must be of one model, download both again")
+            raise CheckpointError(
+                f"{self.path}: {problems[0]}{more}; config.json and weights must be of one model, download both again"
+            )
 
     def fingerprint(self) -> str:
-        """sha256 over the sorted (file name, sha256 of the file) of the weight files: equal folders, equal fingerprint."""
+        """sha256 over the sorted (file name, sha256 of the file) of the weight files: equal folders, equal
+        fingerprint."""
         return self._fingerprint
 
     @cached_property
@@ -125,7 +133,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder}: {missing[0]}, named by {INDEX}, is missing ({len(missing)} of {len(files)} files); download it again"
+                f"{folder}: {missing[0]}, named by {INDEX}, is missing ({len(missing)} of {len(files)} files); "
+                "download it again"
             )
         return files, mapped
     if (folder / SINGLE).is_file():
@@ -142,9 +151,13 @@ def _weight_map(path: Path) -> Mapping[str, str]:
     try:
         mapped = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         # a shard's name is a plain file name beside the index; anything else is not followed
-        well_formed = bool(mapped) and all(isinstance(file, str) and Path(file).name == file for file in mapped.values())
+        well_formed = bool(mapped) and all(
+            isinstance(file, str) and Path(file).name == file for file in mapped.values()
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: not a safetensors index (JSON with 'weight_map'): {err}; download it again") from err
+        raise CheckpointError(
+            f"{path}: not a safetensors index (JSON with 'weight_map'): {err}; download it again"
+        ) from err
     if not well_formed:
         raise CheckpointError(f"{path}: 'weight_map' must map tensor names to file names beside it")
     return dict(mapped)
@@ -157,4 +170,6 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
             return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (SafetensorError, OSError) as err:
-        raise CheckpointError(f"{file}: truncated or corrupt safetensors file ({err}); download or write it again") from err
+        raise CheckpointError(
+            f"{file}: truncated or corrupt safetensors file ({err}); download or write it again"
+        ) from err

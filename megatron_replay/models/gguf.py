@@ -1,4 +1,5 @@
-"""Import a GGUF file of the llama architecture (llama.cpp's format, quantised or not) as a Hugging Face folder in float32."""
+"""Import a GGUF file of the llama architecture (llama.cpp's format, quantised or not) as a Hugging Face folder in
+float32."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ CONTROL, USER_DEFINED = 3, 4
 def import_gguf(gguf_path: str | Path, folder: str | Path) -> Path:
     """Write weights (dequantised one at a time), config, tokenizer and generation config; returns the folder.
 
-    Raises ReplayError without the gguf package, CheckpointError for a damaged file, another architecture or an unknown tokenizer.
+    Raises ReplayError without the gguf package, CheckpointError for a damaged file, another architecture or an unknown
+    tokenizer.
     """
     path = Path(gguf_path)
     reader = _open(path)
@@ -136,11 +138,14 @@ def _refuse_unsupported(meta: Mapping[str, Any], tensors: Mapping[str, Any], hea
         raise CheckpointError(f"llama.expert_count={meta['llama.expert_count']}: mixtures of experts are not supported")
     if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(
-            f"llama.rope.dimension_count={meta['llama.rope.dimension_count']}: only rotary over the whole head ({head_dim}) works"
+            f"llama.rope.dimension_count={meta['llama.rope.dimension_count']}: only rotary over the whole head "
+            f"({head_dim}) works"
         )
     scaling = meta.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise CheckpointError("stretched rotary frequencies (llama.rope.scaling or rope_freqs.weight) are not supported in GGUF files")
+        raise CheckpointError(
+            "stretched rotary frequencies (llama.rope.scaling or rope_freqs.weight) are not supported in GGUF files"
+        )
     biases = [name for name in tensors if name.endswith(".bias")]
     if biases:
         raise CheckpointError(f"tensor {biases[0]!r}: models with biases are not supported")
@@ -149,7 +154,9 @@ def _refuse_unsupported(meta: Mapping[str, Any], tensors: Mapping[str, Any], hea
 def _token_ids(meta: Mapping[str, Any]) -> dict[str, int]:
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     return {
-        ours: meta[f"tokenizer.ggml.{theirs}_token_id"] for ours, theirs in names.items() if f"tokenizer.ggml.{theirs}_token_id" in meta
+        ours: meta[f"tokenizer.ggml.{theirs}_token_id"]
+        for ours, theirs in names.items()
+        if f"tokenizer.ggml.{theirs}_token_id" in meta
     }
 
 
@@ -165,7 +172,9 @@ def _tokenizer(meta: Mapping[str, Any]) -> Tokenizer:
     else:
         raise CheckpointError(f"tokenizer {kind!r} is not supported; known: gpt2 (byte-level), llama (sentencepiece)")
     types = list(zip(tokens, meta["tokenizer.ggml.token_type"], strict=True))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, type_ in types if type_ == CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token, type_ in types if type_ == CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, type_ in types if type_ == USER_DEFINED])
     return tokenizer
 

@@ -15,22 +15,31 @@ def validate_layout(
     _check_heads(spec, tensor, head_multiple)
     _check_divides(spec.ffn_size, f"ffn_size={spec.ffn_size} is", tensor)
     rows = spec.padded_vocab()
-    _check_divides(rows, f"{rows} vocabulary rows ({spec.vocab_size} rounded up to a multiple of {VOCAB_MULTIPLE}) are", tensor)
+    _check_divides(
+        rows, f"{rows} vocabulary rows ({spec.vocab_size} rounded up to a multiple of {VOCAB_MULTIPLE}) are", tensor
+    )
     return stage_layers(spec.num_layers, pipeline, split)
 
 
 def stage_layers(num_layers: int, pipeline: int, split: Sequence[int] | None = None) -> list[int]:
-    """The split as given, or an even one whose first stages take the remainder; LayoutError where a stage would stay empty."""
+    """The split as given, or an even one whose first stages take the remainder; LayoutError where a stage would stay
+    empty."""
     if split is None:
         if not 1 <= pipeline <= num_layers:
-            raise LayoutError(f"{num_layers} layers cannot fill layout.pipeline={pipeline} stages; use layout.pipeline=1 to {num_layers}")
+            raise LayoutError(
+                f"{num_layers} layers cannot fill layout.pipeline={pipeline} stages; use layout.pipeline=1 to "
+                f"{num_layers}"
+            )
         each, rest = divmod(num_layers, pipeline)
         return [each + (stage < rest) for stage in range(pipeline)]
     if len(split) != pipeline:
-        raise LayoutError(f"layout.split={list(split)} has {len(split)} stages, but layout.pipeline={pipeline}; make them equal")
+        raise LayoutError(
+            f"layout.split={list(split)} has {len(split)} stages, but layout.pipeline={pipeline}; make them equal"
+        )
     if min(split) < 1 or sum(split) != num_layers:
         raise LayoutError(
-            f"layout.split={list(split)} must give every stage a layer and add up to {num_layers} layers, it adds up to {sum(split)}"
+            f"layout.split={list(split)} must give every stage a layer and add up to {num_layers} layers, it adds up "
+            f"to {sum(split)}"
         )
     return list(split)
 
@@ -39,7 +48,9 @@ def _check_heads(spec: ModelSpec, tensor: int, head_multiple: int) -> None:
     _, groups = spec.padded_heads(head_multiple)
     if groups % tensor == 0:
         return
-    padded = f" ({spec.num_kv_heads} padded by layout.head_multiple={head_multiple})" if groups != spec.num_kv_heads else ""
+    padded = (
+        f" ({spec.num_kv_heads} padded by layout.head_multiple={head_multiple})" if groups != spec.num_kv_heads else ""
+    )
     larger = tensor * 2
     raise LayoutError(
         f"{groups} key/value heads{padded} are not divisible by layout.tensor={tensor}; "

@@ -1,4 +1,5 @@
-"""Import a llama2.c checkpoint (legacy version 0: seven int32, then float32 weights) and its tokenizer as a Hugging Face folder."""
+"""Import a llama2.c checkpoint (legacy version 0: seven int32, then float32 weights) and its tokenizer as a Hugging
+Face folder."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def import_llama2c(bin_path: str | Path, tokenizer_bin: str | Path, folder: str 
     tokens, scores = read_tokenizer(tokenizer_bin)
     if len(tokens) != spec.vocab_size:
         raise CheckpointError(
-            f"{tokenizer_bin}: {len(tokens)} tokens, but {path.name} has {spec.vocab_size}; pass the model's own tokenizer"
+            f"{tokenizer_bin}: {len(tokens)} tokens, but {path.name} has {spec.vocab_size}; pass the model's own "
+            "tokenizer"
         )
     with HFWriter(folder, spec, dtype=torch.float32) as out:
         data = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
@@ -64,7 +66,8 @@ def import_llama2c(bin_path: str | Path, tokenizer_bin: str | Path, folder: str 
 def read_tokenizer(path: str | Path) -> tuple[list[str], list[float]]:
     """(tokens in id order, spaces made visible; their scores) of a llama2.c tokenizer.
 
-    The file: int32 longest length, then for each token float32 score, int32 length, bytes. CheckpointError when it is something else.
+    The file: int32 longest length, then for each token float32 score, int32 length, bytes. CheckpointError when it is
+    something else.
     """
     tokens: list[str] = []
     scores: list[float] = []
@@ -79,7 +82,9 @@ def read_tokenizer(path: str | Path) -> tuple[list[str], list[float]]:
             tokens.append(data[at - length : at].decode().replace(" ", SPACE))
             scores.append(score)
     except FileNotFoundError as err:
-        raise CheckpointError(f"{path}: no such file; a llama2.c checkpoint needs its tokenizer, e.g. tok512.bin") from err
+        raise CheckpointError(
+            f"{path}: no such file; a llama2.c checkpoint needs its tokenizer, e.g. tok512.bin"
+        ) from err
     except (struct.error, ValueError) as err:
         raise CheckpointError(f"{path}: not a llama2.c tokenizer, or truncated ({err})") from err
     # llama2.c's export writes the special tokens with line breaks around them
@@ -95,10 +100,13 @@ def _config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {len(head)} bytes is too short for a llama2.c checkpoint")
     dim, ffn, layers, heads, kv_heads, vocab, positions = HEADER.unpack(head)
     if dim == VERSIONED_MAGIC:
-        raise CheckpointError(f"{path}: a llama2.c checkpoint of version {ffn}; only version 0 is read (export it with --version 0)")
+        raise CheckpointError(
+            f"{path}: a llama2.c checkpoint of version {ffn}; only version 0 is read (export it with --version 0)"
+        )
     if min(dim, ffn, layers, heads, kv_heads, positions, abs(vocab)) < 1 or dim % heads or heads % kv_heads:
         raise CheckpointError(
-            f"{path}: not a llama2.c checkpoint (its first numbers are {dim}, {ffn}, {layers}, {heads}, {kv_heads}, {vocab}, {positions})"
+            f"{path}: not a llama2.c checkpoint (its first numbers are {dim}, {ffn}, {layers}, {heads}, {kv_heads}, "
+            f"{vocab}, {positions})"
         )
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -124,7 +132,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
-    """Offset of every Hugging Face tensor, in float32 numbers after the header; CheckpointError when the file's length differs."""
+    """Offset of every Hugging Face tensor, in float32 numbers after the header; CheckpointError when the file's length
+    differs."""
     shapes = hf_shapes(spec)
     order = ["model.embed_tokens.weight"]
     order += [f"model.layers.{layer}.{part}.weight" for part in ORDER for layer in range(spec.num_layers)]
@@ -138,7 +147,8 @@ def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
         places["lm_head.weight"], end = end, end + math.prod(shapes["lm_head.weight"])
     if path.stat().st_size != HEADER.size + 4 * end:
         raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, its header promises {HEADER.size + 4 * end}; truncated or not a llama2.c checkpoint"
+            f"{path}: {path.stat().st_size} bytes, its header promises {HEADER.size + 4 * end}; truncated or not a "
+            "llama2.c checkpoint"
         )
     return places
 

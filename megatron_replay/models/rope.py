@@ -30,12 +30,15 @@ class RopeScaling:
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """(base, scaling) of a config.json; CheckpointError for types other than default, linear and llama3, and for partial rotary."""
+    """(base, scaling) of a config.json; CheckpointError for types other than default, linear and llama3, and for
+    partial rotary."""
     rope = {**_table(config, "rope_scaling", where), **_table(config, "rope_parameters", where)}
     base = _number(rope if "rope_theta" in rope else config, "rope_theta", where, ROPE_BASE)
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
-        raise CheckpointError(f"{where}: partial_rotary_factor={partial} is not supported; only rotary over the whole head works")
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor={partial} is not supported; only rotary over the whole head works"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None

@@ -1,4 +1,5 @@
-"""What a Hugging Face config.json says about a model, checked, and which tensor and pipeline layouts that model can be cut into.
+"""What a Hugging Face config.json says about a model, checked, and which tensor and pipeline layouts that model can be
+cut into.
 
 A new family is one line in `ARCHITECTURES`, as long as its layer is norm, attention, norm, gated silu MLP.
 """
@@ -16,7 +17,8 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.models.rope import RopeScaling, read_rope
 
 VOCAB_MULTIPLE = 128
-"""Vocabulary rows are padded to a multiple of this, the same for every tensor-parallel size, so that checkpoints move between layouts."""
+"""Vocabulary rows are padded to a multiple of this, the same for every tensor-parallel size, so that checkpoints move
+between layouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class ModelSpec:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelSpec:
         """Read a folder's config.json, or the mapping itself.
 
-        Raises CheckpointError, in one line: no config.json, broken JSON, a missing or senseless key, or a feature that is not supported.
+        Raises CheckpointError, in one line: no config.json, broken JSON, a missing or senseless key, or a feature that
+            is not supported.
         """
         if isinstance(source, Mapping):
             return _spec(source, "config.json")
@@ -78,7 +81,8 @@ class ModelSpec:
         return -(-self.vocab_size // multiple) * multiple
 
     def padded_heads(self, head_multiple: int = 1) -> tuple[int, int]:
-        """(query heads, key/value heads) once the key/value heads are rounded up to the multiple; each group keeps its query heads."""
+        """(query heads, key/value heads) once the key/value heads are rounded up to the multiple; each group keeps its
+        query heads."""
         groups = -(-self.num_kv_heads // head_multiple) * head_multiple
         return groups * self.heads_per_group, groups
 
@@ -89,11 +93,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / "config.json"
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} is a file; make a Hugging Face folder of a .gguf or llama2.c .bin file first: convert {folder} FOLDER"
+            f"{folder} is a file; make a Hugging Face folder of a .gguf or llama2.c .bin file first: convert {folder} "
+            "FOLDER"
         )
     if not path.is_file():
         found = "no such folder" if not folder.exists() else "no config.json in it"
-        raise CheckpointError(f"{folder}: {found}; a model is a Hugging Face folder with config.json and safetensors files")
+        raise CheckpointError(
+            f"{folder}: {found}; a model is a Hugging Face folder with config.json and safetensors files"
+        )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
@@ -111,7 +118,9 @@ def _spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     kv_heads = _count(config, "num_key_value_heads", where, heads)
     hidden = _count(config, "hidden_size", where)
     if heads % kv_heads:
-        raise CheckpointError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        raise CheckpointError(
+            f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     base, scaling = read_rope(config, where)
     return ModelSpec(
         architecture=name,
@@ -135,12 +144,16 @@ def _spec(config: Mapping[str, Any], where: str) -> ModelSpec:
 def _architecture(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names:
-        raise CheckpointError(f"{where}: key 'architectures' is missing; it names the model class, e.g. {', '.join(sorted(ARCHITECTURES))}")
+        raise CheckpointError(
+            f"{where}: key 'architectures' is missing; it names the model class, e.g. "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
     name = str(names[0])
     experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
     if experts or "moe" in name.lower():
         raise CheckpointError(
-            f"{where}: {name} is a mixture of experts{f' ({experts}={config[experts]})' if experts else ''}; only dense models work"
+            f"{where}: {name} is a mixture of experts{f' ({experts}={config[experts]})' if experts else ''}; only "
+            "dense models work"
         )
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.9)  # a typo, and not another family's class
@@ -155,16 +168,21 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         if config.get(key):
             raise CheckpointError(f"{where}: {key}=true is not supported; only models without biases work")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{where}: quantization_config: quantised weights cannot be trained; use the model's unquantised release")
+        raise CheckpointError(
+            f"{where}: quantization_config: quantised weights cannot be trained; use the model's unquantised release"
+        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"{where}: hidden_act={activation!r} is not supported; only silu works")
     other = sorted({str(kind) for kind in config.get("layer_types") or [] if kind != "full_attention"})
-    windowed = config.get("use_sliding_window") and config.get("max_window_layers", 0) < _count(config, "num_hidden_layers", where)
+    windowed = config.get("use_sliding_window") and config.get("max_window_layers", 0) < _count(
+        config, "num_hidden_layers", where
+    )
     if other or windowed:
         found = f"layer_types has {', '.join(other)}" if other else "use_sliding_window=true"
         raise CheckpointError(
-            f"{where}: {found}; only full attention works (set use_sliding_window=false if the model was trained without it)"
+            f"{where}: {found}; only full attention works (set use_sliding_window=false if the model was trained "
+            "without it)"
         )
 
 

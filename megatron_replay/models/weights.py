@@ -1,13 +1,15 @@
-"""The name and layout table between Hugging Face tensors and megatron-core's GPTModel (local layer spec), as pure functions.
+"""The name and layout table between Hugging Face tensors and megatron-core's GPTModel (local layer spec), as pure
+functions.
 
-One `Weight` is one megatron parameter, whole: no tensor parallelism, global layer numbers, padding included.
-Letters: A query heads, G key/value heads (groups), D head size, H hidden, F ffn, V vocabulary rows; a hat (G^, V^) means padded.
+One `Weight` is one megatron parameter, whole: no tensor parallelism, global layer numbers, padding included. Letters: A
+query heads, G key/value heads (groups), D head size, H hidden, F ffn, V vocabulary rows; a hat (G^, V^) means padded.
 
-- linear_qkv [G^ (A/G + 2) D, H]: per group its query heads, then its key, then its value; padded groups are zero rows at the end.
+- linear_qkv [G^ (A/G + 2) D, H]: per group its query heads, then its key, then its value; padded groups are zero rows
+  at the end.
 - linear_proj [H, G^ A/G D]: the columns of padded groups are zero, so padded heads add exactly nothing.
 - linear_fc1 [2F, H]: gate rows, then up rows; a tensor-parallel rank holds its part of each half.
-- embedding and output layer [V^, H]: padded rows are zero. Striped: id v lies in row (v mod 8) (V^ / 8) + v div 8, so that the frequent
-  (low) ids are spread over the tensor ranks; one order for every layout.
+- embedding and output layer [V^, H]: padded rows are zero. Striped: id v lies in row (v mod 8) (V^ / 8) + v div 8, so
+  that the frequent (low) ids are spread over the tensor ranks; one order for every layout.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Weight:
 
 
 def weights(spec: ModelSpec, *, head_multiple: int = 1, striped: bool = False) -> list[Weight]:
-    """Every distinct parameter, in the model's order; a tied output layer is not listed, it is the embedding (see `weight_of`)."""
+    """Every distinct parameter, in the model's order; a tied output layer is not listed, it is the embedding (see
+    `weight_of`)."""
     hidden, vocab = spec.hidden_size, spec.vocab_size
     shape = (spec.padded_vocab(), hidden)
     table = [Weight(EMBEDDING, ("model.embed_tokens.weight",), "vocab", 0, shape, ((vocab, hidden),), striped=striped)]
@@ -65,7 +68,8 @@ def weights(spec: ModelSpec, *, head_multiple: int = 1, striped: bool = False) -
 
 
 def weight_of(spec: ModelSpec, name: str, *, head_multiple: int = 1, striped: bool = False) -> Weight:
-    """The Weight of a megatron parameter; a tied model's `output_layer.weight` (a last stage holds a copy) is the embedding.
+    """The Weight of a megatron parameter; a tied model's `output_layer.weight` (a last stage holds a copy) is the
+    embedding.
 
     Raises CheckpointError for a name the model does not have.
     """
@@ -85,7 +89,8 @@ def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def merge(weight: Weight, tensors: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:
     """The whole megatron tensor [weight.shape] from the Hugging Face tensors named by weight.hf, in their dtype.
 
-    One new tensor at most; where nothing is fused or padded the Hugging Face tensor itself is returned. CheckpointError on another shape.
+    One new tensor at most; where nothing is fused or padded the Hugging Face tensor itself is returned. CheckpointError
+    on another shape.
     """
     parts = [tensors[name] for name in weight.hf]
     for name, part, shape in zip(weight.hf, parts, weight.hf_shapes, strict=True):
@@ -104,7 +109,8 @@ def merge(weight: Weight, tensors: Mapping[str, Tensor], spec: ModelSpec) -> Ten
 
 
 def split(weight: Weight, tensor: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a whole megatron tensor, padding cut off: the exact inverse of `merge`. Views where possible."""
+    """The Hugging Face tensors of a whole megatron tensor, padding cut off: the exact inverse of `merge`. Views where
+    possible."""
     if tuple(tensor.shape) != weight.shape:
         raise CheckpointError(f"parameter {weight.name!r} is {list(tensor.shape)}, expected {list(weight.shape)}")
     if weight.striped:
@@ -119,7 +125,8 @@ def split(weight: Weight, tensor: Tensor, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def shard(tensor: Tensor, axis: Axis, rank: int, size: int) -> Tensor:
-    """The contiguous part of a whole tensor that tensor-parallel rank `rank` of `size` holds; LayoutError when it does not divide."""
+    """The contiguous part of a whole tensor that tensor-parallel rank `rank` of `size` holds; LayoutError when it does
+    not divide."""
     if axis is None or size == 1:
         return tensor
     if axis == "gate_up":
@@ -147,9 +154,11 @@ def restripe(tensor: Tensor, *, striped: bool) -> Tensor:
 
 
 def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Query or key rows [num_heads * D, H] from interleaved rotary pairs (0 1)(2 3).. to half-split pairs (0 D/2)(1 D/2+1)...
+    """Query or key rows [num_heads * D, H] from interleaved rotary pairs (0 1)(2 3).. to half-split pairs (0 D/2)(1
+    D/2+1)...
 
-    llama2.c and llama.cpp rotate neighbouring rows, Hugging Face and megatron-core rotate row i with row i + D/2. D is the head size.
+    llama2.c and llama.cpp rotate neighbouring rows, Hugging Face and megatron-core rotate row i with row i + D/2. D is
+    the head size.
     """
     rows, width = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
@@ -170,14 +179,31 @@ def _layer(spec: ModelSpec, layer: int, head_multiple: int) -> list[Weight]:
     names = tuple(f"{of}self_attn.{x}_proj.weight" for x in "qkv")
     qkv_shapes = ((q, hidden), (kv, hidden), (kv, hidden))
     table = [_norm(f"{to}input_layernorm.weight", f"{of}input_layernorm.weight", hidden, layer)]
-    table.append(Weight(f"{to}self_attention.linear_qkv.weight", names, "qkv", 0, ((heads + 2 * groups) * dim, hidden), qkv_shapes, layer))
+    table.append(
+        Weight(
+            f"{to}self_attention.linear_qkv.weight",
+            names,
+            "qkv",
+            0,
+            ((heads + 2 * groups) * dim, hidden),
+            qkv_shapes,
+            layer,
+        )
+    )
     if spec.qk_norm:
-        table += [_norm(f"{to}self_attention.{x}_layernorm.weight", f"{of}self_attn.{x}_norm.weight", dim, layer) for x in "qk"]
+        table += [
+            _norm(f"{to}self_attention.{x}_layernorm.weight", f"{of}self_attn.{x}_norm.weight", dim, layer)
+            for x in "qk"
+        ]
     proj, o_proj = f"{to}self_attention.linear_proj.weight", f"{of}self_attn.o_proj.weight"
     table.append(Weight(proj, (o_proj,), "o_proj", 1, (hidden, heads * dim), ((hidden, q),), layer))
     table.append(_norm(f"{to}pre_mlp_layernorm.weight", f"{of}post_attention_layernorm.weight", hidden, layer))
     halves = (f"{of}mlp.gate_proj.weight", f"{of}mlp.up_proj.weight")
-    table.append(Weight(f"{to}mlp.linear_fc1.weight", halves, "gate_up", "gate_up", (2 * ffn, hidden), ((ffn, hidden),) * 2, layer))
+    table.append(
+        Weight(
+            f"{to}mlp.linear_fc1.weight", halves, "gate_up", "gate_up", (2 * ffn, hidden), ((ffn, hidden),) * 2, layer
+        )
+    )
     down = (f"{of}mlp.down_proj.weight",)
     table.append(Weight(f"{to}mlp.linear_fc2.weight", down, "copy", 1, (hidden, ffn), ((hidden, ffn),), layer))
     return table
@@ -188,7 +214,8 @@ def _norm(name: str, hf: str, size: int, layer: int | None = None) -> Weight:
 
 
 def _qkv_views(weight: Weight, whole: Tensor, spec: ModelSpec) -> list[Tensor]:
-    """Views [G, A/G D, H], [G, D, H], [G, D, H] of the query, key and value rows inside linear_qkv, real groups only."""
+    """Views [G, A/G D, H], [G, D, H], [G, D, H] of the query, key and value rows inside linear_qkv, real groups
+    only."""
     dim = spec.head_dim
     query = spec.heads_per_group * dim
     groups = whole.view(-1, query + 2 * dim, spec.hidden_size)[: spec.num_kv_heads]

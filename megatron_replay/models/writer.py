@@ -1,8 +1,9 @@
 """A Hugging Face folder written one tensor at a time.
 
-safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes little-endian
-header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the tensors' bytes. Names and
-shapes follow from the spec, so the headers are written first and each tensor goes to its place when it comes, in any order.
+safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes
+little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the
+tensors' bytes. Names and shapes follow from the spec, so the headers are written first and each tensor goes to its
+place when it comes, in any order.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 class HFWriter:
-    """Write a folder that transformers loads: `with HFWriter(path, spec) as out: out.add(name, tensor) ...; out.copy_side_files(source)`.
+    """Write a folder that transformers loads: `with HFWriter(path, spec) as out: out.add(name, tensor) ...;
+    out.copy_side_files(source)`.
 
-    Everything goes to a sibling folder that takes the target's name when the block ends without an error; otherwise nothing stays behind.
-    Memory: the tensor being added. CheckpointError: target not empty, disk too small, a tensor unknown, misshapen, of another dtype
-    or never added.
+    Everything goes to a sibling folder that takes the target's name when the block ends without an error; otherwise
+    nothing stays behind. Memory: the tensor being added. CheckpointError: target not empty, disk too small, a tensor
+    unknown, misshapen, of another dtype or never added.
     """
 
-    def __init__(self, path: str | Path, spec: ModelSpec, *, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, path: str | Path, spec: ModelSpec, *, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.path = Path(path)
         self.dtype = dtype
         self._shapes = hf_shapes(spec)
@@ -57,7 +61,9 @@ class HFWriter:
     def __enter__(self) -> HFWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -70,7 +76,9 @@ class HFWriter:
             raise CheckpointError(f"{self.path}: the model has no tensor {name!r}")
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self.dtype:
             expected = f"{list(self._shapes[name])} {self.dtype}"
-            raise CheckpointError(f"{self.path}: tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, expected {expected}")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, expected {expected}"
+            )
         file, offset = self._place[name]
         with file.open("r+b") as out:
             out.seek(offset)
@@ -84,7 +92,8 @@ class HFWriter:
         (self._partial / name).write_text(text, encoding="utf-8")
 
     def copy_side_files(self, source: str | Path) -> None:
-        """Copy config, tokenizer, chat template, ...: everything but weights; config.json then names the dtype written here."""
+        """Copy config, tokenizer, chat template, ...: everything but weights; config.json then names the dtype written
+        here."""
         source = Path(source)
         config = read_config(source)
         for file in sorted(source.iterdir()):
@@ -101,12 +110,16 @@ class HFWriter:
     def _check_space(self) -> None:
         need, free = sum(self._sizes.values()), shutil.disk_usage(self.path.parent).free
         if need > free:
-            raise CheckpointError(f"{self.path}: the weights need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+            raise CheckpointError(
+                f"{self.path}: the weights need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+            )
 
     def _lay_out(self, shards: list[list[str]]) -> None:
         """Write each file's header, stretch it to its length, and note every tensor's place."""
         for number, names in enumerate(shards, 1):
-            file = self._partial / (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            file = self._partial / (
+                SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
             head, offsets = _header(sorted(names), self._shapes, self.dtype)
             with file.open("wb") as out:
                 out.write(head)
@@ -114,13 +127,16 @@ class HFWriter:
             self._place.update({name: (file, len(head) + offsets[name]) for name in names})
         if len(shards) > 1:
             weight_map = {name: self._place[name][0].name for name in sorted(self._place)}
-            self.write_side_file(INDEX, {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map})
+            self.write_side_file(
+                INDEX, {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
+            )
 
     def _finish(self) -> None:
         missing = [name for name in self._shapes if name not in self._added]
         if missing:
             raise CheckpointError(
-                f"{self.path}: {len(missing)} of {len(self._shapes)} tensors were never written, the first is {missing[0]!r}"
+                f"{self.path}: {len(missing)} of {len(self._shapes)} tensors were never written, the first is "
+                f"{missing[0]!r}"
             )
         for file in self._partial.iterdir():
             if file.is_file():
@@ -130,7 +146,8 @@ class HFWriter:
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Tensor names of each file: in order, a new file when the next tensor would not fit; a larger tensor has a file of its own."""
+    """Tensor names of each file: in order, a new file when the next tensor would not fit; a larger tensor has a file of
+    its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -142,8 +159,11 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _header(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
-    """(length and JSON header, byte offset of each tensor in the data): byte for byte what safetensors writes for these tensors."""
+def _header(
+    names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[bytes, dict[str, int]]:
+    """(length and JSON header, byte offset of each tensor in the data): byte for byte what safetensors writes for these
+    tensors."""
     kind = next(key for key, value in DTYPES.items() if value == dtype)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}

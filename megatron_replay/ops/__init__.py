@@ -1,4 +1,5 @@
-"""The maths of the method on plain tensors: candidate sets, the restricted loss, the full loss it is compared with, positions."""
+"""The maths of the method on plain tensors: candidate sets, the restricted loss, the full loss it is compared with,
+positions."""
 
 from megatron_replay.ops.full import linear_cross_entropy, target_logprobs
 from megatron_replay.ops.library import kernels, live

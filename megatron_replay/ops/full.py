@@ -29,8 +29,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(hidden @ weight.T)[gold], [N]; differentiable in `hidden` and `weight`.
 
-    Logits exist for `chunk_rows` rows at a time (256 when None) and are computed again in the backward pass. As in the restricted loss the
-    gradient of `hidden` is this rank's part: the sum over the group is the whole.
+    Logits exist for `chunk_rows` rows at a time (256 when None) and are computed again in the backward pass. As in the
+    restricted loss the gradient of `hidden` is this rank's part: the sum over the group is the whole.
 
     Args:
         hidden: [N, H].
@@ -59,14 +59,17 @@ def target_logprobs(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """log p(gold) of each row under the whole vocabulary, [N], without gradient; its exponential is the confidence of Stage 0."""
+    """log p(gold) of each row under the whole vocabulary, [N], without gradient; its exponential is the confidence of
+    Stage 0."""
     with torch.no_grad():
         return -linear_cross_entropy(hidden, weight, gold, shard, vocab_size=vocab_size, chunk_rows=chunk_rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: Tensor, chunk_rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: Tensor, chunk_rows: int
+    ) -> Tensor:
         slot = shard.columns(gold.long())
         stats = hidden.new_empty(3, hidden.shape[0], dtype=accumulator(hidden.dtype))
         for rows in _chunks(hidden.shape[0], chunk_rows):
@@ -125,7 +128,10 @@ def _chunks(count: int, step: int) -> list[slice]:
 
 def _check_gold(hidden: Tensor, gold: Tensor, shard: VocabShard, vocab_size: int | None) -> None:
     if gold.shape != hidden.shape[:1]:
-        raise DataError(f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+        raise DataError(
+            f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape "
+            f"{tuple(gold.shape)}"
+        )
     # without a vocabulary size a rank of a group does not know where the vocabulary ends
     end = vocab_size if vocab_size is not None else shard.stop if shard.is_whole else None
     outside = (gold < 0) if end is None else (gold < 0) | (gold >= end)

@@ -1,9 +1,9 @@
 """Operator schemas: the one place where a compiled kernel and its plain-torch twin meet.
 
-Importing this module registers the schemas under `torch.ops.megatron_replay`, once: the only import of the package with an effect.
-Plain torch serves every device (CompositeExplicitAutograd); a compiled kernel registered for a device key (CPU, PrivateUse1) under the
-same schema takes precedence there, and for CUDA what `on_cuda` chooses: Triton's, or plain torch where there is no Triton. Collectives stay
-in Python between the operators, so kernels never communicate.
+Importing this module registers the schemas under `torch.ops.megatron_replay`, once: the only import of the package with
+an effect. Plain torch serves every device (CompositeExplicitAutograd); a compiled kernel registered for a device key
+(CPU, PrivateUse1) under the same schema takes precedence there, and for CUDA what `on_cuda` chooses: Triton's, or plain
+torch where there is no Triton. Collectives stay in Python between the operators, so kernels never communicate.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from megatron_replay.ops.shard import accumulator
 NAMESPACE = "megatron_replay"
 
 SCHEMAS = {
-    "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix) -> (Tensor, Tensor, Tensor)",
+    "restricted_fwd": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix) -> "
+    "(Tensor, Tensor, Tensor)",
     "restricted_bwd_dh": "(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale) -> ()",
-    "restricted_bwd_dw": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient, Tensor(a!) grad_weight) -> ()",
-    "restricted_bwd_rows": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient) -> Tensor",
+    "restricted_bwd_dw": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient, "
+    "Tensor(a!) grad_weight) -> ()",
+    "restricted_bwd_rows": "(Tensor hidden, Tensor touched, Tensor begins, Tensor tokens, Tensor coefficient) -> "
+    "Tensor",
     "restricted_logits_fwd": "(Tensor logits, Tensor offsets, Tensor columns, Tensor gold) -> (Tensor, Tensor)",
-    "restricted_logits_bwd": "(Tensor z, Tensor offsets, Tensor columns, Tensor gold, Tensor scalars, Tensor(a!) grad_logits) -> ()",
+    "restricted_logits_bwd": "(Tensor z, Tensor offsets, Tensor columns, Tensor gold, Tensor scalars, Tensor(a!) "
+    "grad_logits) -> ()",
     "topk_rows": "(Tensor logits, int k) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -50,14 +54,16 @@ class Kernels:
 
 
 def kernels(mode: str = "auto") -> Kernels:
-    """`auto`: through the dispatcher, which prefers a compiled kernel; `reference`: plain torch. Raises ConfigError for another mode."""
+    """`auto`: through the dispatcher, which prefers a compiled kernel; `reference`: plain torch. Raises ConfigError for
+    another mode."""
     compiled.check_mode(mode)
     source = torch.ops.megatron_replay if mode == "auto" else plain
     return Kernels(**{name: getattr(source, name) for name in SCHEMAS})
 
 
 def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
-    """Which kernel answers on tensors of a device type, for each operator: "compiled", "triton" or "reference". Imports Triton for cuda."""
+    """Which kernel answers on tensors of a device type, for each operator: "compiled", "triton" or "reference". Imports
+    Triton for cuda."""
     kernels(mode)
     key = _DISPATCH_KEYS.get(device_type)
 
@@ -72,7 +78,9 @@ def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
     return {name: answer(name) for name in SCHEMAS}
 
 
-def _fake_fwd(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_fwd(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     z = hidden.new_empty(columns.shape[0], dtype=accumulator(hidden.dtype))
     return z, z.new_empty(3, gold.shape[0]), z.new_empty(gold.shape[0] if mix else 0, hidden.shape[1])
 
@@ -81,7 +89,9 @@ def _fake_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, sca
     return None
 
 
-def _fake_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
+def _fake_dw(
+    hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
+) -> None:
     return None
 
 
@@ -94,7 +104,9 @@ def _fake_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Ten
     return z, z.new_empty(3, gold.shape[0])
 
 
-def _fake_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+def _fake_logits_bwd(
+    z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
+) -> None:
     return None
 
 

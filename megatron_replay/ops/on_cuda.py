@@ -1,4 +1,5 @@
-"""Which kernels answer for CUDA tensors: Triton's, imported when the first such tensor comes, or plain torch where there is no Triton."""
+"""Which kernels answer for CUDA tensors: Triton's, imported when the first such tensor comes, or plain torch where
+there is no Triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which target positions get a candidate set (arXiv 2510.09152, section 2): all, random, last, or equally from buckets of confidence.
+"""Which target positions get a candidate set (arXiv 2510.09152, section 2): all, random, last, or equally from buckets
+of confidence.
 
-Confidence is p(gold) under the base model. Two forms: `select_positions` sees all data at once; `BucketRule` decides sample by sample,
-from a hash of (seed, sample, position), so that order, ranks and batches make no difference.
+Confidence is p(gold) under the base model. Two forms: `select_positions` sees all data at once; `BucketRule` decides
+sample by sample, from a hash of (seed, sample, position), so that order, ranks and batches make no difference.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def select_positions(
 ) -> Tensor:
     """Flat positions [n] int64, ascending, of the chosen entries of `loss_mask`.
 
-    `all` takes every masked position; `last` the last of each row; `random` round(fraction * masked) of them; `bucket` as many, the same
-    number from each of `buckets` equal-frequency buckets of confidence (equal confidences are ordered by position, so buckets are equal in
-    size whatever the ties).
+    `all` takes every masked position; `last` the last of each row; `random` round(fraction * masked) of them; `bucket`
+    as many, the same number from each of `buckets` equal-frequency buckets of confidence (equal confidences are ordered
+    by position, so buckets are equal in size whatever the ties).
 
     Args:
         confidence: like loss_mask, in [0, 1]; only `bucket` reads it.
@@ -61,9 +62,10 @@ def select_positions(
 class BucketRule:
     """Keep each target position with the rate of its confidence bucket.
 
-    With the counts of a first pass the rates are such that every bucket gives the same number of positions, `fraction` of all together;
-    a bucket too small for its share is kept whole and the others make up for it. Ties make buckets unequal (a base model is certain, p = 1,
-    of many tokens), which is what the counts correct. Without counts each bucket is kept at `fraction`. No edges: the rule `random`.
+    With the counts of a first pass the rates are such that every bucket gives the same number of positions, `fraction`
+    of all together; a bucket too small for its share is kept whole and the others make up for it. Ties make buckets
+    unequal (a base model is certain, p = 1, of many tokens), which is what the counts correct. Without counts each
+    bucket is kept at `fraction`. No edges: the rule `random`.
     """
 
     edges: tuple[float, ...]
@@ -76,7 +78,9 @@ class BucketRule:
     def __post_init__(self) -> None:
         _check_rule("bucket", self.fraction, len(self.edges) + 1)
         if self.counts is not None and len(self.counts) != len(self.edges) + 1:
-            raise ConfigError(f"{len(self.edges)} edges make {len(self.edges) + 1} buckets, but there are {len(self.counts)} counts")
+            raise ConfigError(
+                f"{len(self.edges)} edges make {len(self.edges) + 1} buckets, but there are {len(self.counts)} counts"
+            )
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -92,7 +96,8 @@ class BucketRule:
         return tuple(rates)
 
     def keep(self, confidence: Any, loss_mask: Any, uid: bytes) -> Tensor:
-        """Positions [n] int64, ascending, kept of one sample: confidence [T] (unread without edges), loss_mask [T] bool, uid 16 bytes."""
+        """Positions [n] int64, ascending, kept of one sample: confidence [T] (unread without edges), loss_mask [T]
+        bool, uid 16 bytes."""
         places = np.flatnonzero(_numpy(loss_mask).astype(bool))
         bucket = np.zeros(places.shape, np.int64)
         if self.edges:
@@ -102,7 +107,8 @@ class BucketRule:
 
 
 def bucket_edges(confidences: Any, buckets: int) -> tuple[float, ...]:
-    """The buckets - 1 inner edges of equal-frequency buckets: quantiles in float64, rounded to float32. Raises DataError without data."""
+    """The buckets - 1 inner edges of equal-frequency buckets: quantiles in float64, rounded to float32. Raises
+    DataError without data."""
     values = _checked(_numpy(confidences).reshape(-1))
     if not values.size:
         raise DataError("no confidences to cut into buckets; is the loss mask empty?")
@@ -122,7 +128,8 @@ def bucket_counts(confidences: Any, edges: Sequence[float]) -> tuple[int, ...]:
 
 
 def position_uniform(seed: int, uid: bytes, positions: Any) -> npt.NDArray[np.float64]:
-    """[n] float64 in [0, 1), a function of (seed, uid, position) only: the splitmix64 sequence of the sample, read at each position.
+    """[n] float64 in [0, 1), a function of (seed, uid, position) only: the splitmix64 sequence of the sample, read at
+    each position.
 
     Raises DataError when uid is not 16 bytes.
     """
@@ -156,7 +163,9 @@ def _last(mask: Tensor) -> Tensor:
     return (last + torch.arange(rows.shape[0]) * rows.shape[1])[last >= 0]
 
 
-def _from_buckets(confidence: Tensor, places: Tensor, fraction: float, buckets: int, generator: torch.Generator | None) -> Tensor:
+def _from_buckets(
+    confidence: Tensor, places: Tensor, fraction: float, buckets: int, generator: torch.Generator | None
+) -> Tensor:
     ranked = places[confidence.sort(stable=True).indices]
     total = round(fraction * places.shape[0])
     chosen = []

@@ -20,7 +20,14 @@ class ReferenceSet:
 
 
 def candidate_set(
-    logits: Tensor, gold: int, *, tau: float, k_max: int, min_set_size: int = 1, vocab_size: int | None = None, always: Sequence[int] = ()
+    logits: Tensor,
+    gold: int,
+    *,
+    tau: float,
+    k_max: int,
+    min_set_size: int = 1,
+    vocab_size: int | None = None,
+    always: Sequence[int] = (),
 ) -> ReferenceSet:
     """The rule of `dynamic_topk` for one row of logits [V], read from a full sort (arXiv 2510.09152, section 2)."""
     p = torch.softmax(logits[:vocab_size].double(), 0).tolist()

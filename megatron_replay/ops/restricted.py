@@ -1,7 +1,7 @@
 """Stage 1: cross-entropy renormalised over each position's candidate set (arXiv 2510.09152, section 2).
 
-L_t = logsumexp_{j in S_t} z_tj - z_t,gold with z_tj = h_t . W_j for j in S_t only; the gradient in z is p~ - y on S_t and 0 elsewhere.
-N positions, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
+L_t = logsumexp_{j in S_t} z_tj - z_t,gold with z_tj = h_t . W_j for j in S_t only; the gradient in z is p~ - y on S_t
+and 0 elsewhere. N positions, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ def restricted_linear_cross_entropy(
     sparse: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
-    """The restricted loss of each position, [N], without ever building [N, V] logits; differentiable in `hidden` and `weight`.
+    """The restricted loss of each position, [N], without ever building [N, V] logits; differentiable in `hidden` and
+    `weight`.
 
-    Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two collectives run in the forward pass and none in the backward:
-    the gradient of `hidden` is this rank's part, and the sum over the group is the whole. Wrap `hidden` in the copy-to-tensor-parallel
-    region of the framework, whose backward does that sum.
+    Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two collectives run in the forward pass and none in
+    the backward: the gradient of `hidden` is this rank's part, and the sum over the group is the whole. Wrap `hidden`
+    in the copy-to-tensor-parallel region of the framework, whose backward does that sum.
 
     Args:
         hidden: [N, H].
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
-        sets: N candidate sets, the same on every rank; or what this shard holds of them, `sets.local(shard).indexed()`, which a loader
-            prepares while the device computes.
-        main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for `weight`.
-        sparse: return the weight's gradient as a sparse tensor of its touched rows, as torch.nn.Embedding(sparse=True) does.
+        sets: N candidate sets, the same on every rank; or what this shard holds of them, `sets.local(shard).indexed()`,
+            which a loader prepares while the device computes.
+        main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for
+            `weight`.
+        sparse: return the weight's gradient as a sparse tensor of its touched rows, as torch.nn.Embedding(sparse=True)
+            does.
         kernels: "auto" or "reference".
 
     Raises:
@@ -60,7 +63,8 @@ def restricted_linear_cross_entropy(
 def restricted_cross_entropy(
     logits: Tensor, sets: CandidateSets | LocalSets, shard: VocabShard | None = None, *, kernels: str = "auto"
 ) -> Tensor:
-    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for any head.
+    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for
+    any head.
 
     Raises what `restricted_linear_cross_entropy` does; `kernels` as there.
     """
@@ -81,7 +85,9 @@ class _RestrictedLinear(torch.autograd.Function):
         sparse: bool,
         ops: Kernels,
     ) -> Tensor:
-        z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0])
+        z, stats, mixture = ops.restricted_fwd(
+            hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0]
+        )
         loss, peak, total = _combine(stats, shard)
         ctx.save_for_backward(hidden, weight, z, stats[0], peak, total)
         ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = here, ops, main_grad, sparse, mixture
@@ -134,7 +140,8 @@ class _RestrictedLogits(torch.autograd.Function):
 
 
 def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Local (max, sum exp, gold logit) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives: MAX, then one SUM."""
+    """Local (max, sum exp, gold logit) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives:
+    MAX, then one SUM."""
     top, total, gold = stats
     peak = shard.max_(top.clone())
     total, gold = shard.sum_(torch.stack([total * (top - peak).exp(), gold]))
@@ -147,7 +154,8 @@ def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: 
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros for a gradient of which little will be written. On the CPU, memory that the system has cleared but not yet handed out."""
+    """Zeros for a gradient of which little will be written. On the CPU, memory that the system has cleared but not yet
+    handed out."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = shape.numel() * dtype.itemsize
@@ -157,8 +165,11 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _local(sets: CandidateSets | LocalSets, shard: VocabShard, rows: Tensor, *, by_column: bool = False) -> LocalSets:
-    """The sets of `rows` as this shard sees them; cut where they are and moved then, so that no accelerator has to be waited for."""
+    """The sets of `rows` as this shard sees them; cut where they are and moved then, so that no accelerator has to be
+    waited for."""
     if sets.num_positions != rows.shape[0]:
-        raise DataError(f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only")
+        raise DataError(
+            f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only"
+        )
     here = sets if isinstance(sets, LocalSets) else sets.local(shard)
     return (here.indexed() if by_column else here).to(rows.device)

@@ -1,4 +1,5 @@
-"""Candidate sets: for each position the few ids that the restricted loss looks at, as one ragged table (N positions, nnz ids in all)."""
+"""Candidate sets: for each position the few ids that the restricted loss looks at, as one ragged table (N positions,
+nnz ids in all)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class ByColumn:
 
     @classmethod
     def of(cls, offsets: Tensor, columns: Tensor) -> ByColumn:
-        """Of a table of N sets, offsets [N+1] int64 and columns [m] int32. An accelerator is waited for: U depends on the columns."""
+        """Of a table of N sets, offsets [N+1] int64 and columns [m] int32. An accelerator is waited for: U depends on
+        the columns."""
         ordered, order = columns.sort(stable=True)
         touched, counts = torch.unique_consecutive(ordered, return_counts=True)
         begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -37,7 +39,8 @@ class ByColumn:
         return cls(touched, begins.to(torch.int32), tokens.to(torch.int32), order.to(torch.int32))
 
     def entries(self, coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operators of the weight's gradient take: touched, begins, tokens, and the coefficient [m] of each entry of the sets."""
+        """What the operators of the weight's gradient take: touched, begins, tokens, and the coefficient [m] of each
+        entry of the sets."""
         return self.touched, self.begins, self.tokens, coefficient.index_select(0, self.order)
 
     def to(self, device: torch.device | str) -> ByColumn:
@@ -100,12 +103,18 @@ class CandidateSets:
 
         kept = None if logits is None else floats(logits)
         return cls(
-            torch.as_tensor(offsets).to(torch.int64), torch.as_tensor(ids).to(torch.int32), slots, kept, floats(lse), floats(outside_mass)
+            torch.as_tensor(offsets).to(torch.int64),
+            torch.as_tensor(ids).to(torch.int32),
+            slots,
+            kept,
+            floats(lse),
+            floats(outside_mass),
         )
 
     @classmethod
     def from_lists(cls, ids: Sequence[Sequence[int]], gold: Sequence[int]) -> CandidateSets:
-        """From one list of ids per position, in any order, and the gold id of each. Raises DataError when a gold id is not in its set."""
+        """From one list of ids per position, in any order, and the gold id of each. Raises DataError when a gold id is
+        not in its set."""
         if len(ids) != len(gold):
             raise DataError(f"{len(ids)} candidate sets but {len(gold)} gold ids")
         rows = [sorted(set(row)) for row in ids]
@@ -115,7 +124,9 @@ class CandidateSets:
         lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
         flat = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
         return cls.from_arrays(
-            lengths.cumsum(0), flat, torch.tensor([r.index(g) for r, g in zip(rows, gold, strict=True)], dtype=torch.int32)
+            lengths.cumsum(0),
+            flat,
+            torch.tensor([r.index(g) for r, g in zip(rows, gold, strict=True)], dtype=torch.int32),
         )
 
     @classmethod
@@ -153,12 +164,15 @@ class CandidateSets:
         return CandidateSets(offsets, ids, gold_slot, logits, self.lse.to(device), self.outside_mass.to(device))
 
     def check(self, vocab: int) -> CandidateSets:
-        """Raise DataError at the first broken rule (shapes, offsets, order, range below `vocab`, gold slot); returns itself."""
+        """Raise DataError at the first broken rule (shapes, offsets, order, range below `vocab`, gold slot); returns
+        itself."""
         n, nnz = self.num_positions, self.ids.shape[0]
         for name, size in (("gold_slot", n), ("lse", n), ("outside_mass", n), ("logits", nnz)):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != (size,):
-                raise DataError(f"candidate sets: {name} has shape {tuple(tensor.shape)}, but there are {n} positions and {nnz} ids")
+                raise DataError(
+                    f"candidate sets: {name} has shape {tuple(tensor.shape)}, but there are {n} positions and {nnz} ids"
+                )
         sizes = self.sizes()
         if n < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != nnz or bool((sizes < 0).any()):
             raise DataError(f"candidate sets: offsets must rise from 0 to the {nnz} ids")
@@ -182,7 +196,9 @@ class CandidateSets:
             return LocalSets(self.offsets, columns, at)
         if shard.is_whole:
             bad = int(self.ids[~mine][0])
-            raise DataError(f"candidate id {bad} lies outside the vocabulary rows {shard.start}..{shard.stop} of the model")
+            raise DataError(
+                f"candidate id {bad} lies outside the vocabulary rows {shard.start}..{shard.stop} of the model"
+            )
         before = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.cumsum(0)])
         return LocalSets(before[self.offsets], columns[mine], torch.where(mine[at], before[at], -1))
 

@@ -1,4 +1,5 @@
-"""All that the maths knows of tensor parallelism: which rows of the vocabulary are here, and three collectives that do nothing alone."""
+"""All that the maths knows of tensor parallelism: which rows of the vocabulary are here, and three collectives that do
+nothing alone."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from megatron_replay.errors import LayoutError
 class Stripes:
     """A fixed order of `rows` vocabulary rows: id v lies in row (v mod count) (rows / count) + v div count.
 
-    Tokenizers number their tokens by frequency, so contiguous shards leave nearly all of a text's ids on the first rank; stripes deal
-    neighbouring ids to different ranks. One order serves every number of ranks that divides `count`, and is right for any other.
+    Tokenizers number their tokens by frequency, so contiguous shards leave nearly all of a text's ids on the first
+    rank; stripes deal neighbouring ids to different ranks. One order serves every number of ranks that divides `count`,
+    and is right for any other.
     """
 
     rows: int
@@ -26,7 +28,9 @@ class Stripes:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.rows % self.count:
-            raise LayoutError(f"{self.rows} vocabulary rows do not divide into {self.count} stripes; pad the vocabulary to a multiple")
+            raise LayoutError(
+                f"{self.rows} vocabulary rows do not divide into {self.count} stripes; pad the vocabulary to a multiple"
+            )
 
     @property
     def width(self) -> int:
@@ -44,10 +48,12 @@ class Stripes:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Vocabulary rows `start <= row < stop` of this rank; the other rows are on the other ranks of `group` (None: nobody else).
+    """Vocabulary rows `start <= row < stop` of this rank; the other rows are on the other ranks of `group` (None:
+    nobody else).
 
-    A row's number is its id, unless `stripes` says otherwise. Every operator has one code path for a whole and for a sharded vocabulary
-    in either order: without a group the collectives are the identity, and without stripes rows and ids are the same.
+    A row's number is its id, unless `stripes` says otherwise. Every operator has one code path for a whole and for a
+    sharded vocabulary in either order: without a group the collectives are the identity, and without stripes rows and
+    ids are the same.
     """
 
     start: int
@@ -59,17 +65,22 @@ class VocabShard:
         if not 0 <= self.start <= self.stop:
             raise LayoutError(f"a vocabulary shard needs 0 <= start <= stop, got start {self.start}, stop {self.stop}")
         if self.stripes is not None and self.stop > self.stripes.rows:
-            raise LayoutError(f"a vocabulary shard up to row {self.stop} needs as many rows, the stripes have {self.stripes.rows}")
+            raise LayoutError(
+                f"a vocabulary shard up to row {self.stop} needs as many rows, the stripes have {self.stripes.rows}"
+            )
 
     @classmethod
     def of_rank(cls, rows: int, group: dist.ProcessGroup, *, stripes: int = 1) -> VocabShard:
-        """The even contiguous share of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out in stripes.
+        """The even contiguous share of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out
+        in stripes.
 
         Raises LayoutError when the ranks or the stripes do not divide the rows.
         """
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if rows % ranks:
-            raise LayoutError(f"{rows} vocabulary rows do not divide over {ranks} ranks; pad the vocabulary to a multiple of {ranks}")
+            raise LayoutError(
+                f"{rows} vocabulary rows do not divide over {ranks} ranks; pad the vocabulary to a multiple of {ranks}"
+            )
         share = rows // ranks
         return cls(rank * share, (rank + 1) * share, group, Stripes(rows, stripes) if stripes > 1 else None)
 
@@ -90,7 +101,8 @@ class VocabShard:
         return torch.where((rows >= self.start) & (rows < self.stop), rows - self.start, -1)
 
     def by_id(self, logits: Tensor, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """This shard's columns of `logits` [N, V] in the order of their ids, and the ids [n]: those below `vocab_size` (None: all).
+        """This shard's columns of `logits` [N, V] in the order of their ids, and the ids [n]: those below `vocab_size`
+        (None: all).
 
         A view where rows lie by id; else a copy, whose columns tie as their ids do.
         """
@@ -122,7 +134,8 @@ class VocabShard:
         return tensor
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Each tensor of every rank, stacked as [ranks, *shape] in rank order; one collective for all of them, whatever their dtypes.
+        """Each tensor of every rank, stacked as [ranks, *shape] in rank order; one collective for all of them, whatever
+        their dtypes.
 
         Shapes must agree between the ranks.
         """
@@ -141,7 +154,8 @@ class VocabShard:
         return self._shares(num)[rank]
 
     def deal(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """This rank's share of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order; one collective."""
+        """This rank's share of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order; one
+        collective."""
         if self.group is None:
             return tuple(t[None] for t in tensors)
         sizes = [rows.stop - rows.start for rows in self._shares(len(tensors[0]))]
@@ -152,7 +166,8 @@ class VocabShard:
         return _unpacked(parts, [t.new_empty(t.shape[1:]) for t in tensors], (len(sizes), mine))
 
     def join(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors [n, ...] of all ranks, each concatenated in rank order; n may differ in everything. Two collectives."""
+        """The tensors [n, ...] of all ranks, each concatenated in rank order; n may differ in everything. Two
+        collectives."""
         if self.group is None:
             return tensors
         (lengths,) = self.gather(torch.tensor([len(t) for t in tensors], device=tensors[0].device))
@@ -161,7 +176,9 @@ class VocabShard:
         for padded, tensor in zip(room, tensors, strict=True):
             padded[: len(tensor)] = tensor
         columns = zip(self.gather(*room), lengths.t().tolist(), strict=True)
-        return tuple(torch.cat([part[:length] for part, length in zip(parts, some, strict=True)]) for parts, some in columns)
+        return tuple(
+            torch.cat([part[:length] for part, length in zip(parts, some, strict=True)]) for parts, some in columns
+        )
 
     def _shares(self, num: int) -> list[slice]:
         ranks = dist.get_world_size(self.group)
@@ -169,7 +186,8 @@ class VocabShard:
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [N, ...] side by side as bytes [N, B], so that float32 values, int32 ids and float64 sums travel together."""
+    """Tensors [N, ...] side by side as bytes [N, B], so that float32 values, int32 ids and float64 sums travel
+    together."""
     return torch.cat([t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors], 1)
 
 
@@ -182,11 +200,14 @@ def _unpacked(rows: Tensor, like: Sequence[Tensor], outer: tuple[int, ...]) -> t
 
 
 def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
-    """`shard`, or the whole vocabulary of `columns` ids. Raises LayoutError when the shard is not as wide as the tensor."""
+    """`shard`, or the whole vocabulary of `columns` ids. Raises LayoutError when the shard is not as wide as the
+    tensor."""
     if shard is None:
         return VocabShard(0, columns)
     if shard.size != columns:
-        raise LayoutError(f"the shard covers ids {shard.start}..{shard.stop} ({shard.size} rows), but the tensor has {columns}")
+        raise LayoutError(
+            f"the shard covers ids {shard.start}..{shard.stop} ({shard.size} rows), but the tensor has {columns}"
+        )
     return shard
 
 
@@ -196,7 +217,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by one."""
+    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by
+    one."""
     return device.type in ("cpu", "cuda")
 
 

@@ -22,8 +22,8 @@ from megatron_replay.ops.shard import VocabShard, has_float64, shard_of
 SLACK = 1e-12
 """A cumulative probability this close below tau (relative) counts as tau.
 
-Sums in float64 differ by 1e-15 between layouts. Without slack, logits that put a cumulative probability exactly at tau (equal ones do)
-would be cut differently by one rank and by four. For the same reason an outside mass below this is 0.
+Sums in float64 differ by 1e-15 between layouts. Without slack, logits that put a cumulative probability exactly at tau
+(equal ones do) would be cut differently by one rank and by four. For the same reason an outside mass below this is 0.
 """
 
 NOBODY = torch.iinfo(torch.int32).max
@@ -59,12 +59,13 @@ def dynamic_topk(
 ) -> CandidateSets:
     """The fewest most probable ids whose probability reaches `tau`, at most `k_max` of them, and the gold id.
 
-    Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau, and
-    K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most k_max + 1 ids
-    (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1 keeps every other id up to k_max.
-    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets. Over a sharded vocabulary
-    each rank merges the candidates of its share of the positions, so what travels a position is a set, not K candidates from every rank.
-    Where the logits' device has no float64 (an NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done on the cpu.
+    Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau,
+    and K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most
+    k_max + 1 ids (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1
+    keeps every other id up to k_max. Probabilities and sums are float64 whatever the dtype of the logits, and every
+    rank returns the same sets. Over a sharded vocabulary each rank merges the candidates of its share of the positions,
+    so what travels a position is a set, not K candidates from every rank. Where the logits' device has no float64 (an
+    NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done on the cpu.
 
     Args:
         logits: [N, V] floating, the columns shard.start..shard.stop of the vocabulary.
@@ -77,12 +78,16 @@ def dynamic_topk(
         kernels: "auto" or "reference".
 
     Raises:
-        ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max, or an id of `always` is no id of the vocabulary.
-        DataError: NaN or +inf logits, a row without a finite logit, or a gold id outside the vocabulary; it names the row, on every rank.
+        ConfigError: tau outside (0, 1], k_max below 1, or min_set_size outside 1..k_max, or an id of `always` is no id
+            of the vocabulary.
+        DataError: NaN or +inf logits, a row without a finite logit, or a gold id outside the vocabulary; it names the
+            row, on every rank.
     """
     shard = shard_of(logits.shape[1], shard)
     if gold.shape != logits.shape[:1]:
-        raise DataError(f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+        raise DataError(
+            f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}"
+        )
     rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
     return _select([logits.detach()], gold, rule, shard)
 
@@ -102,7 +107,8 @@ def linear_dynamic_topk(
     keep_logits: bool = False,
     kernels: str = "auto",
 ) -> CandidateSets:
-    """The sets of `dynamic_topk` for the logits of a linear head, which exist for `tile_rows` positions at a time, in one buffer.
+    """The sets of `dynamic_topk` for the logits of a linear head, which exist for `tile_rows` positions at a time, in
+    one buffer.
 
     Args:
         hidden: [N, H] floating.
@@ -112,7 +118,10 @@ def linear_dynamic_topk(
     """
     shard = shard_of(weight.shape[0], shard)
     if gold.shape != hidden.shape[:1]:
-        raise DataError(f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}")
+        raise DataError(
+            f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape "
+            f"{tuple(gold.shape)}"
+        )
     rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
     return _select(_tiles(hidden.detach(), weight.detach(), tile_rows), gold, rule, shard)
 
@@ -177,7 +186,8 @@ class _Known(NamedTuple):
 
 
 def _look(logits: Tensor, extra: Tensor, rule: _Rule, shard: VocabShard) -> _Known:
-    real, ids = shard.by_id(logits, rule.vocab_size)  # a kernel puts the first of equal columns first, which must be the lowest id
+    # a kernel puts the first of equal columns first, which must be the lowest id
+    real, ids = shard.by_id(logits, rule.vocab_size)
     values, columns, lse = choose(rule.kernels).topk_rows(real, rule.k_max)
     ids = ids.to(torch.int32).take(columns)
     if not shard.is_whole:
@@ -219,7 +229,9 @@ def _check_rows(lse: Tensor, extra: Tensor, holders: Tensor) -> None:
         row, column = wrong[0].tolist()
         id, ranks = int(extra[row, column]), int(holders[row, column])
         if column:
-            raise ConfigError(f"id {id} is to be in every set, and is held by {ranks} ranks; is it an id of this vocabulary?")
+            raise ConfigError(
+                f"id {id} is to be in every set, and is held by {ranks} ranks; is it an id of this vocabulary?"
+            )
         raise DataError(f"gold id {id} of row {row} is held by {ranks} ranks; is it an id of this vocabulary?")
 
 

@@ -1,7 +1,8 @@
 """The operators in plain torch: right on every device, and what a compiled kernel must equal.
 
-N positions, H hidden, V vocabulary rows here, m candidate ids here. Ragged tables are `offsets [N+1] int64`, `columns [m] int32`.
-The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two sparse products for the gradients.
+N positions, H hidden, V vocabulary rows here, m candidate ids here. Ragged tables are `offsets [N+1] int64`, `columns
+[m] int32`. The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two
+sparse products for the gradients.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ _LSE_ROWS = 2  # float64 copies of two rows of 50k to 150k columns stay in a cor
 def restricted_fwd(
     hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the candidates here, z [m]; (max, sum exp(z - max), gold logit) per position, stats [3, N]; and their mixture.
+    """Logits of the candidates here, z [m]; (max, sum exp(z - max), gold logit) per position, stats [3, N]; and their
+    mixture.
 
-    hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1. A position without candidates here has (-3e38, 0, 0).
-    The mixture is sum over the candidates j of t of exp(z_tj - max_t) W[j], [N, H] in z's dtype, which `restricted_bwd_dh` makes the
-    gradient of `hidden`: a kernel has each row of the weight at hand once, here. [0, H] without `mix`.
+    hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1. A position without candidates here has
+    (-3e38, 0, 0). The mixture is sum over the candidates j of t of exp(z_tj - max_t) W[j], [N, H] in z's dtype, which
+    `restricted_bwd_dh` makes the gradient of `hidden`: a kernel has each row of the weight at hand once, here. [0, H]
+    without `mix`.
     """
     z = sampled_product(hidden, weight, offsets, columns)
     stats = set_stats(z, offsets, gold)
@@ -45,7 +48,8 @@ def restricted_fwd(
 
 
 def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
-    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here; scale [2, N]."""
+    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here; scale [2,
+    N]."""
     mixture.mul_(scale[0][:, None])
     rows = (gold >= 0).nonzero()[:, 0]
     for part in _parts(rows.shape[0], 2 * weight.shape[1] * mixture.element_size()):
@@ -53,11 +57,14 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
         mixture.index_add_(0, some, weight[columns[gold[some]]].to(mixture.dtype).mul_(-scale[1][some, None]))
 
 
-def restricted_bwd_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
-    """grad_weight[touched[u]] += sum over the entries i of begins[u]..begins[u + 1] of coefficient[i] hidden[tokens[i]].
+def restricted_bwd_dw(
+    hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
+) -> None:
+    """grad_weight[touched[u]] += sum over the entries i of begins[u]..begins[u + 1] of coefficient[i]
+    hidden[tokens[i]].
 
-    The entries lie by column (`sets.ByColumn`), so each touched row is added to once, its sum in the order of the positions whatever the
-    number of threads. touched [U] and begins [U+1] int32, tokens [m] int32, coefficient [m].
+    The entries lie by column (`sets.ByColumn`), so each touched row is added to once, its sum in the order of the
+    positions whatever the number of threads. touched [U] and begins [U+1] int32, tokens [m] int32, coefficient [m].
     """
     for part, rows in _summed(hidden, begins, tokens, coefficient):
         grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
@@ -65,7 +72,9 @@ def restricted_bwd_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: T
 
 def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
     """What `restricted_bwd_dw` adds to the touched rows: [U, H] in the coefficient's dtype."""
-    return torch.cat([coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in _summed(hidden, begins, tokens, coefficient))])
+    return torch.cat(
+        [coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in _summed(hidden, begins, tokens, coefficient))]
+    )
 
 
 def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,9 @@ def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold
     return z, set_stats(z, offsets, gold)
 
 
-def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+def restricted_logits_bwd(
+    z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
+) -> None:
     """grad_logits[t, j] <- `set_gradient` at the candidates j of t; the rest of grad_logits [N, V] is left as it is."""
     values = set_gradient(z, offsets, gold, scalars)
     grad_logits[row_of(offsets, z.shape[0]), columns.long()] = values.to(grad_logits.dtype)
@@ -86,13 +97,18 @@ def _summed(hidden: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor)
     for part in _parts(begins.shape[0] - 1, 2 * hidden.shape[1] * coefficient.element_size()):
         first, last = int(begins[part.start]), int(begins[part.stop])
         starts = begins[part] - first
-        yield part, embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=coefficient[first:last])
+        yield (
+            part,
+            embedding_bag(tokens[first:last], source, starts, mode="sum", per_sample_weights=coefficient[first:last]),
+        )
 
 
 def weighted_rows(weight: Tensor, offsets: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
     """sum over the candidates j of t of factor_tj W[j], [N, H] in the factor's dtype."""
     if _has_bag(weight):
-        return embedding_bag(columns, weight, offsets.to(columns.dtype), mode="sum", per_sample_weights=factor, include_last_offset=True)
+        return embedding_bag(
+            columns, weight, offsets.to(columns.dtype), mode="sum", per_sample_weights=factor, include_last_offset=True
+        )
     rows = row_of(offsets, columns.shape[0])
     out = factor.new_zeros(offsets.shape[0] - 1, weight.shape[1])
     for part in _parts(columns.shape[0], 2 * weight.shape[1] * factor.element_size()):
@@ -101,7 +117,8 @@ def weighted_rows(weight: Tensor, offsets: Tensor, columns: Tensor, factor: Tens
 
 
 def sampled_product(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """z = hidden[t] . weight[j] for every candidate j of every position t: [m], summed in float32 (float64 for float64)."""
+    """z = hidden[t] . weight[j] for every candidate j of every position t: [m], summed in float32 (float64 for
+    float64)."""
     rows = row_of(offsets, columns.shape[0])
     if _has_bag(weight) and columns.shape[0]:
         # the gradient of embedding_bag in its sample weights is exactly this product, and gathers nothing
@@ -133,13 +150,14 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
 def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> Tensor:
     """factor_t exp(z_tj - peak_t) - [j is gold] grad_t for every candidate j of every position t: [m].
 
-    scalars [3, N] = (peak, factor, grad): with the maximum of the whole set, and the gradient of the position's loss divided by the whole
-    sum of exponentials and as it is, this is (p~ - y) times that gradient.
+    scalars [3, N] = (peak, factor, grad): with the maximum of the whole set, and the gradient of the position's loss
+    divided by the whole sum of exponentials and as it is, this is (p~ - y) times that gradient.
     """
     rows = row_of(offsets, z.shape[0])
     peak, factor, grad = scalars.unbind()
     out = (z - peak[rows]).exp_().mul_(factor[rows])
-    if z.shape[0]:  # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
+    # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
+    if z.shape[0]:
         out.scatter_add_(0, gold.clamp(min=0), torch.where(gold >= 0, -grad, 0.0))
     return out
 
@@ -147,8 +165,8 @@ def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> T
 def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest of each row by (value descending, column ascending), and the log-sum-exp of the row in float64.
 
-    logits [N, C] -> values [N, k'] float32 (float64 for float64), columns [N, k'] int64, lse [N] float64, with k' = min(k, C).
-    A row with NaN or +inf has a NaN lse; a row of -inf only has -inf.
+    logits [N, C] -> values [N, k'] float32 (float64 for float64), columns [N, k'] int64, lse [N] float64, with k' =
+    min(k, C). A row with NaN or +inf has a NaN lse; a row of -inf only has -inf.
     """
     n, width = logits.shape
     kind, k = accumulator(logits.dtype), min(k, width)
@@ -171,8 +189,9 @@ def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _first(rows: Tensor, k: int, widths: tuple[int, ...]) -> Tensor:
     """Columns of the k largest, [n, k], by (value descending, column ascending).
 
-    The k largest columns lie in the k largest blocks, blocks ordered by (their maximum descending, block ascending): were one in another
-    block, each of the k blocks would hold a column before it. So blocks first, then narrower blocks within the chosen, then columns.
+    The k largest columns lie in the k largest blocks, blocks ordered by (their maximum descending, block ascending):
+    were one in another block, each of the k blocks would hold a column before it. So blocks first, then narrower blocks
+    within the chosen, then columns.
     """
     if not widths:
         return _ordered(rows, k)
@@ -187,7 +206,8 @@ def _first(rows: Tensor, k: int, widths: tuple[int, ...]) -> Tensor:
 
 
 def _ordered(rows: Tensor, k: int) -> Tensor:
-    """As `_first`, without blocks. torch.topk promises no order of equal values, so it is given keys that are never equal."""
+    """As `_first`, without blocks. torch.topk promises no order of equal values, so it is given keys that are never
+    equal."""
     if rows.dtype == torch.float64:
         return rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
     bits = (rows + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0

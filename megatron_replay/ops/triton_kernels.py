@@ -1,17 +1,21 @@
-"""The restricted loss in Triton: what each program of a grid does. `triton_launch` calls these; importing this imports Triton.
+"""The restricted loss in Triton: what each program of a grid does. `triton_launch` calls these; importing this imports
+Triton.
 
-Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and for the mixture
-that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's rows of the weight). The weight's
-gradient, a program for each distinct id: the entries lie by id, and its row is summed in the order of the positions and written once. From
-logits that are there already, a program for each position reads those of its candidates, and writes their gradient backward. There are no
-atomics and no collectives, so the same input gives the same bits.
+Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and
+for the mixture that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's
+rows of the weight). The weight's gradient, a program for each distinct id: the entries lie by id, and its row is summed
+in the order of the positions and written once. From logits that are there already, a program for each position reads
+those of its candidates, and writes their gradient backward. There are no atomics and no collectives, so the same input
+gives the same bits.
 
-A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The `further` kernels sum
-the pieces after the first into scratch rows, and the program of the run adds those in order. Piece starts of all runs are at least SPLIT
-apart, so at / SPLIT is a scratch row of their own, and the grid is known without asking the device how long the runs are.
+A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The
+`further` kernels sum the pieces after the first into scratch rows, and the program of the run adds those in order.
+Piece starts of all runs are at least SPLIT apart, so at / SPLIT is a scratch row of their own, and the grid is known
+without asking the device how long the runs are.
 
-A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H, `num` N, `entries` m;
-`hidden_row` and its like are strides in elements; rows are contiguous where there is no stride of the columns.
+A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H,
+`num` N, `entries` m; `hidden_row` and its like are strides in elements; rows are contiguous where there is no stride of
+the columns.
 """
 
 import triton
@@ -42,8 +46,8 @@ def gathered(matrix, stride, rows, across, wanted, width, ACC: tl.constexpr):
 
 @triton.jit
 def taken_in(top, total, logits):
-    """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum, the logits' shares,
-    and what everything taken in before must be multiplied by."""
+    """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum,
+    the logits' shares, and what everything taken in before must be multiplied by."""
     peak = tl.maximum(top, tl.max(logits, 0))
     share = tl.exp(logits - peak)
     shrink = tl.exp(top - peak)
@@ -55,7 +59,8 @@ def softmax_piece(
     hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, gold,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the entries begin..end of position t into z; their maximum, sum of exponentials, gold logit, and mixture [WIDTH]."""
+    """Logits of the entries begin..end of position t into z; their maximum, sum of exponentials, gold logit, and
+    mixture [WIDTH]."""
     across = tl.arange(0, WIDTH)
     h = tl.load(hidden + t * hidden_row + across, mask=across < width, other=0).to(ACC)
     top = tl.full((), EMPTY, ACC)
@@ -132,7 +137,9 @@ def restricted_fwd(
 
 
 @triton.jit
-def restricted_bwd_dh(mixture, weight, weight_row, columns, gold, scale, width, num, ACC: tl.constexpr, WIDTH: tl.constexpr):
+def restricted_bwd_dh(
+    mixture, weight, weight_row, columns, gold, scale, width, num, ACC: tl.constexpr, WIDTH: tl.constexpr
+):
     """Program (t, b): WIDTH elements of mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t]."""
     t = tl.program_id(0).to(tl.int64)
     across = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
@@ -147,7 +154,18 @@ def restricted_bwd_dh(mixture, weight, weight_row, columns, gold, scale, width, 
 
 
 @triton.jit
-def sum_piece(hidden, hidden_row, tokens, coefficient, width, begin, end, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def sum_piece(
+    hidden,
+    hidden_row,
+    tokens,
+    coefficient,
+    width,
+    begin,
+    end,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """sum of coefficient times hidden over the entries begin..end: [WIDTH]."""
     across = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), ACC)
@@ -185,7 +203,9 @@ def restricted_bwd(
     """Program u: the sum of column u, added to row touched[u] of `out`, or stored into row u."""
     u = tl.program_id(0).to(tl.int64)
     begin, last = tl.load(begins + u).to(tl.int64), tl.load(begins + u + 1).to(tl.int64)
-    total = sum_piece(hidden, hidden_row, tokens, coefficient, width, begin, tl.minimum(begin + SPLIT, last), ACC, ROWS, WIDTH)
+    total = sum_piece(
+        hidden, hidden_row, tokens, coefficient, width, begin, tl.minimum(begin + SPLIT, last), ACC, ROWS, WIDTH
+    )
     across = tl.arange(0, WIDTH)
     inside = across < width
     for at in range(begin + SPLIT, last, SPLIT):
@@ -199,7 +219,8 @@ def restricted_bwd(
 
 @triton.jit
 def flaws_by_column(touched, begins, tokens, found, num, entries, positions, vocab, BLOCK: tl.constexpr):
-    """found[p]: whether one of these BLOCK touched rows, bounds of columns or positions is out of order or outside what it points into."""
+    """found[p]: whether one of these BLOCK touched rows, bounds of columns or positions is out of order or outside what
+    it points into."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < num
     row = tl.load(touched + at, mask=here, other=0)
@@ -207,14 +228,22 @@ def flaws_by_column(touched, begins, tokens, found, num, entries, positions, voc
     wrong = here & ((row < 0) | (row >= vocab) | (after <= row))
     begin = tl.load(begins + at, mask=here, other=0)
     end = tl.load(begins + at + 1, mask=here, other=1)
-    wrong |= here & ((begin < 0) | (end <= begin) | (end > entries) | ((at == 0) & (begin != 0)) | ((at == num - 1) & (end != entries)))
+    wrong |= here & (
+        (begin < 0)
+        | (end <= begin)
+        | (end > entries)
+        | ((at == 0) & (begin != 0))
+        | ((at == num - 1) & (end != entries))
+    )
     token = tl.load(tokens + at, mask=at < entries, other=0)
     wrong |= (at < entries) & ((token < 0) | (token >= positions))
     tl.store(found + tl.program_id(0), tl.max(wrong.to(tl.int32), 0))
 
 
 @triton.jit
-def restricted_logits_fwd(logits, logits_row, logits_column, offsets, columns, gold, z, stats, num, ACC: tl.constexpr, SPLIT: tl.constexpr):
+def restricted_logits_fwd(
+    logits, logits_row, logits_column, offsets, columns, gold, z, stats, num, ACC: tl.constexpr, SPLIT: tl.constexpr
+):
     """Program t: the candidates of position t, SPLIT at a time."""
     t = tl.program_id(0).to(tl.int64)
     last, gold_at = tl.load(offsets + t + 1), tl.load(gold + t)
@@ -235,7 +264,9 @@ def restricted_logits_fwd(logits, logits_row, logits_column, offsets, columns, g
 
 
 @triton.jit
-def restricted_logits_bwd(z, offsets, columns, gold, scalars, grad_logits, grad_row, grad_column, num, SPLIT: tl.constexpr):
+def restricted_logits_bwd(
+    z, offsets, columns, gold, scalars, grad_logits, grad_row, grad_column, num, SPLIT: tl.constexpr
+):
     """Program t: the gradient at the candidates of position t, SPLIT at a time."""
     t = tl.program_id(0).to(tl.int64)
     last, gold_at = tl.load(offsets + t + 1), tl.load(gold + t)
@@ -251,7 +282,8 @@ def restricted_logits_bwd(z, offsets, columns, gold, scalars, grad_logits, grad_
 
 @triton.jit
 def flaws(offsets, columns, gold, found, num, entries, vocab, BLOCK: tl.constexpr):
-    """found[p]: whether one of these BLOCK columns, bounds of sets or gold entries lies outside what it points into; gold may be None."""
+    """found[p]: whether one of these BLOCK columns, bounds of sets or gold entries lies outside what it points into;
+    gold may be None."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(columns + at, mask=at < entries, other=0)
     wrong = (at < entries) & ((column < 0) | (column >= vocab))

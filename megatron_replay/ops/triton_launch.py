@@ -1,8 +1,8 @@
 """The operators on Triton's kernels, for CUDA tensors: the twins of `torch_kernels`, under the schemas of `library`.
 
-Checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; never run on a GPU.
-No operator waits for the device. What does not fit together in shape
-or dtype is a RuntimeError; an id, offset or gold entry out of bounds is a device-side assertion, as in torch's own indexing.
+Checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; never run on a GPU. No operator
+waits for the device. What does not fit together in shape or dtype is a RuntimeError; an id, offset or gold entry out of
+bounds is a device-side assertion, as in torch's own indexing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron_replay.ops import triton_kernels as programs
 from megatron_replay.ops.shard import accumulator
 
 SPLIT = 256
-"""Entries of a set, or of an id, that one program sums, or takes at a time; above the usual k_max, so that few runs are cut."""
+"""Entries of a set, or of an id, that one program sums, or takes at a time; above the usual k_max, so that few runs are
+cut."""
 
 TILE = 8192
 """Elements a program holds at a time, where rows are not longer: 64 a thread."""
@@ -36,14 +37,18 @@ def restricted_fwd(
     op = "restricted_fwd"
     _check_matrix(op, "hidden", hidden)
     _need(
-        weight.dim() == 2 and weight.dtype == hidden.dtype and weight.shape[1] == hidden.shape[1] and weight.device == hidden.device,
+        weight.dim() == 2
+        and weight.dtype == hidden.dtype
+        and weight.shape[1] == hidden.shape[1]
+        and weight.device == hidden.device,
         f"{op}: hidden is {_told(hidden)}, weight {_told(weight)}",
     )
     _check_table(op, hidden, offsets, columns, weight.shape[0], gold)
     (n, width), m, kind = hidden.shape, columns.shape[0], accumulator(hidden.dtype)
     slots = _slots(m)
     z, stats, mixture, scratch_stats, scratch = (
-        hidden.new_empty(shape, dtype=kind) for shape in ((m,), (3, n), (n if mix else 0, width), (3, slots), (slots if mix else 0, width))
+        hidden.new_empty(shape, dtype=kind)
+        for shape in ((m,), (3, n), (n if mix else 0, width), (3, slots), (slots if mix else 0, width))
     )
     h, w = _with_rows(hidden), _with_rows(weight)
     table = (h, h.stride(0), w, w.stride(0), offsets, columns, gold, z)
@@ -62,7 +67,10 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
     kind = accumulator(weight.dtype)
     for name, tensor, shape in (("mixture", mixture, (n, width)), ("scale", scale, (2, n))):
         _need(
-            tensor.shape == shape and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == weight.device,
+            tensor.shape == shape
+            and tensor.dtype == kind
+            and tensor.is_contiguous()
+            and tensor.device == weight.device,
             f"{op}: {name} must be contiguous {list(shape)} {kind} on {weight.device}",
         )
     offsets = gold.new_zeros(n + 1)  # of no consequence here
@@ -74,8 +82,11 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
         )
 
 
-def restricted_bwd_dw(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor) -> None:
-    """`torch_kernels.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded once."""
+def restricted_bwd_dw(
+    hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
+) -> None:
+    """`torch_kernels.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded
+    once."""
     op = "restricted_bwd_dw"
     _check_gradient(op, hidden, touched, begins, tokens, coefficient, grad_weight.shape[0])
     _need(
@@ -105,11 +116,15 @@ def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold
     n, kind = logits.shape[0], accumulator(logits.dtype)
     z, stats = (logits.new_empty(shape, dtype=kind) for shape in (columns.shape, (3, n)))
     with _on(logits):
-        programs.restricted_logits_fwd[(n,)](logits, *logits.stride(), offsets, columns, gold, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT)
+        programs.restricted_logits_fwd[(n,)](
+            logits, *logits.stride(), offsets, columns, gold, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT
+        )
     return z, stats
 
 
-def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor) -> None:
+def restricted_logits_bwd(
+    z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
+) -> None:
     """`torch_kernels.restricted_logits_bwd`."""
     op = "restricted_logits_bwd"
     _check_matrix(op, "grad_logits", grad_logits)
@@ -117,14 +132,21 @@ def restricted_logits_bwd(z: Tensor, offsets: Tensor, columns: Tensor, gold: Ten
     n, kind = grad_logits.shape[0], accumulator(grad_logits.dtype)
     for name, tensor, shape in (("z", z, columns.shape), ("scalars", scalars, (3, n))):
         _need(
-            tensor.shape == shape and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == grad_logits.device,
+            tensor.shape == shape
+            and tensor.dtype == kind
+            and tensor.is_contiguous()
+            and tensor.device == grad_logits.device,
             f"{op}: {name} must be contiguous {list(shape)} {kind} on {grad_logits.device}",
         )
     with _on(grad_logits):
-        programs.restricted_logits_bwd[(n,)](z, offsets, columns, gold, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT)
+        programs.restricted_logits_bwd[(n,)](
+            z, offsets, columns, gold, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT
+        )
 
 
-def _sum_by_column(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, out: Tensor, *, add: bool) -> None:
+def _sum_by_column(
+    hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, out: Tensor, *, add: bool
+) -> None:
     """The sum of each column, added to its row of `out`, or stored into its row of `out` [U, H]."""
     (num,), width = touched.shape, hidden.shape[1]
     h, slots, kind = _with_rows(hidden), _slots(tokens.shape[0]), coefficient.dtype
@@ -132,7 +154,9 @@ def _sum_by_column(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tens
     tile = {"ACC": _SUM[kind], "SPLIT": SPLIT, **_tile(width, kind)}
     with _on(hidden):
         if slots:
-            programs.restricted_bwd_further[(slots,)](h, h.stride(0), begins, tokens, factors, scratch, width, num, **tile)
+            programs.restricted_bwd_further[(slots,)](
+                h, h.stride(0), begins, tokens, factors, scratch, width, num, **tile
+            )
         programs.restricted_bwd[(num,)](
             h, h.stride(0), touched, begins, tokens, factors, out, out.stride(0), scratch, width, ADD=add, **tile
         )
@@ -144,8 +168,8 @@ def _slots(entries: int) -> int:
 
 
 def _tile(width: int, kind: torch.dtype) -> dict[str, int]:
-    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them. At H = 4,096 nothing of float32 or
-    bfloat16 spills (ptxas, sm_90)."""
+    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them. At H = 4,096 nothing
+    of float32 or bfloat16 spills (ptxas, sm_90)."""
     across = triton.next_power_of_2(max(width, 1))
     rows = min(max(TILE // across, 1), SPLIT)
     return {"ROWS": rows, "WIDTH": across, "num_warps": min(max(rows * across * kind.itemsize // 8192, 1), 16)}
@@ -154,7 +178,9 @@ def _tile(width: int, kind: torch.dtype) -> dict[str, int]:
 def _on(tensor: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensors'."""
     kind = tensor.device.type
-    chosen: AbstractContextManager[None] = nullcontext() if kind == "cpu" else getattr(torch, kind).device(tensor.device)
+    chosen: AbstractContextManager[None] = (
+        nullcontext() if kind == "cpu" else getattr(torch, kind).device(tensor.device)
+    )
     return chosen
 
 
@@ -174,16 +200,25 @@ def _told(x: Tensor) -> str:
 
 def _check_matrix(op: str, name: str, x: Tensor) -> None:
     _need(x.dim() == 2, f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
-    _need(x.dtype in _KNOWN, f"{op}: {name} is {x.dtype}; written for float16, bfloat16, float32, float64 (kernels=reference takes others)")
+    _need(
+        x.dtype in _KNOWN,
+        f"{op}: {name} is {x.dtype}; written for float16, bfloat16, float32, float64 (kernels=reference takes others)",
+    )
 
 
-def _check_gradient(op: str, hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, vocab: int) -> None:
-    """touched [U] and begins [U + 1] and tokens [m], int32, of rows of `hidden` and a weight of `vocab` rows; and a coefficient of each."""
+def _check_gradient(
+    op: str, hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, vocab: int
+) -> None:
+    """touched [U] and begins [U + 1] and tokens [m], int32, of rows of `hidden` and a weight of `vocab` rows; and a
+    coefficient of each."""
     _check_matrix(op, "hidden", hidden)
     num, m, kind = touched.shape[0], tokens.shape[0], accumulator(hidden.dtype)
     for name, tensor, size in (("touched", touched, num), ("begins", begins, num + 1), ("tokens", tokens, m)):
         _need(
-            tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous() and tensor.device == hidden.device,
+            tensor.shape == (size,)
+            and tensor.dtype == torch.int32
+            and tensor.is_contiguous()
+            and tensor.device == hidden.device,
             f"{op}: {name} must be contiguous [{size}] torch.int32 on {hidden.device}",
         )
     _need(
@@ -194,21 +229,31 @@ def _check_gradient(op: str, hidden: Tensor, touched: Tensor, begins: Tensor, to
     found = tokens.new_empty(blocks)
     with _on(hidden):
         programs.flaws_by_column[(blocks,)](touched, begins, tokens, found, num, m, hidden.shape[0], vocab, BLOCK=BLOCK)
-    what = f"{op}: a touched row, bound or position is out of order or points outside the {vocab} rows or {hidden.shape[0]} positions"
+    what = (
+        f"{op}: a touched row, bound or position is out of order or points outside the {vocab} rows or "
+        f"{hidden.shape[0]} positions"
+    )
     torch.ops.aten._assert_async.msg(~found.any(), what)
 
 
-def _check_table(op: str, rows: Tensor, offsets: Tensor, columns: Tensor, vocab: int, gold: Tensor | None = None) -> None:
+def _check_table(
+    op: str, rows: Tensor, offsets: Tensor, columns: Tensor, vocab: int, gold: Tensor | None = None
+) -> None:
     """offsets [N + 1] int64, columns [m] int32 and gold [N] int64 of the N `rows`, over `vocab` columns."""
     n, m = rows.shape[0], columns.shape[0]
     wanted = [("offsets", offsets, torch.int64, n + 1), ("columns", columns, torch.int32, m)]
     for name, tensor, kind, size in [*wanted, ("gold", gold, torch.int64, n)] if gold is not None else wanted:
         _need(
-            tensor.shape == (size,) and tensor.dtype == kind and tensor.is_contiguous() and tensor.device == rows.device,
+            tensor.shape == (size,)
+            and tensor.dtype == kind
+            and tensor.is_contiguous()
+            and tensor.device == rows.device,
             f"{op}: {name} must be contiguous [{size}] {kind} on {rows.device}",
         )
     blocks = triton.cdiv(max(n, m), BLOCK)
     found = columns.new_empty(blocks)
     with _on(rows):
         programs.flaws[(blocks,)](offsets, columns, gold, found, n, m, vocab, BLOCK=BLOCK)
-    torch.ops.aten._assert_async.msg(~found.any(), f"{op}: a column, offset or gold entry points outside the {vocab} rows or {m} entries")
+    torch.ops.aten._assert_async.msg(
+        ~found.any(), f"{op}: a column, offset or gold entry points outside the {vocab} rows or {m} entries"
+    )

@@ -45,5 +45,6 @@ __all__ = [
 
 
 def build_optimizer(name: str, params: ParamsT, lr: float, **options: Any) -> ReplayOptimizer:
-    """The optimizer of that name (`OPTIMIZERS` lists them); ConfigError, with the nearest name, for one or an option unknown."""
+    """The optimizer of that name (`OPTIMIZERS` lists them); ConfigError, with the nearest name, for one or an option
+    unknown."""
     return OPTIMIZERS.build(name, params, lr, **options)

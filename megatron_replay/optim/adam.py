@@ -1,4 +1,5 @@
-"""What the optimizers with Adam's two moments share: how the moments advance, and the walk over a parameter in blocks."""
+"""What the optimizers with Adam's two moments share: how the moments advance, and the walk over a parameter in
+blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .stats import home, sum_of_squares
 
 @dataclass(frozen=True)
 class Mix:
-    """How the gradient enters the moments: m <- m_keep m + m_grad g, and v <- beta2 v + (v_grad g + v_momentum m)^2 with the m before."""
+    """How the gradient enters the moments: m <- m_keep m + m_grad g, and v <- beta2 v + (v_grad g + v_momentum m)^2
+    with the m before."""
 
     m_keep: float
     m_grad: float
@@ -34,11 +36,13 @@ def plain_mix(betas: tuple[float, float], scale: float) -> Mix:
     return Mix(m_keep=beta1, m_grad=(1 - beta1) * scale, v_grad=math.sqrt(1 - beta2) * scale)
 
 
-def advance_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scratch: tuple[Tensor, Tensor], *, mix: Mix, beta2: float) -> None:
+def advance_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scratch: tuple[Tensor, Tensor], *, mix: Mix, beta2: float
+) -> None:
     """One step of both moments, in place; all are flat vectors [n] of one dtype, the scratch vectors included.
 
-    Every operation rounds once: a fused multiply-add may be taken by a vectorised loop and not by its scalar remainder, and then the result
-    would depend on where a shard begins.
+    Every operation rounds once: a fused multiply-add may be taken by a vectorised loop and not by its scalar remainder,
+    and then the result would depend on where a shard begins.
     """
     first, second = scratch
     torch.mul(grad, mix.v_grad, out=first)
@@ -49,14 +53,16 @@ def advance_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scratch: 
 
 
 def decayed_step(param: Tensor, direction: Tensor, *, lr: float, weight_decay: float, gain: float = 1.0) -> None:
-    """theta <- theta (1 - lr wd) - lr gain u, in place on the parameter; `direction` u, of its shape, is overwritten."""
+    """theta <- theta (1 - lr wd) - lr gain u, in place on the parameter; `direction` u, of its shape, is
+    overwritten."""
     if lr * weight_decay:
         param.mul_(1 - lr * weight_decay)
     param.sub_(direction.mul_(lr * gain))
 
 
 class AdamFamily(ReplayOptimizer):
-    """Keeps `exp_avg` and `exp_avg_sq`; a subclass gives the direction, and may mix momentum into the gradient, filter or scale."""
+    """Keeps `exp_avg` and `exp_avg_sq`; a subclass gives the direction, and may mix momentum into the gradient, filter
+    or scale."""
 
     state_keys = ("exp_avg", "exp_avg_sq")
     _scale = 1.0
@@ -110,10 +116,22 @@ class AdamFamily(ReplayOptimizer):
         state, betas, lr = self.state_of(move.param), self.setting(move.group, "betas"), self.rate(move.group)
         mix, keep, rate = self.mix(move.row, betas), 1 - lr * move.group["weight_decay"], lr * self.gain(move.row)
         scalars = kernels.Scalars(
-            mix.m_keep, mix.m_grad, mix.v_grad, mix.v_momentum, betas[1], fix.first, fix.second, fix.eps or 0.0, keep, rate, fix.eps is None
+            mix.m_keep,
+            mix.m_grad,
+            mix.v_grad,
+            mix.v_momentum,
+            betas[1],
+            fix.first,
+            fix.second,
+            fix.eps or 0.0,
+            keep,
+            rate,
+            fix.eps is None,
         )
         rounded = move.param if weight is not move.param and move.param.is_contiguous() else None
-        return kernels.Piece(weight.contiguous(), move.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], rounded, scalars)
+        return kernels.Piece(
+            weight.contiguous(), move.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], rounded, scalars
+        )
 
     def update(self, move: Move) -> Tensor:
         return self._walk(move)
@@ -156,7 +174,8 @@ class AdamFamily(ReplayOptimizer):
 
 @cache
 def _kernel_knows(kind: type[AdamFamily]) -> bool:
-    """Whether the kernel does all that this class does: none between here and there may have a walk, a filter or a direction of its own."""
+    """Whether the kernel does all that this class does: none between here and there may have a walk, a filter or a
+    direction of its own."""
     walks = all(getattr(kind, name) is getattr(AdamFamily, name) for name in ("_walk", "update", "filter"))
     givers = {next(c for c in kind.__mro__ if name in vars(c)) for name in ("direction", "correction")}
     return walks and len(givers) == 1

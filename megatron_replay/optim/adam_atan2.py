@@ -1,4 +1,5 @@
-"""Adam-atan2 (arXiv 2407.05872, section 5): Adam without epsilon, invariant to the gradient's scale, with steps of at most lr pi / 2."""
+"""Adam-atan2 (arXiv 2407.05872, section 5): Adam without epsilon, invariant to the gradient's scale, with steps of at
+most lr pi / 2."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ def atan2_correction(step: int, betas: tuple[float, float]) -> Correction:
     return Correction(first=math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step))
 
 
-def atan2_direction(exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float]) -> Tensor:
-    """atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t))) for flat moments [n] (paper eq. 9, with bias correction); atan2(0, 0) is 0.
+def atan2_direction(
+    exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float]
+) -> Tensor:
+    """atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t))) for flat moments [n] (paper eq. 9, with bias correction);
+    atan2(0, 0) is 0.
 
-    Both sides are multiplied by sqrt(1 - beta2^t), which leaves the angle as it is. `out` are two vectors of n elements or more:
-    the arctangent is taken of all of them, so that padding decides which code computes the last ones; n of the first are returned.
+    Both sides are multiplied by sqrt(1 - beta2^t), which leaves the angle as it is. `out` are two vectors of n elements
+    or more: the arctangent is taken of all of them, so that padding decides which code computes the last ones; n of the
+    first are returned.
     """
     y, x = out
     n = exp_avg.numel()

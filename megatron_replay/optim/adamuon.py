@@ -18,7 +18,8 @@ def adamuon_direction(
 ) -> tuple[Tensor, Tensor]:
     """(direction, new second moment) of a whole matrix [rows, cols]: O = NS(sign(blend)), V <- mu V + (1 - mu) O^2.
 
-    The direction is 0.2 sqrt(rows cols) / |O^| O^ with O^ = O / (sqrt V + eps) and |.| the Frobenius norm; its rms is 0.2.
+    The direction is 0.2 sqrt(rows cols) / |O^| O^ with O^ = O / (sqrt V + eps) and |.| the Frobenius norm; its rms is
+    0.2.
     """
     o = orthogonal(blend.sign())
     second = second.mul(momentum).add_(o.square(), alpha=1 - momentum)
@@ -29,7 +30,8 @@ def adamuon_direction(
 
 @OPTIMIZERS.register("adamuon")
 class AdaMuon(Muon):
-    """AdaMuon on hidden matrices, AdamW on everything else; see `Muon` for the groups. `momentum` serves both moments."""
+    """AdaMuon on hidden matrices, AdamW on everything else; see `Muon` for the groups. `momentum` serves both
+    moments."""
 
     prefix = "adamuon"
     matrix_keys = ("exp_avg", "exp_avg_sq")

@@ -22,9 +22,16 @@ def adamw_correction(step: int, betas: tuple[float, float], eps: float) -> Corre
 
 
 def adamw_direction(
-    exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float], eps: float
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    out: tuple[Tensor, Tensor],
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
 ) -> Tensor:
-    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors of n or more."""
+    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors
+    of n or more."""
     n, fix = exp_avg.numel(), adamw_correction(step, betas, eps)
     numerator, denominator = out[0][:n], out[1][:n]
     torch.sqrt(exp_avg_sq, out=denominator)

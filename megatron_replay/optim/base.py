@@ -33,7 +33,8 @@ OPTIMIZERS: Registry[ReplayOptimizer] = Registry("optimizer")
 
 
 class Common(TypedDict, total=False):
-    """The keyword arguments every optimizer takes besides its own, `weight_decay` (decoupled) and `shards` (who holds the rest)."""
+    """The keyword arguments every optimizer takes besides its own, `weight_decay` (decoupled) and `shards` (who holds
+    the rest)."""
 
     clip_grad: float
     """Largest global gradient norm; 0, the default: no clipping."""
@@ -61,16 +62,18 @@ class Move:
 class ReplayOptimizer(torch.optim.Optimizer, ABC):
     """A torch optimizer whose tensors may be shards, with clipping and the test for a finite gradient inside.
 
-    A step is one pass over the gradients for their sums, one collective (`shards`), one pass for the update. `step` is counted in
-    the parameter group (as apex and Megatron do); the rest of the state is per parameter, float32, or float64 for float64 parameters.
-    bfloat16 parameters are updated in float32 and rounded, and without `main_weights` updates below their resolution are lost. With it
-    the parameter is only ever the rounded copy of the state `main`, taken from it at its first step; write to `weight(param)` to change it.
-    Megatron's wrappers may assign `param_groups` after construction (then call `remember_base`); groups need `params`, `lr` and
-    `weight_decay`, whatever else is missing is taken from `defaults`. A group's `kind` overrides what `shards` says its tensors are.
+    A step is one pass over the gradients for their sums, one collective (`shards`), one pass for the update. `step` is
+    counted in the parameter group (as apex and Megatron do); the rest of the state is per parameter, float32, or
+    float64 for float64 parameters. bfloat16 parameters are updated in float32 and rounded, and without `main_weights`
+    updates below their resolution are lost. With it the parameter is only ever the rounded copy of the state `main`,
+    taken from it at its first step; write to `weight(param)` to change it. Megatron's wrappers may assign
+    `param_groups` after construction (then call `remember_base`); groups need `params`, `lr` and `weight_decay`,
+    whatever else is missing is taken from `defaults`. A group's `kind` overrides what `shards` says its tensors are.
     Parameters without a gradient are left alone.
 
-    After each `step()`: `grad_norm` (before clipping), `last_step_ok`, `metrics` (empty after a skipped step); `skipped` counts the
-    steps not done because the gradient was not finite. Those leave parameters, state and step count untouched on every rank.
+    After each `step()`: `grad_norm` (before clipping), `last_step_ok`, `metrics` (empty after a skipped step);
+    `skipped` counts the steps not done because the gradient was not finite. Those leave parameters, state and step
+    count untouched on every rank.
     """
 
     state_keys: tuple[str, ...] = ()
@@ -141,7 +144,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return self.main_weights and param.dtype == torch.bfloat16
 
     def weight(self, param: Tensor) -> Tensor:
-        """The tensor to move: the float32 main weights of a bfloat16 parameter where they are kept (contiguous), else the parameter."""
+        """The tensor to move: the float32 main weights of a bfloat16 parameter where they are kept (contiguous), else
+        the parameter."""
         if not self._has_main(param):
             return param
         state: dict[str, Tensor] = self.state[param]
@@ -195,7 +199,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             if self.pull.strength:
                 for move in moves:
                     base = self.state[move.param]["base"]
-                    self.pull.towards(self.weight(move.param), base, step=move.group["step"], lr=float(move.group["lr"]))
+                    self.pull.towards(
+                        self.weight(move.param), base, step=move.group["step"], lr=float(move.group["lr"])
+                    )
             # not before: a skipped step leaves what the last one noted
             self._travelled.clear()
             self._carried = (0.0, 0.0)
@@ -206,7 +212,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
-        """Decide what `apply` will do: `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping factor."""
+        """Decide what `apply` will do: `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping
+        factor."""
 
     def apply(self, moves: Sequence[Move], place: Placement) -> None:
         """Move the parameters, in place; `group["step"]` counts this step already."""
@@ -215,7 +222,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def update(self, move: Move) -> Tensor:
-        """Move one parameter, in place; returns the sum of squares [] float64 of its direction (the step by lr, without decay)."""
+        """Move one parameter, in place; returns the sum of squares [] float64 of its direction (the step by lr, without
+        decay)."""
 
     def travelled(self, param: Tensor, squares: Tensor) -> None:
         """Note how far a parameter went; the next step's table carries it to all ranks."""
@@ -226,7 +234,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return float(group["lr"]) * self.pull.share(group["step"])
 
     def travel(self) -> tuple[float, float]:
-        """Sum of squares and number of elements of the last step's direction, over all ranks: for a checkpoint. Every rank must call it."""
+        """Sum of squares and number of elements of the last step's direction, over all ranks: for a checkpoint. Every
+        rank must call it."""
         return self._last_travel(self.shards.sum(self._table(*self.placed())).cpu())
 
     def carry(self, squares: float, elements: float) -> None:
@@ -251,7 +260,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
                 counts |= {int(values["step"])} if "step" in values else set()
                 self._restore(param, values)
             if len(counts) > 1:
-                raise CheckpointError(f"parameters of one group have taken {sorted(counts)} steps; one count a group is supported")
+                raise CheckpointError(
+                    f"parameters of one group have taken {sorted(counts)} steps; one count a group is supported"
+                )
             group["step"] = counts.pop() if counts else steps_of(group)
 
     def _restore(self, param: Tensor, values: dict[str, Any]) -> None:
@@ -280,7 +291,9 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             add(table[:, :3], [row for _, _, row in moving], sums)
         moved = [(p, row) for p, row in held if p in self._travelled]
         if moved:
-            trace = [torch.stack([self._travelled[p], torch.full_like(self._travelled[p], p.numel())]) for p, _ in moved]
+            trace = [
+                torch.stack([self._travelled[p], torch.full_like(self._travelled[p], p.numel())]) for p, _ in moved
+            ]
             add(table[:, 3:], [row for _, row in moved], torch.stack(trace))
         return table
 
@@ -296,7 +309,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
 
 def travel_metrics(prefix: str, squares: float, elements: float) -> dict[str, float]:
-    """Root mean square of the direction of the step before (the step's length is lr times this); empty where there was none."""
+    """Root mean square of the direction of the step before (the step's length is lr times this); empty where there was
+    none."""
     return {f"{prefix}/update_rms": math.sqrt(squares / elements)} if elements else {}
 
 
@@ -306,7 +320,8 @@ def steps_of(group: Group) -> int:
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """float64 for float64 parameters, float32 for float32 and bfloat16; raises ConfigError for others, float16 above all."""
+    """float64 for float64 parameters, float32 for float32 and bfloat16; raises ConfigError for others, float16 above
+    all."""
     if param.dtype in (torch.float32, torch.bfloat16):
         return torch.float32
     if param.dtype == torch.float64:
@@ -320,6 +335,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def _dense(grad: Tensor) -> Tensor:
     if grad.layout != torch.strided:
         raise ConfigError(
-            f"a gradient of shape {tuple(grad.shape)} is {grad.layout}; only dense ones are supported (Embedding: sparse=False)"
+            f"a gradient of shape {tuple(grad.shape)} is {grad.layout}; only dense ones are supported (Embedding: "
+            "sparse=False)"
         )
     return grad

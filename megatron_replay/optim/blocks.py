@@ -1,9 +1,10 @@
-"""Flat blocks of a parameter: temporaries stay as small as a block, and the result does not depend on where the blocks were cut.
+"""Flat blocks of a parameter: temporaries stay as small as a block, and the result does not depend on where the blocks
+were cut.
 
-On CPU torch handles the last elements of a loop (fewer than two vector registers, for each thread) by scalar code, and the scalar
-arctangent differs from the vectorised one in the last bit. A parameter sharded at another place would then train to other bits.
-So `padded` lengthens the scratch vectors until no element falls in such a remainder; the other operations used (one IEEE rounding
-each) are the same in both loops.
+On CPU torch handles the last elements of a loop (fewer than two vector registers, for each thread) by scalar code, and
+the scalar arctangent differs from the vectorised one in the last bit. A parameter sharded at another place would then
+train to other bits. So `padded` lengthens the scratch vectors until no element falls in such a remainder; the other
+operations used (one IEEE rounding each) are the same in both loops.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _DEVICE_BLOCK = 1 << 24
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by one."""
+    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by
+    one."""
     return device.type in ("cpu", "cuda")
 
 

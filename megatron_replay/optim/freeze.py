@@ -1,4 +1,5 @@
-"""Half fine-tuning: which tensors stay as they are, chosen by their names alone (arXiv 2404.18466, category-level selection)."""
+"""Half fine-tuning: which tensors stay as they are, chosen by their names alone (arXiv 2404.18466, category-level
+selection)."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ ATTENTION = "att"
 
 
 def half(named_parameters: Iterable[tuple[str, Any]], share: float = 0.5, seed: int = 42) -> list[str]:
-    """Names of the tensors to freeze: in every layer a random `share` of attention's matrices, of the MLP's, and of the vectors (norms).
+    """Names of the tensors to freeze: in every layer a random `share` of attention's matrices, of the MLP's, and of the
+    vectors (norms).
 
-    named_parameters: (name, anything with a `shape`), as `model.named_parameters()` of any torch model gives them. A layer is the
-    first number in a name; what has none (embeddings, output layer, final norm) is trained. Where a layer's share is not whole (one and
-    a half of three MLP matrices) it is rounded up in some layers and down in others, drawn like everything else: the sum is right to
-    within one tensor. The choice is a function of names, share and seed: the same for every layout, order and machine. A fused tensor
-    is one tensor. ConfigError for a share outside [0, 1).
+    named_parameters: (name, anything with a `shape`), as `model.named_parameters()` of any torch model gives them. A
+    layer is the first number in a name; what has none (embeddings, output layer, final norm) is trained. Where a
+    layer's share is not whole (one and a half of three MLP matrices) it is rounded up in some layers and down in
+    others, drawn like everything else: the sum is right to within one tensor. The choice is a function of names, share
+    and seed: the same for every layout, order and machine. A fused tensor is one tensor. ConfigError for a share
+    outside [0, 1).
 
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)

@@ -1,16 +1,18 @@
-"""The compiled twins of the two passes over memory: `stats.tensor_sums` and the update of `adam.AdamFamily`, for lists of tensors.
+"""The compiled twins of the two passes over memory: `stats.tensor_sums` and the update of `adam.AdamFamily`, for lists
+of tensors.
 
 torch.ops.megatron_replay.optimizer_sums(Tensor[] grads, Tensor?[] momenta) -> Tensor
-    [n, 3] float64: (sum m g, sum m^2, sum g^2) of each tensor, 0 for what needs an absent momentum. Gradients are float32 or bfloat16 with
-    float32 momenta, or float64 with float64.
-torch.ops.megatron_replay.adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
+    [n, 3] float64: (sum m g, sum m^2, sum g^2) of each tensor, 0 for what needs an absent momentum. Gradients are
+    float32 or bfloat16 with float32 momenta, or float64 with float64.
+torch.ops.megatron_replay.adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[]
+exp_avg_sqs,
                                       Tensor(d!)[] rounded, Tensor scalars) -> Tensor
-    Moments, direction, decay and step in place, and the sum of squares of each direction [n] float64. Parameters and gradients are
-    float32 or bfloat16, moments float32. `rounded` is empty, or bfloat16 tensors that the float32 parameters are rounded into.
-    scalars [n, 11] float64 are the fields of `Scalars`.
+    Moments, direction, decay and step in place, and the sum of squares of each direction [n] float64. Parameters and
+    gradients are float32 or bfloat16, moments float32. `rounded` is empty, or bfloat16 tensors that the float32
+    parameters are rounded into. scalars [n, 11] float64 are the fields of `Scalars`.
 
-All tensors are contiguous. Neither result depends on the number of threads, nor a parameter's on where a shard was cut or on the
-instruction set. float64 parameters are left to the reference: the kernel's arctangent is one for float32.
+All tensors are contiguous. Neither result depends on the number of threads, nor a parameter's on where a shard was cut
+or on the instruction set. float64 parameters are left to the reference: the kernel's arctangent is one for float32.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .stats import tensor_sums
 
 SCHEMAS = {
     "optimizer_sums": "(Tensor[] grads, Tensor?[] momenta) -> Tensor",
-    "adam_update": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rounded, "
+    "adam_update": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] rounded, "
     "Tensor scalars) -> Tensor",
 }
 OPERATORS = tuple(SCHEMAS)
@@ -56,7 +59,8 @@ class Scalars(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """A direction made of moments, as far as the kernel knows it: the last fields of `Scalars`, with its arctangent where eps is None."""
+    """A direction made of moments, as far as the kernel knows it: the last fields of `Scalars`, with its arctangent
+    where eps is None."""
 
     first: float
     second: float = 1.0
@@ -81,7 +85,9 @@ def live(device_type: str = "cpu", mode: str = "auto") -> dict[str, str]:
 
     def answer(name: str) -> str:
         known = hasattr(torch.ops.megatron_replay, name) and device_type in DISPATCH_KEYS
-        there = known and torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_replay::{name}", DISPATCH_KEYS[device_type])
+        there = known and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"megatron_replay::{name}", DISPATCH_KEYS[device_type]
+        )
         return "compiled" if there and mode == "auto" else "reference"
 
     return {name: answer(name) for name in OPERATORS}

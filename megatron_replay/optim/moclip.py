@@ -38,12 +38,14 @@ class Cap(NamedTuple):
 
 
 def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse: Obtuse = "signed") -> Cap:
-    """How far each group's gradient must turn towards its momentum: c = sum m g, mm = sum m^2, gg = sum g^2, [groups] float64; degrees.
+    """How far each group's gradient must turn towards its momentum: c = sum m g, mm = sum m^2, gg = sum g^2, [groups]
+    float64; degrees.
 
-    With x the cosine of the angle between m and g, nothing happens where x >= cos(max_angle), m or g is zero, or max_angle >= 90.
-    Otherwise the part of g across m shrinks to tan(max_angle) times the part along it (the paper's eq. 5 divides by |m| where
-    |g_across| is meant). That leaves an obtuse gradient 180 - max_angle or more away: `signed`, the paper's rule as it stands.
-    `restart` drops the momentum there instead; `project` takes the point nearest to g within max_angle of m, which may be zero.
+    With x the cosine of the angle between m and g, nothing happens where x >= cos(max_angle), m or g is zero, or
+    max_angle >= 90. Otherwise the part of g across m shrinks to tan(max_angle) times the part along it (the paper's eq.
+    5 divides by |m| where |g_across| is meant). That leaves an obtuse gradient 180 - max_angle or more away: `signed`,
+    the paper's rule as it stands. `restart` drops the momentum there instead; `project` takes the point nearest to g
+    within max_angle of m, which may be zero.
     """
     one, zero = torch.ones_like(c), torch.zeros_like(c)
     known = (mm > 0) & (gg > 0)
@@ -71,8 +73,8 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
 class MoClip(Atan2Family):
     """MoClip; `max_angle` in degrees, 90 or more is Adam-atan2 bit for bit.
 
-    scope: what a gradient is compared with its momentum over: the whole model, a layer (as `shards` numbers them), or each tensor.
-    obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one.
+    scope: what a gradient is compared with its momentum over: the whole model, a layer (as `shards` numbers them), or
+    each tensor. obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one.
     eps: when given, AdamW's direction with this epsilon in place of the arctangent (the paper's ablation).
     """
 
@@ -125,7 +127,9 @@ class MoClip(Atan2Family):
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         if self.eps is None:
             return super().direction(exp_avg, exp_avg_sq, scratch, group)
-        return adamw_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=self.eps)
+        return adamw_direction(
+            exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"), eps=self.eps
+        )
 
     def correction(self, group: Group) -> Correction | None:
         if self.eps is None:
@@ -134,7 +138,8 @@ class MoClip(Atan2Family):
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:
-    """What the cap did in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for the length only."""
+    """What the cap did in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for
+    the length only."""
     c, mm, gg = groups.unbind(1)
     known = ~cap.cosine.isnan()
     before = float(gg.sum())

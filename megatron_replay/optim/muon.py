@@ -1,4 +1,5 @@
-"""Muon (Keller Jordan; arXiv 2502.16982 for the scale): momentum whose matrix is orthogonalised; AdamW for all that is no hidden matrix."""
+"""Muon (Keller Jordan; arXiv 2502.16982 for the scale): momentum whose matrix is orthogonalised; AdamW for all that is
+no hidden matrix."""
 
 from __future__ import annotations
 
@@ -33,17 +34,19 @@ HIDDEN: frozenset[Kind] = frozenset({"matrix", "attention"})
 
 
 def muon_direction(blend: Tensor, orthogonal: Callable[[Tensor], Tensor]) -> Tensor:
-    """0.2 sqrt(max(rows, cols)) NS(blend) for a momentum [rows, cols]: as long as AdamW's steps usually are ("match_rms_adamw")."""
+    """0.2 sqrt(max(rows, cols)) NS(blend) for a momentum [rows, cols]: as long as AdamW's steps usually are
+    ("match_rms_adamw")."""
     return orthogonal(blend).mul_(0.2 * math.sqrt(max(blend.shape)))
 
 
 @OPTIMIZERS.register("muon")
 class Muon(AdamW):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and nesterov on hidden matrices, AdamW (`betas`, `eps`) on everything else.
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and nesterov on hidden matrices, AdamW (`betas`, `eps`) on
+    everything else.
 
-    In a model of your own give embeddings and the head a parameter group with `kind="embedding"` (`optim.muon_groups` does it by name):
-    their shape does not tell. Where megatron fuses matrices (query, key and value; gate and up) each is orthogonalised by itself, as it
-    is in a Hugging Face model. Matrices keep one state tensor, `exp_avg`.
+    In a model of your own give embeddings and the head a parameter group with `kind="embedding"` (`optim.muon_groups`
+    does it by name): their shape does not tell. Where megatron fuses matrices (query, key and value; gate and up) each
+    is orthogonalised by itself, as it is in a Hugging Face model. Matrices keep one state tensor, `exp_avg`.
     """
 
     prefix = "muon"
@@ -76,7 +79,9 @@ class Muon(AdamW):
         hidden = [move for move in moves if place.kinds[move.row] in HIDDEN]
         super().apply([move for move in moves if place.kinds[move.row] not in HIDDEN], place)
         params = [move.param for move in hidden]
-        for i, result in self.shards.each_whole(params, lambda i: self.before(hidden[i]), self.whole, len(self.matrix_keys)):
+        for i, result in self.shards.each_whole(
+            params, lambda i: self.before(hidden[i]), self.whole, len(self.matrix_keys)
+        ):
             self.travelled(params[i], self.after(hidden[i], result))
 
     def before(self, move: Move) -> Tensor:
@@ -99,7 +104,8 @@ class Muon(AdamW):
         return orthogonalised(matrix, steps=self.ns_steps, precision=self.ns_precision)
 
     def stride(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
-        """One decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of squares."""
+        """One decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of
+        squares."""
         squares = sum_of_squares(direction)
         weight = self.weight(param)
         theta = weight.to(state_dtype(param))
@@ -111,7 +117,8 @@ class Muon(AdamW):
 
 
 def muon_groups(model: torch.nn.Module) -> list[Group]:
-    """Parameter groups of any model for the Muon family: everything in an nn.Embedding or named lm_head is no hidden matrix."""
+    """Parameter groups of any model for the Muon family: everything in an nn.Embedding or named lm_head is no hidden
+    matrix."""
     tables = {p for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
     tables |= {p for name, p in model.named_parameters() if "lm_head" in name.split(".")}
     hidden = [p for p in model.parameters() if p not in tables]

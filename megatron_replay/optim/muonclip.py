@@ -1,4 +1,5 @@
-"""MuonClip (arXiv 2507.20534): Muon, and query and key weights shrink after a step where attention logits grew too large."""
+"""MuonClip (arXiv 2507.20534): Muon, and query and key weights shrink after a step where attention logits grew too
+large."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Variant = Literal["qk", "paper"]
 
 
 def qk_factor(max_logit: Tensor, threshold: float) -> Tensor:
-    """sqrt(min(1, threshold / S)) for the largest attention logit S of each head [heads]: on query and key both, it takes S there."""
+    """sqrt(min(1, threshold / S)) for the largest attention logit S of each head [heads]: on query and key both, it
+    takes S there."""
     return (threshold / max_logit.clamp(min=threshold)).sqrt()
 
 
@@ -31,7 +33,8 @@ class AttentionLogits(Protocol):
     """What knows the attention logits of the forward passes since the last step."""
 
     def factors(self, threshold: float) -> Iterable[tuple[Tensor, Tensor]]:
-        """(parameter of the optimizer, factor that broadcasts to it) of the query and key weights that must shrink; forgets the logits.
+        """(parameter of the optimizer, factor that broadcasts to it) of the query and key weights that must shrink;
+        forgets the logits.
 
         Called once after each update, on every rank.
         """
@@ -41,8 +44,9 @@ class AttentionLogits(Protocol):
 class ObservedLogits:
     """`AttentionLogits` for a model of your own: call `observe` with the largest logits of every forward pass.
 
-    layers: for each attention layer its query and key weights, [heads D, H] and [kv heads D, H]; or, where a norm follows the
-    projections (Qwen3), the weights [D] of these norms, since then scaling the projections would change nothing.
+    layers: for each attention layer its query and key weights, [heads D, H] and [kv heads D, H]; or, where a norm
+    follows the projections (Qwen3), the weights [D] of these norms, since then scaling the projections would change
+    nothing.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], num_kv_heads: int) -> None:
@@ -51,7 +55,8 @@ class ObservedLogits:
         self._largest: dict[int, Tensor] = {}
 
     def observe(self, layer: int, max_logit: Tensor) -> None:
-        """Note the largest scaled attention logit of each head, [heads]; query heads of one kv head follow each other."""
+        """Note the largest scaled attention logit of each head, [heads]; query heads of one kv head follow each
+        other."""
         largest = max_logit.detach().view(self.num_kv_heads, -1).amax(1)
         self._largest[layer] = torch.maximum(largest, self._largest[layer]) if layer in self._largest else largest
 
@@ -68,11 +73,12 @@ class ObservedLogits:
 
 @OPTIMIZERS.register("muonclip")
 class MuonClip(Muon):
-    """Muon with QK-Clip (`variant="qk"`): after the step, query and key weights are scaled so that no logit seen exceeds `threshold`.
+    """Muon with QK-Clip (`variant="qk"`): after the step, query and key weights are scaled so that no logit seen
+    exceeds `threshold`.
 
-    Key/value heads are scaled as a whole: the factor of a group is that of its largest logit. `logits` says where the logits come from;
-    the trainer gives its own. `variant="paper"` is how arXiv 2510.09152 describes MuonClip: the gradients of attention's matrices are
-    clipped to `clip_grad` by themselves, and all others by themselves.
+    Key/value heads are scaled as a whole: the factor of a group is that of its largest logit. `logits` says where the
+    logits come from; the trainer gives its own. `variant="paper"` is how arXiv 2510.09152 describes MuonClip: the
+    gradients of attention's matrices are clipped to `clip_grad` by themselves, and all others by themselves.
     """
 
     prefix = "muonclip"
@@ -97,12 +103,16 @@ class MuonClip(Muon):
         super().plan(sums, place, scale)
         self._scales = [scale] * len(place.kinds)
         if self.variant == "qk" and self.logits is None:
-            raise ConfigError("muonclip variant='qk' must know the attention logits; give logits=ObservedLogits(...), or variant='paper'")
+            raise ConfigError(
+                "muonclip variant='qk' must know the attention logits; give logits=ObservedLogits(...), or "
+                "variant='paper'"
+            )
         if self.variant == "paper":
             attention = torch.tensor([kind == "attention" for kind in place.kinds])
             if not attention.any():
                 raise ConfigError(
-                    "muonclip variant='paper' clips attention's gradients apart, and no parameter is known as attention's; "
+                    "muonclip variant='paper' clips attention's gradients apart, and no parameter is known as "
+                    "attention's; "
                     "give them a parameter group with kind='attention', or use variant='qk'"
                 )
             norms = [math.sqrt(float(sums[part, 2].sum())) for part in (attention, ~attention)]

@@ -1,8 +1,9 @@
 """RecAdam's pull towards the weights of the start (arXiv 2004.12651), usable with every optimizer here.
 
-The objective goes over from staying near the base weights theta_0 to the task, lambda(t) L + (1 - lambda(t)) gamma/2 |theta - theta_0|^2,
-with lambda(t) = 1 / (1 + exp(-k (t - t0))). As in the paper (eq. 8) the quadratic part is decoupled from the moments:
-theta <- theta - lr (1 - lambda) gamma (theta - theta_0), and the optimizer's own step is made lambda times as long.
+The objective goes over from staying near the base weights theta_0 to the task, lambda(t) L + (1 - lambda(t)) gamma/2
+|theta - theta_0|^2, with lambda(t) = 1 / (1 + exp(-k (t - t0))). As in the paper (eq. 8) the quadratic part is
+decoupled from the moments: theta <- theta - lr (1 - lambda) gamma (theta - theta_0), and the optimizer's own step is
+made lambda times as long.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Pull:
         rate = lr * (1 - self.share(step)) * self.strength
         if rate > 1:
             raise ConfigError(
-                f"pull={self.strength:g} at lr {lr:g} would move {rate:.3g} times the distance to the base weights; keep lr * pull below 1"
+                f"pull={self.strength:g} at lr {lr:g} would move {rate:.3g} times the distance to the base weights; "
+                "keep lr * pull below 1"
             )
         if rate:
             param.copy_(base.lerp(param.to(base.dtype), 1 - rate))

@@ -1,7 +1,8 @@
 """The exact k-th largest magnitude of a tensor of which every rank holds a part: radix selection on histograms.
 
-Non-negative floats order as their bits do. Each round counts the next bits of the values that share the bits chosen so far, adds the
-counts of all ranks, and picks the bucket that holds the k-th largest: three rounds for float32 (31 bits), seven for float64 (63).
+Non-negative floats order as their bits do. Each round counts the next bits of the values that share the bits chosen so
+far, adds the counts of all ranks, and picks the bucket that holds the k-th largest: three rounds for float32 (31 bits),
+seven for float64 (63).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Piece:
 
 
 def thresholds(pieces: Sequence[Piece], rows: int, fraction: float, add: Callable[[Tensor], Tensor]) -> list[float]:
-    """For each of `rows` logical tensors, the magnitude of its k-th largest element, k = ceil(fraction n) >= 1; 0 for empty ones.
+    """For each of `rows` logical tensors, the magnitude of its k-th largest element, k = ceil(fraction n) >= 1; 0 for
+    empty ones.
 
-    `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64); every rank calls it as often as the widest
-    dtype among the pieces of all ranks needs, so a rank without pieces keeps pace.
+    `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64); every rank calls it as often
+    as the widest dtype among the pieces of all ranks needs, so a rank without pieces keeps pace.
     """
     left = [0] * rows
     chosen = [0] * rows

@@ -1,8 +1,10 @@
-"""The sums an optimizer needs of its gradients: per tensor and in float64, so that they hardly depend on how a tensor is cut.
+"""The sums an optimizer needs of its gradients: per tensor and in float64, so that they hardly depend on how a tensor
+is cut.
 
-Products of two float32 numbers are exact in float64; only the order of the additions is left to rounding (1e-16), far below the float32
-resolution of the scalars made from the sums. A device without float64 adds up chunks in float32 and the host adds the chunks in float64:
-there a sum of n products is off by about 1e-7 of the sum of their magnitudes, whatever n.
+Products of two float32 numbers are exact in float64; only the order of the additions is left to rounding (1e-16), far
+below the float32 resolution of the scalars made from the sums. A device without float64 adds up chunks in float32 and
+the host adds the chunks in float64: there a sum of n products is off by about 1e-7 of the sum of their magnitudes,
+whatever n.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ _CHUNK = 4096
 """Products that are added up in float32 where there is no float64."""
 
 COLUMNS = ("sum m g", "sum m^2", "sum g^2", "sum u^2", "elements")
-"""Of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step before and its elements."""
+"""Of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step before and its
+elements."""
 
 
 def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
     """The row (sum m g, sum m^2, sum g^2) of one tensor or piece: [3] float64; zero momentum when none is given.
 
-    Both are read once; temporaries are two blocks of float64. The row lies on their device, or on the cpu where that has no float64.
+    Both are read once; temporaries are two blocks of float64. The row lies on their device, or on the cpu where that
+    has no float64.
     """
     g = grad.reshape(-1)
     m = None if momentum is None else momentum.reshape(-1)
@@ -85,7 +89,8 @@ def grouped(sums: Tensor, layers: Sequence[int], *, scope: Scope) -> tuple[Tenso
 
 
 def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
-    """Cosine between momentum and gradient of each group, from its sums as in `COLUMNS`; nan where one of them is zero. [groups]"""
+    """Cosine between momentum and gradient of each group, from its sums as in `COLUMNS`; nan where one of them is zero.
+    [groups]"""
     known = (mm > 0) & (gg > 0)
     one = torch.ones_like(c)
     x = (c / (mm.where(known, one).sqrt() * gg.where(known, one).sqrt())).clamp(-1, 1)
@@ -93,6 +98,7 @@ def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What to scale a gradient of this norm by so that it is at most about `limit` long (Megatron's rule); 1 when the limit is 0."""
+    """What to scale a gradient of this norm by so that it is at most about `limit` long (Megatron's rule); 1 when the
+    limit is 0."""
     assert math.isfinite(norm), "a gradient that is not finite is skipped, not clipped"
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0

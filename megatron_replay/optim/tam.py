@@ -1,9 +1,9 @@
 """Torque-aware momentum (TAM): the more a gradient points along the momentum, the more it counts.
 
-Two forms. `adatamw` (arXiv 2412.18790, AdaTAMW): the cosine S of momentum and gradient is smoothed, s <- gamma s + (1 - gamma) S, and the
-gradient enters the momentum damped by it, m <- beta1 m + (eps + (1 + s) / 2) g. That momentum has no factor 1 - beta1, so its steps are
-up to 1 / (1 - beta1) times AdamW's: lower the learning rate by as much for a comparison. `paper` is what arXiv 2510.09152 compares with:
-AdamW's step times max(0, cos phi).
+Two forms. `adatamw` (arXiv 2412.18790, AdaTAMW): the cosine S of momentum and gradient is smoothed, s <- gamma s + (1 -
+gamma) S, and the gradient enters the momentum damped by it, m <- beta1 m + (eps + (1 + s) / 2) g. That momentum has no
+factor 1 - beta1, so its steps are up to 1 / (1 - beta1) times AdamW's: lower the learning rate by as much for a
+comparison. `paper` is what arXiv 2510.09152 compares with: AdamW's step times max(0, cos phi).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def smoothed(similarity: Tensor, cosine: Tensor, decay: float) -> Tensor:
 class TAM(AdamW):
     """Both forms; `scope` says over what momentum and gradient are compared: each tensor, a layer, or the whole model.
 
-    `decay` is gamma. The smoothed similarities of the whole model (one number a group) are kept in the parameter groups, beside `step`.
+    `decay` is gamma. The smoothed similarities of the whole model (one number a group) are kept in the parameter
+    groups, beside `step`.
     """
 
     reads_momentum = True
@@ -80,7 +81,8 @@ class TAM(AdamW):
         saved = self.param_groups[0].get("similarity") or [0.0] * groups
         if len(saved) != groups:
             raise CheckpointError(
-                f"the state holds {len(saved)} similarities, scope={self.scope!r} has {groups}; resume with the same scope"
+                f"the state holds {len(saved)} similarities, scope={self.scope!r} has {groups}; resume with the same "
+                "scope"
             )
         return torch.tensor(saved, dtype=torch.float64)
 

@@ -1,7 +1,8 @@
-"""What a micro-batch holds in memory between its forward and its backward pass, as the layers and the head are built here; in bytes.
+"""What a micro-batch holds in memory between its forward and its backward pass, as the layers and the head are built
+here; in bytes.
 
-T tokens of the micro-batch (a tensor rank's part of them under sequence parallelism, where norms and residuals are), N positions whose
-loss is computed, H hidden, V vocabulary rows here.
+T tokens of the micro-batch (a tensor rank's part of them under sequence parallelism, where norms and residuals are), N
+positions whose loss is computed, H hidden, V vocabulary rows here.
 """
 
 from __future__ import annotations
@@ -44,16 +45,26 @@ def tokens_here(layout: Layout, tokens: int) -> int:
 
 
 def norm(spec: ModelSpec, tokens: int, itemsize: int, *, trained: bool = True) -> int:
-    """Kept by a norm and the linear after it: its input in fp32, the normalised values (for its weight's gradient), its output."""
+    """Kept by a norm and the linear after it: its input in fp32, the normalised values (for its weight's gradient), its
+    output."""
     exact = max(itemsize, FLOAT)
     return tokens * (spec.hidden_size * (exact + itemsize + trained * itemsize) + exact)
 
 
-def layer(spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, *, counted: int | None = None, norms_trained: bool = True) -> Layer:
+def layer(
+    spec: ModelSpec,
+    layout: Layout,
+    tokens: int,
+    itemsize: int,
+    *,
+    counted: int | None = None,
+    norms_trained: bool = True,
+) -> Layer:
     """What autograd keeps of one layer and one micro-batch, with attention that keeps no matrix of scores.
 
-    The fused query, key and value stay whole, for the values are a view of them. The MLP keeps the fused gate and up projection, silu's
-    output, the other half and their product. `counted`: of the last layer, behind whose attention only so many rows go on.
+    The fused query, key and value stay whole, for the values are a view of them. The MLP keeps the fused gate and up
+    projection, silu's output, the other half and their product. `counted`: of the last layer, behind whose attention
+    only so many rows go on.
     """
     rows = tokens if counted is None else counted
     here, behind = tokens_here(layout, tokens), tokens_here(layout, rows)
@@ -65,7 +76,8 @@ def layer(spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, *, counte
     normed = 0
     if spec.qk_norm:
         normed = tokens * ((query + key) * (exact + norms_trained * itemsize) + (heads + groups) * exact)
-        if itemsize == exact:  # the fp32 input of the keys' norm is the fused tensor itself; that of the queries, where that is a view
+        # the fp32 input of the keys' norm is the fused tensor itself; that of the queries, where that is a view
+        if itemsize == exact:
             normed -= tokens * (key + (query if groups in (1, heads) else 0)) * itemsize
     core = tokens * (query * itemsize + heads * FLOAT)
     mlp = 5 * rows * ffn * itemsize
@@ -85,7 +97,8 @@ def restricted_head(spec: ModelSpec, load: Load, itemsize: int) -> int:
 
 
 def full_head(spec: ModelSpec, load: Load, itemsize: int, rows_here: int, *, trained: bool, cpu: bool) -> int:
-    """Full loss, forward and backward: a chunk of logits, and the gradient of the weight where that is trained; `rows_here` is V."""
+    """Full loss, forward and backward: a chunk of logits, and the gradient of the weight where that is trained;
+    `rows_here` is V."""
     exact = max(itemsize, FLOAT)
     low = itemsize if itemsize < exact else 0
     chunk, weight = min(load.positions, CHUNK_ROWS) * rows_here, rows_here * spec.hidden_size

@@ -1,11 +1,14 @@
-"""LoRA adapters beside a model's parallel linears: trained sharded like the matrices they belong to, merged when the model is used.
+"""LoRA adapters beside a model's parallel linears: trained sharded like the matrices they belong to, merged when the
+model is used.
 
-T tokens in the flat micro-batch (T / tensor ranks here under sequence parallelism), r rank. What moves between tensor ranks is [T, r]:
+T tokens in the flat micro-batch (T / tensor ranks here under sequence parallelism), r rank. What moves between tensor
+ranks is [T, r]:
 
-- cut by rows: u = A x is computed alike on every rank, and each rank's rows of B give a part of du, summed in the backward pass. Under
-  sequence parallelism A sees a rank's own tokens only: u is gathered, and A's gradient summed over the tensor group when it is finished.
-- cut by columns: A's columns give a part of u, summed in the forward pass, and B is applied alike on every rank. Under sequence
-  parallelism the sum is scattered over the tokens, and B's gradient summed like A's above.
+- cut by rows: u = A x is computed alike on every rank, and each rank's rows of B give a part of du, summed in the
+  backward pass. Under sequence parallelism A sees a rank's own tokens only: u is gathered, and A's gradient summed over
+  the tensor group when it is finished.
+- cut by columns: A's columns give a part of u, summed in the forward pass, and B is applied alike on every rank. Under
+  sequence parallelism the sum is scattered over the tokens, and B's gradient summed like A's above.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from megatron_replay.parallel.torch_dist import Reader
 
 @torch.no_grad()
 def attach(model: Model, adapter: Adapter, seed: int) -> None:
-    """Freeze a filled model and put factors beside the matrices the adapter names; to be called before the model is wrapped for training.
+    """Freeze a filled model and put factors beside the matrices the adapter names; to be called before the model is
+    wrapped for training.
 
     Raises ConfigError for a rank that is too large for the model.
     """
@@ -61,7 +65,12 @@ def merge_into(model: Model, reader: Reader, adapter: Adapter) -> None:
         names = beside(weight)
         if names[0] in table:
             a, b = (
-                shard(reader.read(table[name], model.spec), table[name].axis, model.world.tensor_rank, model.world.tensor_size)
+                shard(
+                    reader.read(table[name], model.spec),
+                    table[name].axis,
+                    model.world.tensor_rank,
+                    model.world.tensor_size,
+                )
                 for name in names
             )
             parameter.copy_(merged(parameter, a.to(parameter.device), b.to(parameter.device), adapter))
@@ -94,7 +103,9 @@ def _classes() -> tuple[type, type]:
             """input_ [T, 1, in] -> ([T, 1, out here], no bias)."""
             out, bias = super().forward(input_, *args, **kwargs)
             low = F.linear(input_, self.lora_a)
-            spread = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+            spread = (
+                gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+            )
             return torch.add(out, F.linear(spread(low), self.lora_b), alpha=self.scale), bias
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
@@ -107,7 +118,11 @@ def _classes() -> tuple[type, type]:
             """input_ [T, 1, in here] -> ([T, 1, out], no bias)."""
             out, bias = super().forward(input_)
             low = F.linear(input_, self.lora_a)
-            total = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
+            total = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
             return torch.add(out, F.linear(total(low), self.lora_b), alpha=self.scale), bias
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
@@ -122,7 +137,8 @@ def _sharded(linear: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[s
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     state = linear.state_dict(prefix="", keep_vars=True)
-    told = "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters  # older versions know their groups
+    # older versions know their groups
+    told = "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
     groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]} if told else {}
     found = make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
     if linear.halves:  # the weight's own halves are megatron's affair

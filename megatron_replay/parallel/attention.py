@@ -1,11 +1,12 @@
 """Causal attention over a flat row of samples: each token sees the earlier tokens of its own sample and nothing else.
 
-A micro-batch is one flat row of T tokens; `segments` [n, 3] (start, length, parent; int64, on the cpu) says which stretch is which sample:
-a root (parent -1) is a whole sample, or a prefix that several share; any other segment goes on from its parent, and its tokens see all of
-the segments above it. Tokens of no segment are padding: their output is zero.
+A micro-batch is one flat row of T tokens; `segments` [n, 3] (start, length, parent; int64, on the cpu) says which
+stretch is which sample: a root (parent -1) is a whole sample, or a prefix that several share; any other segment goes on
+from its parent, and its tokens see all of the segments above it. Tokens of no segment are padding: their output is
+zero.
 
-The table, and the positions that count, travel in megatron's `attention_mask` argument (see `pack`), the one that reaches every layer on
-every megatron version, recomputation and pipeline stages included.
+The table, and the positions that count, travel in megatron's `attention_mask` argument (see `pack`), the one that
+reaches every layer on every megatron version, recomputation and pipeline stages included.
 
 T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment, R sequences being generated.
 """
@@ -68,7 +69,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: f
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: float | None) -> Tensor:
-    """Causal attention within each root [n, 3]; the roots are all of query [L, Hq, D], key and value [L, Hk, D] -> [L, Hq, D]."""
+    """Causal attention within each root [n, 3]; the roots are all of query [L, Hq, D], key and value [L, Hk, D] -> [L,
+    Hq, D]."""
     fused = fused_operator(FUSED, query.device.type)
     if fused is not None:
         out: Tensor = fused(query, key, value, **causal_within(roots, query, scale))[0]
@@ -78,7 +80,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: flo
     parts = []
     for (count, length), *mine in zip(equal, *pieces, strict=True):
         q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in mine)
-        parts.append(_sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(count * length, *query.shape[1:]))
+        parts.append(
+            _sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2).reshape(count * length, *query.shape[1:])
+        )
     return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
@@ -103,7 +107,8 @@ class Block(NamedTuple):
 
 
 def blocks(segments: Tensor, device: torch.device, *, roots: bool = True) -> Sequence[Block]:
-    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer segment in pieces.
+    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer
+    segment in pieces.
 
     What they see lies on `device`.
     """
@@ -118,14 +123,16 @@ def _blocks(table: tuple[tuple[int, int, int], ...], device: torch.device, roots
             begin, end = table[siblings[0]][0], sum(table[siblings[-1]][:2])
             for low in range(begin, end, BLOCK):
                 high = min(low + BLOCK, end)
-                seen = visible(sum(table[i][1] for i in above), [table[i][1] for i in siblings], low - begin, high - begin)
+                seen = visible(
+                    sum(table[i][1] for i in above), [table[i][1] for i in siblings], low - begin, high - begin
+                )
                 found.append(Block(slice(low, high), (*above, *siblings), seen.to(device)))
     return tuple(found)
 
 
 def visible(above: int, siblings: Sequence[int], low: int, high: int) -> Tensor:
-    """[high - low, above + high] what queries low..high of some siblings, of these lengths, see: all tokens above, and the earlier ones of
-    their own segment."""
+    """[high - low, above + high] what queries low..high of some siblings, of these lengths, see: all tokens above, and
+    the earlier ones of their own segment."""
     owner = torch.repeat_interleave(torch.arange(len(siblings)), torch.tensor(siblings))[:high]
     own = (owner[low:, None] == owner[None]).tril(low)
     return torch.cat([own.new_ones(high - low, above), own], 1)
@@ -158,7 +165,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
 class Cache:
     """Keys and values of R sequences being generated, shared bookkeeping of all layers.
 
-    `past` [R] counts the tokens each sequence already has; `rows` names the sequence of each segment of the current forward pass.
+    `past` [R] counts the tokens each sequence already has; `rows` names the sequence of each segment of the current
+    forward pass.
     """
 
     def __init__(self, sequences: int, capacity: int) -> None:
@@ -178,8 +186,11 @@ class LayerCache:
         shape = (cache.sequences, cache.capacity, *like.shape[1:])
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache: Cache, scale: float | None) -> Tensor:
-        """Store the new tokens and attend to all of their sequences' tokens so far; a pass is a whole prompt each, or one token each."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache: Cache, scale: float | None
+    ) -> Tensor:
+        """Store the new tokens and attend to all of their sequences' tokens so far; a pass is a whole prompt each, or
+        one token each."""
         past = cache.past[cache.rows]
         for (start, length, _), row, seen in zip(segments.tolist(), cache.rows, past.tolist(), strict=True):
             self.keys[row, seen : seen + length] = key[start : start + length]
@@ -206,14 +217,19 @@ def segment_attention() -> type:
         narrow: Callable[[Tensor, Tensor], Tensor] | None = None
         """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
 
-        def __init__(self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        def __init__(
+            self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+        ) -> None:
             super().__init__(config=config)
             self.scale = softmax_scale
             self.layer: LayerCache | None = None
             self.watch: Callable[[Tensor, Tensor, Tensor, float | None], None] | None = None
 
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are narrowed."""
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any
+        ) -> Tensor:
+            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are
+            narrowed."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
             segments, rows = unpack(attention_mask)
             if self.watch is not None and self.training and self.cache is None:

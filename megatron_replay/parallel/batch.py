@@ -1,6 +1,8 @@
-"""A micro-batch as the pipeline sees it: one flat row of tokens, what stretch is which sample, and the positions whose loss counts.
+"""A micro-batch as the pipeline sees it: one flat row of tokens, what stretch is which sample, and the positions whose
+loss counts.
 
-T tokens in the flat row (the same for every micro-batch of a step, so that pipeline stages know what they receive), N positions that count.
+T tokens in the flat row (the same for every micro-batch of a step, so that pipeline stages know what they receive), N
+positions that count.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ class MicroBatch:
     places: Tensor
     """[1, T] int64: each token's position within its sample."""
     segments: Tensor
-    """[n, 3] int64 on the cpu: start, length and parent, see `data.prefixes`; without shared prefixes a row for each sample."""
+    """[n, 3] int64 on the cpu: start, length and parent, see `data.prefixes`; without shared prefixes a row for each
+    sample."""
     rows: Tensor
-    """[N] int64, on the cpu: the flat positions whose hidden state goes to the head, sample by sample; in a shared prefix once for each."""
+    """[N] int64, on the cpu: the flat positions whose hidden state goes to the head, sample by sample; in a shared
+    prefix once for each."""
     gold: Tensor
     """[N] int64: the token that follows each of them."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -40,8 +44,8 @@ def flatten(
     notes: dict[str, Any] | None = None,
     tree: Tree | None = None,
 ) -> MicroBatch:
-    """Lay token id sequences in a row of `length`, as `tree` says (default: one after the other); positions[i] are those of sample i whose
-    next token is predicted."""
+    """Lay token id sequences in a row of `length`, as `tree` says (default: one after the other); positions[i] are
+    those of sample i whose next token is predicted."""
     tree = lay(samples, share=False) if tree is None else tree
     tokens = np.zeros(length, dtype=np.int64)
     places = np.zeros(length, dtype=np.int64)
@@ -70,8 +74,9 @@ def micro_batches(
     multiple: int,
     share: bool,
 ) -> list[MicroBatch]:
-    """The micro-batches of a step, all of one length so that pipeline stages know what they receive: samples[m] and positions[m] of the
-    m-th. Samples that begin alike are a tree where `share` says so; notes["shared"] counts the tokens that it saves.
+    """The micro-batches of a step, all of one length so that pipeline stages know what they receive: samples[m] and
+    positions[m] of the m-th. Samples that begin alike are a tree where `share` says so; notes["shared"] counts the
+    tokens that it saves.
 
     A sample ends at its last position: nothing that counts depends on what follows, so that is left out.
     """

@@ -1,8 +1,8 @@
 """Training checkpoints in megatron's torch_dist format: written on one layout, read on any.
 
-ROOT/latest_checkpointed_iteration.txt, ROOT/iter_0000100/ (tensors), ROOT/hf/ (config.json, tokenizer and source.json: the checkpoint is
-complete
-without the folder it came from). A save is finished when its iteration stands in the text file, which is replaced atomically, last.
+ROOT/latest_checkpointed_iteration.txt, ROOT/iter_0000100/ (tensors), ROOT/hf/ (config.json, tokenizer and source.json:
+the checkpoint is complete without the folder it came from). A save is finished when its iteration stands in the text
+file, which is replaced atomically, last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 
 def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any]) -> Path:
-    """Write the model, optimizer, RNG and `progress` (plain values: what else a resumed run needs); returns the iteration's folder."""
+    """Write the model, optimizer, RNG and `progress` (plain values: what else a resumed run needs); returns the
+    iteration's folder."""
     from megatron.core import dist_checkpointing
 
     world = trainer.model.world
@@ -41,12 +42,16 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
     world.barrier()
     try:
         with adam_form(trainer.inner, zero1=_zero1(trainer)):
-            dist_checkpointing.save(_state(trainer, {**progress, "travel": trainer.inner.travel()}, loading=False), str(target))
-    except (Exception, CheckpointException) as err:  # the latter is what megatron gathers from all ranks, and no Exception
+            dist_checkpointing.save(
+                _state(trainer, {**progress, "travel": trainer.inner.travel()}, loading=False), str(target)
+            )
+    # the latter is what megatron gathers from all ranks, and no Exception
+    except (Exception, CheckpointException) as err:
         said = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
         free = shutil.disk_usage(root).free / 1e9
         raise CheckpointError(
-            f"{target}: cannot be written ({said[-1]}); {free:.1f} GB are free there; make room and resume, earlier checkpoints are intact"
+            f"{target}: cannot be written ({said[-1]}); {free:.1f} GB are free there; make room and resume, earlier "
+            "checkpoints are intact"
         ) from err
     world.barrier()
     if world.is_main:
@@ -65,10 +70,13 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     reader.check(trainer.model.spec, head_multiple=trainer.model.layout.head_multiple)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "optimizer" not in common:
-        raise CheckpointError(f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load=")
+        raise CheckpointError(
+            f"{folder}: holds a model without optimizer state (made by convert); give it as model=, not as train.load="
+        )
     if "progress" not in common:
         raise CheckpointError(
-            f"{folder}: was not written by `train`, so where its run stood is not known; give it as model=, not as train.load="
+            f"{folder}: was not written by `train`, so where its run stood is not known; give it as model=, not as "
+            "train.load="
         )
     saved = common["progress"]
     _fits(saved, trainer, folder)
@@ -85,14 +93,15 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
         restripe_state(trainer.model, trainer.outer, trainer.inner, striped=reader.striped)
         _restripe(trainer.model, reader)  # last: in fp32 the weights that were just moved are these
     trainer.inner.carry(*saved["travel"])
-    # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing random depends on
-    # the rank
+    # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing
+    # random depends on the rank
     torch.set_rng_state(saved["rng"].cpu())
     return dict(saved)
 
 
 def load_model(root: Path, model: Model, adapter: Adapter | None = None) -> None:
-    """Fill just the model from a checkpoint; the factors of its `adapter`, which must be there, are left for `adapter.merge_into`."""
+    """Fill just the model from a checkpoint; the factors of its `adapter`, which must be there, are left for
+    `adapter.merge_into`."""
     from megatron.core import dist_checkpointing
 
     folder = resolve(root)
@@ -111,11 +120,14 @@ def _restripe(model: Model, reader: Reader) -> None:
     """Read the embedding and head again, in the order of this run's rows: megatron loads rows by number."""
     for _, weight, parameter in model.parameters():
         if weight.kind == "vocab":
-            parameter.copy_(shard(reader.read(weight, model.spec), weight.axis, model.world.tensor_rank, model.world.tensor_size))
+            parameter.copy_(
+                shard(reader.read(weight, model.spec), weight.axis, model.world.tensor_rank, model.world.tensor_size)
+            )
 
 
 def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
-    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and what must be known to export the checkpoint again."""
+    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and what must be known to export the
+    checkpoint again."""
     side = root / "hf"
     if side.resolve() == hf.resolve():
         return
@@ -133,8 +145,11 @@ def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict
     }
     model = {"model": trainer.model.module.sharded_state_dict(metadata=metadata)}
     named = model
-    if trainer.model.frozen_by is not None:  # some layers train a matrix and some do not: its state cannot be one tensor over all layers
-        named = {"model": trainer.model.module.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})}
+    # some layers train a matrix and some do not: its state cannot be one tensor over all layers
+    if trainer.model.frozen_by is not None:
+        named = {
+            "model": trainer.model.module.sharded_state_dict(metadata={**metadata, "non_homogeneous_layers": True})
+        }
     optimizer = zero1.sharded_state(trainer.outer, named, metadata, loading=loading)
     return {**model, "optimizer": optimizer, "progress": {**progress, **_facts(trainer), "rng": torch.get_rng_state()}}
 
@@ -168,21 +183,25 @@ def _zero1(trainer: Trainer) -> bool:
 
 
 def _form(trainer: Trainer) -> list[list[str]]:
-    """State tensors of a hidden matrix, and of everything else: what lets one optimizer go on from another's checkpoint."""
+    """State tensors of a hidden matrix, and of everything else: what lets one optimizer go on from another's
+    checkpoint."""
     return [list(trainer.inner.keys_of(kind)) for kind in ("matrix", "vector")]
 
 
 def _fits(saved: dict[str, Any], trainer: Trainer, folder: Path) -> None:
     if saved["state"] != _form(trainer):
         raise CheckpointError(
-            f"{folder}: was written by {saved['optimizer']}, whose state {type(trainer.inner).__name__} cannot go on from; "
+            f"{folder}: was written by {saved['optimizer']}, whose state {type(trainer.inner).__name__} cannot go on "
+            "from; "
             "resume with the same optimizer, or start anew from its weights with model="
         )
 
 
 def _same(what: str, saved: Any, ours: Any, folder: Path) -> None:
     if saved != ours:
-        raise CheckpointError(f"{folder}: was written with {what}={saved}, this run has {what}={ours}; resume with the same setting")
+        raise CheckpointError(
+            f"{folder}: was written with {what}={saved}, this run has {what}={ours}; resume with the same setting"
+        )
 
 
 class _named:
@@ -195,10 +214,16 @@ class _named:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is not None and isinstance(error, (Exception, CheckpointException)) and not isinstance(error, CheckpointError):
+        if (
+            error is not None
+            and isinstance(error, (Exception, CheckpointException))
+            and not isinstance(error, CheckpointError)
+        ):
             # what megatron gathers from all ranks is a traceback, whose last line is the cause
             said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{self.folder}: cannot be loaded into this model ({said}); use another checkpoint") from error
+            raise CheckpointError(
+                f"{self.folder}: cannot be loaded into this model ({said}); use another checkpoint"
+            ) from error
 
 
 def _replace(path: Path, text: str) -> None:

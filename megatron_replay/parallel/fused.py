@@ -1,10 +1,11 @@
-"""What the NPU's fused operators are to be asked for in place of our torch forms: argument mappings, from torch-npu's documentation.
+"""What the NPU's fused operators are to be asked for in place of our torch forms: argument mappings, from torch-npu's
+documentation.
 
-The operators themselves come from `device.fused_operator`. Sources: the pages of `npu_fusion_attention`, `npu_rms_norm` and
-`npu_rotary_mul` in the API reference of Ascend Extension for PyTorch.
+The operators themselves come from `device.fused_operator`. Sources: the pages of `npu_fusion_attention`, `npu_rms_norm`
+and `npu_rotary_mul` in the API reference of Ascend Extension for PyTorch.
 
-T tokens in the flat micro-batch, Hq query heads, Hk key heads, Q queries, K keys, D head size, B batch (1), S sequence (T, or this rank's
-part of it).
+T tokens in the flat micro-batch, Hq query heads, Hk key heads, Q queries, K keys, D head size, B batch (1), S sequence
+(T, or this rank's part of it).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _RIGHT_DOWN_CAUSAL = 3
 
 
 def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
-    """Arguments of `npu_fusion_attention` after query, key and value [T, heads, D] for causal attention within each segment.
+    """Arguments of `npu_fusion_attention` after query, key and value [T, heads, D] for causal attention within each
+    segment.
 
-    segments [n, 3] (start, length, -1; int64, on the cpu) follow each other from token 0 to the end of the three tensors.
+    segments [n, 3] (start, length, -1; int64, on the cpu) follow each other from token 0 to the end of the three
+    tensors.
     """
     ends = segments[:, :2].sum(1).tolist()
     assert segments[:, 0].tolist() == [0, *ends[:-1]], "segments must follow each other"
@@ -42,11 +45,13 @@ def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[
 
 
 def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
-    """Arguments of `npu_fusion_attention` after query, key and value, each a batch of one, for attention to the keys that are visible.
+    """Arguments of `npu_fusion_attention` after query, key and value, each a batch of one, for attention to the keys
+    that are visible.
 
-    query [Q, Hq, D] without the batch; visible [Q, K] (bool): every query sees a key, which the operator's precision needs. What its page
-    says of the rest: sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part, and reads neither pre_tockens nor
-    next_tockens; the mask may be [Q, K] for all heads; Q and K are free up to a million, D up to 768, Hq is a multiple of Hk up to 256.
+    query [Q, Hq, D] without the batch; visible [Q, K] (bool): every query sees a key, which the operator's precision
+    needs. What its page says of the rest: sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part,
+    and reads neither pre_tockens nor next_tockens; the mask may be [Q, K] for all heads; Q and K are free up to a
+    million, D up to 768, Hq is a multiple of Hk up to 256.
     """
     return {
         "head_num": query.shape[1],
@@ -63,19 +68,34 @@ def _later(device: torch.device) -> Tensor:
     return torch.ones(_MASK, _MASK, dtype=torch.bool, device=device).triu(1)
 
 
-def rotary(plain: Callable[..., Tensor], operator: Callable[[str, str], Callable[..., Any] | None]) -> Callable[..., Tensor]:
+def rotary(
+    plain: Callable[..., Tensor], operator: Callable[[str, str], Callable[..., Any] | None]
+) -> Callable[..., Tensor]:
     """megatron's `_apply_rotary_pos_emb_bshd` with `npu_rotary_mul` where `operator` has it; `plain` is megatron's own.
 
-    The fused operator rotates halves of the whole head of [S, B, heads, D] by cosines and sines [S, 1, 1, D] (its SBND layout).
+    The fused operator rotates halves of the whole head of [S, B, heads, D] by cosines and sines [S, 1, 1, D] (its SBND
+    layout).
     """
 
     def apply(
-        t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, multi_latent_attention: bool = False, mscale: float = 1.0
+        t: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
     ) -> Tensor:
-        whole_halves = t.dim() == 4 and freqs.shape[-1] == t.shape[-1] and not rotary_interleaved and not multi_latent_attention
+        whole_halves = (
+            t.dim() == 4 and freqs.shape[-1] == t.shape[-1] and not rotary_interleaved and not multi_latent_attention
+        )
         fused = operator("npu_rotary_mul", t.device.type) if whole_halves else None
         if fused is None:
-            return plain(t, freqs, rotary_interleaved=rotary_interleaved, multi_latent_attention=multi_latent_attention, mscale=mscale)
+            return plain(
+                t,
+                freqs,
+                rotary_interleaved=rotary_interleaved,
+                multi_latent_attention=multi_latent_attention,
+                mscale=mscale,
+            )
         out: Tensor = fused(t, (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype))
         return out
 

@@ -1,9 +1,9 @@
 """The output layer that never builds the logits of the batch: it hands hidden states and its weight to a task.
 
-megatron's GPTModel calls its output layer once, at the end of the last stage, with the hidden states of the positions that count
-(`parallel.narrow`). Ours calls `task(hidden [N, H], weight [V_local, H])`; the task (a loss, a selection, the logits of a few rows) returns
-one value a position or more.
-Name, sharding, tied weight and checkpoint layout are those of megatron's layer.
+megatron's GPTModel calls its output layer once, at the end of the last stage, with the hidden states of the positions
+that count (`parallel.narrow`). Ours calls `task(hidden [N, H], weight [V_local, H])`; the task (a loss, a selection,
+the logits of a few rows) returns one value a position or more. Name, sharding, tied weight and checkpoint layout are
+those of megatron's layer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ Task = Callable[[Tensor, Tensor], Tensor]
 
 
 def install(model: Any) -> Any:
-    """Make the output layer of a last-stage GPTModel ours; returns it. The class is changed in place, so every version's constructor
-    stays megatron's."""
+    """Make the output layer of a last-stage GPTModel ours; returns it. The class is changed in place, so every
+    version's constructor stays megatron's."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+    )
 
     class TaskHead(ColumnParallelLinear):
         task: Task

@@ -55,7 +55,10 @@ def token_nll(
 
     for rows in in_groups(deal(sequences, row_tokens, world, share=share), 2 * world.pipeline_size):
         ids, wanted = ([[some[i] for i in row] for row in rows] for some in (sequences, positions))
-        notes = [{"index": row, "cuts": np.cumsum([len(at) for at in some])[:-1]} for row, some in zip(rows, wanted, strict=True)]
+        notes = [
+            {"index": row, "cuts": np.cumsum([len(at) for at in some])[:-1]}
+            for row, some in zip(rows, wanted, strict=True)
+        ]
         batches = micro_batches(ids, wanted, notes, world.torch_device, multiple=world.tensor_size, share=share)
         forward(model, batches, task_of, consume=consume)
         if progress is not None:
@@ -76,7 +79,8 @@ def generate(
     batch: int,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations (without the prompt; a stop id ends one and is left out), with a key/value cache, `batch` prompts at a time."""
+    """Greedy continuations (without the prompt; a stop id ends one and is left out), with a key/value cache, `batch`
+    prompts at a time."""
     world = model.world
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
@@ -93,7 +97,9 @@ def generate(
     return [everyone[i] for i in range(len(prompts))]
 
 
-def _continue(model: Model, prompts: list[Sequence[int]], max_new: int, stops: set[int], vocab_size: int) -> list[list[int]]:
+def _continue(
+    model: Model, prompts: list[Sequence[int]], max_new: int, stops: set[int], vocab_size: int
+) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
     cache = Cache(len(prompts), max(map(len, prompts)) + max_new)
     model.use_cache(cache)
@@ -151,8 +157,9 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
 
 
 def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share: bool) -> list[list[int]]:
-    """This replica's rows for a single pass over all sequences: every so-manieth of them, neighbours laid together up to `row_tokens`; or,
-    with `share`, a stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row."""
+    """This replica's rows for a single pass over all sequences: every so-manieth of them, neighbours laid together up
+    to `row_tokens`; or, with `share`, a stretch of the sequences ordered by prefix, so that most of those that begin
+    alike meet in a row."""
     if not share:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)
     ordered = prefixes.forest(sequences).order(range(len(sequences)))

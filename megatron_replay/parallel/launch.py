@@ -1,7 +1,7 @@
 """Start a function on N local processes and wait for them: what `--ranks N` does.
 
-On the cpu the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that fails ends the
-others, and is named.
+On the cpu the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that
+fails ends the others, and is named.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ GRACE = 5.0
 
 
 def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int, device: str = "auto") -> int:
-    """Call `module:function` with args and kwargs on `ranks` processes of this machine; returns the exit code of the whole.
+    """Call `module:function` with args and kwargs on `ranks` processes of this machine; returns the exit code of the
+    whole.
 
-    0: every rank finished; 2: a rank met wrong input (printed once); 1: a rank failed; 128 + n: stopped by signal n, passed on to every
-    rank.
+    0: every rank finished; 2: a rank met wrong input (printed once); 1: a rank failed; 128 + n: stopped by signal n,
+    passed on to every rank.
     """
     found = choose(device)
     if found.name == "cpu":
@@ -41,7 +42,9 @@ def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int,
     port = world.free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], target, args, kwargs), name=f"rank {rank}")
+        context.Process(
+            target=_rank, args=(rank, ranks, port, pipes[rank][1], target, args, kwargs), name=f"rank {rank}"
+        )
         for rank in range(ranks)
     ]
     for process in processes:
@@ -53,8 +56,11 @@ def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int,
     return _verdict(processes, messages, stopped)
 
 
-def _rank(rank: int, size: int, port: int, sender: Any, target: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    os.setpgid(0, 0)  # a Ctrl-C on the terminal reaches the launcher alone, which passes it on once: a second signal means stop at once
+def _rank(
+    rank: int, size: int, port: int, sender: Any, target: str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    # a Ctrl-C on the terminal reaches the launcher alone, which passes it on once: a second signal means stop at once
+    os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     world.set_rank(rank, size, port)
     module, _, function = target.partition(":")
@@ -88,7 +94,8 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 @contextlib.contextmanager
 def _passing_on_signals(processes: list[Any]) -> Iterator[list[int]]:
-    """The signals received in the block, each handed to every rank; what this process did with them before is put back."""
+    """The signals received in the block, each handed to every rank; what this process did with them before is put
+    back."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -140,7 +147,9 @@ def _verdict(processes: list[Any], messages: list[str], stopped: list[int]) -> i
         return 2
     failed = [(p, m) for p, m in zip(processes, messages, strict=True) if p.exitcode != 0]
     # a rank that only saw its peer vanish says so at length: tell the first cause, name the rest
-    causes = [(p, m) for p, m in failed if m and "Connection closed by peer" not in m and "connection reset" not in m.lower()] or failed
+    causes = [
+        (p, m) for p, m in failed if m and "Connection closed by peer" not in m and "connection reset" not in m.lower()
+    ] or failed
     for process, message in causes[:1]:
         print(f"{process.name} failed (exit code {process.exitcode})\n{message}", file=sys.stderr)
     if len(failed) > 1:

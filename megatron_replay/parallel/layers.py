@@ -1,4 +1,5 @@
-"""The two modules we give megatron's GPTModel in place of its own: a norm that knows sequence parallelism, and rotary angles per token.
+"""The two modules we give megatron's GPTModel in place of its own: a norm that knows sequence parallelism, and rotary
+angles per token.
 
 T tokens in the flat micro-batch, H hidden, D head size.
 """
@@ -18,8 +19,8 @@ from megatron_replay.models.spec import ModelSpec
 class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in fp32 at least.
 
-    megatron's torch norm refuses sequence parallelism; here the weight is marked, so that `finalize_model_grads` sums its gradient over
-    the tensor group.
+    megatron's torch norm refuses sequence parallelism; here the weight is marked, so that `finalize_model_grads` sums
+    its gradient over the tensor group.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -39,9 +40,11 @@ class RMSNorm(nn.Module):
 
 
 class TokenRotary(nn.Module):
-    """Rotary angles of each token's own position, so that packed samples, cached tokens and branches of a tree need no special case.
+    """Rotary angles of each token's own position, so that packed samples, cached tokens and branches of a tree need no
+    special case.
 
-    `positions` [1, T] is set for a micro-batch just before the model's forward, which calls this module once, outside any recomputed part.
+    `positions` [1, T] is set for a micro-batch just before the model's forward, which calls this module once, outside
+    any recomputed part.
     """
 
     positions: Tensor
@@ -62,7 +65,8 @@ class TokenRotary(nn.Module):
 
 
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
-    """Angle per position of each of the D/2 rotary pairs, fp32; `linear` and `llama3` scaling as in the model's configuration."""
+    """Angle per position of each of the D/2 rotary pairs, fp32; `linear` and `llama3` scaling as in the model's
+    configuration."""
     half = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
     frequencies = 1.0 / (spec.rope_base**half)
     scaling = spec.rope_scaling

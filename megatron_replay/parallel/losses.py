@@ -17,17 +17,20 @@ from megatron_replay.store import SampleSets
 
 
 def sets_of(model: Model, stored: Sequence[SampleSets]) -> LocalSets:
-    """The candidate sets of several samples, one after the other, as the loss on this rank wants them: its part of the vocabulary, by
-    position and by id, on its device."""
+    """The candidate sets of several samples, one after the other, as the loss on this rank wants them: its part of the
+    vocabulary, by position and by id, on its device."""
     each = [
-        CandidateSets.from_arrays(s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass)
+        CandidateSets.from_arrays(
+            s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass
+        )
         for s in stored
     ]
     return CandidateSets.cat(each).local(vocab_shard(model)).indexed().to(model.world.torch_device)
 
 
 def restricted_task(model: Model, kernels: str = "auto") -> TaskOf:
-    """Cross-entropy over each position's stored set (paper section 2); the batch carries the sets in notes["sets"], local or whole."""
+    """Cross-entropy over each position's stored set (paper section 2); the batch carries the sets in notes["sets"],
+    local or whole."""
     shard = vocab_shard(model)
 
     def task_of(batch: MicroBatch) -> Task:
@@ -44,15 +47,15 @@ def restricted_task(model: Model, kernels: str = "auto") -> TaskOf:
 def _main_grad(weight: Tensor) -> Tensor | None:
     """Where megatron accumulates the gradient of a weight that is trained, over the micro-batches of a step.
 
-    The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight. megatron's hook
-    finds no `weight.grad`, or that of a tied embedding alone, and adds nothing twice.
+    The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight.
+    megatron's hook finds no `weight.grad`, or that of a tied embedding alone, and adds nothing twice.
     """
     return getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
 
 
 def imbalance(model: Model, batches: Sequence[MicroBatch]) -> float:
-    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, which carry their `sets_of`, all replicas together:
-    1 is even. Collective.
+    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, which carry their `sets_of`, all
+    replicas together: 1 is even. Collective.
 
     The restricted loss costs a rank what its ids cost, and the others wait for it.
     """

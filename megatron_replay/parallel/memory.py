@@ -1,8 +1,10 @@
-"""What a training run will hold at its peak, rank by rank, from the model's shape and the configuration alone: no tensor is made.
+"""What a training run will hold at its peak, rank by rank, from the model's shape and the configuration alone: no
+tensor is made.
 
-What a rank holds all the time (weights, gradients, optimizer) is counted exactly. What comes and goes is counted for the moments at which
-a step is largest, and the largest of these is the peak. Activations are what autograd keeps of the layers as they are built here; the
-gradients that live for a moment inside a layer, and what a checkpoint takes while it is written, are estimates.
+What a rank holds all the time (weights, gradients, optimizer) is counted exactly. What comes and goes is counted for
+the moments at which a step is largest, and the largest of these is the peak. Activations are what autograd keeps of the
+layers as they are built here; the gradients that live for a moment inside a layer, and what a checkpoint takes while it
+is written, are estimates.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from megatron_replay.parallel.whole import BATCH
 BLOCK = 1 << 24
 """Elements that the plain-torch optimizers work on at a time on a device (`optim.blocks`)."""
 WRITTEN = 0.4
-"""Share of what a rank writes into a checkpoint that it holds a second time, without ZeRO-1; measured with megatron-core 0.16.1."""
+"""Share of what a rank writes into a checkpoint that it holds a second time, without ZeRO-1; measured with
+megatron-core 0.16.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +58,25 @@ class Peak:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.passing + self.base
 
 
-def predict(spec: ModelSpec, config: RunConfig, *, ranks: int, dtype: torch.dtype, device: Device, load: Load | None = None) -> list[Peak]:
-    """The peak of each pipeline stage's ranks, in order, in a run of `ranks` ranks; without what the process itself takes.
+def predict(
+    spec: ModelSpec, config: RunConfig, *, ranks: int, dtype: torch.dtype, device: Device, load: Load | None = None
+) -> list[Peak]:
+    """The peak of each pipeline stage's ranks, in order, in a run of `ranks` ranks; without what the process itself
+    takes.
 
-    dtype: of the weights. device: decides what an exchange copies; it need not be here. load: the largest micro-batch of the data; when
-    None the largest that the configuration allows. Raises LayoutError when the layout does not divide the model, ConfigError for an
-    unknown optimizer.
+    dtype: of the weights. device: decides what an exchange copies; it need not be here. load: the largest micro-batch
+    of the data; when None the largest that the configuration allows. Raises LayoutError when the layout does not divide
+    the model, ConfigError for an unknown optimizer.
     """
     layout = config.layout
     split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
     replicas = max(1, ranks // (layout.tensor * layout.pipeline))
     run = _Run(spec, config, replicas, dtype, device, load or largest(config, ranks))
     starts = [sum(split[:stage]) for stage in range(len(split))]
-    return [run.peak(stage, range(start, start + layers)) for stage, (start, layers) in enumerate(zip(starts, split, strict=True))]
+    return [
+        run.peak(stage, range(start, start + layers))
+        for stage, (start, layers) in enumerate(zip(starts, split, strict=True))
+    ]
 
 
 def largest(config: RunConfig, ranks: int) -> Load:
@@ -76,7 +85,9 @@ def largest(config: RunConfig, ranks: int) -> Load:
     chosen = config.train.store and config.collect.strategy in ("random", "bucket")
     positions = math.ceil(tokens * config.collect.fraction) if chosen else tokens
     candidates = positions * (config.collect.k_max + 1)
-    return Load(tokens=tokens, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, ranks))
+    return Load(
+        tokens=tokens, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, ranks)
+    )
 
 
 def num_micro_batches(config: RunConfig, ranks: int) -> int:
@@ -133,8 +144,13 @@ class _Run:
     def optimizer(self, moving: Iterable[Weight]) -> int:
         """State of the trained parameters, and fp32 main weights of bf16 ones; with ZeRO-1 a rank has its share."""
         settings = self.config.optimizer
-        kind, copies = OPTIMIZERS.get(settings.name), int(self.dtype.itemsize < FLOAT) + bool(settings.options.get("pull"))
-        whole = sum(self.elements(weight) * self.exact * (len(kind.keys_of(kind_of(weight))) + copies) for weight in moving)
+        kind, copies = (
+            OPTIMIZERS.get(settings.name),
+            int(self.dtype.itemsize < FLOAT) + bool(settings.options.get("pull")),
+        )
+        whole = sum(
+            self.elements(weight) * self.exact * (len(kind.keys_of(kind_of(weight))) + copies) for weight in moving
+        )
         return math.ceil(whole / self.replicas) if self.zero1 else whole
 
     def passes(self, stage: int, layers: int, moving: Iterable[Weight]) -> dict[str, dict[str, int]]:
@@ -147,7 +163,9 @@ class _Run:
         plain = not adapter.rank
         layer = activations.layer(spec, layout, load.tokens, size, norms_trained=plain)
         counted = -(-max(load.positions, 1) // layout.tensor) * layout.tensor
-        end = activations.layer(spec, layout, load.tokens, size, counted=counted, norms_trained=plain) if last else layer
+        end = (
+            activations.layer(spec, layout, load.tokens, size, counted=counted, norms_trained=plain) if last else layer
+        )
         received = not first and size < FLOAT and layout.recompute != "full"  # else a layer keeps it
         edges = here * spec.hidden_size * size * (int(not last) + int(received))
         low = len(adapter.targets) * load.tokens * adapter.rank * size
@@ -155,7 +173,8 @@ class _Run:
         flight = min(layout.pipeline - stage, load.micro_batches)
         rows = spec.padded_vocab() // layout.tensor
         dense = self.config.train.loss == "full" and (EMBEDDING if spec.tied else OUTPUT) in names
-        waiting = rows * spec.hidden_size * size if dense and spec.tied and first and last else 0  # for the embedding's own gradient
+        # for the embedding's own gradient
+        waiting = rows * spec.hidden_size * size if dense and spec.tied and first and last else 0
         inside = (4 if plain else 8) * load.tokens * (spec.ffn_size // layout.tensor) * size
         moments = {"backward": {"activations": flight * each, "head": waiting, "passing": layer.again + inside}}
         if last:
@@ -165,7 +184,8 @@ class _Run:
                 else activations.full_head(spec, load, size, rows, trained=dense, cpu=self.device.name == "cpu")
             )
             moments["head"] = {
-                "activations": flight * each + activations.norm(spec, activations.tokens_here(layout, counted), size, trained=plain),
+                "activations": flight * each
+                + activations.norm(spec, activations.tokens_here(layout, counted), size, trained=plain),
                 "head": loss,
             }
         if first and EMBEDDING in names:
@@ -184,9 +204,12 @@ class _Run:
         if self.device.backend == "gloo" and self.zero1:  # it reduces and gathers copies
             moments["reduce"], moments["gather"] = always.gradients, self.count(moving) * self.dtype.itemsize
         if self.config.train.save and cpu:
-            whole = 3 * FLOAT * self.count(moving)  # of parameter and two moments: gathered, taken apart, and this rank's share
+            # of parameter and two moments: gathered, taken apart, and this rank's share
+            whole = 3 * FLOAT * self.count(moving)
             moments["checkpoint"] = (
-                math.ceil(whole * (2 + 1 / self.replicas)) if self.zero1 else int(WRITTEN * (always.weights + always.optimizer))
+                math.ceil(whole * (2 + 1 / self.replicas))
+                if self.zero1
+                else int(WRITTEN * (always.weights + always.optimizer))
             )
         return {name: {"passing": size} for name, size in moments.items()}
 

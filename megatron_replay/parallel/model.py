@@ -56,7 +56,9 @@ class Model:
     def table(self) -> list[Weight]:
         """Every distinct parameter of the whole model, the same on every rank; an adapter's factors come last."""
         table = weights(self.spec, head_multiple=self.layout.head_multiple, striped=self.layout.striped)
-        return table + (factors(self.spec, self.adapter, head_multiple=self.layout.head_multiple) if self.adapter else [])
+        return table + (
+            factors(self.spec, self.adapter, head_multiple=self.layout.head_multiple) if self.adapter else []
+        )
 
     def trained(self) -> list[Weight]:
         """The part of `table` that is not frozen."""
@@ -68,7 +70,9 @@ class Model:
         layout = self.layout
         for name, parameter in self.module.named_parameters():
             known = self.global_name(name)
-            weight = added.get(known) or weight_of(self.spec, known, head_multiple=layout.head_multiple, striped=layout.striped)
+            weight = added.get(known) or weight_of(
+                self.spec, known, head_multiple=layout.head_multiple, striped=layout.striped
+            )
             yield known, weight, parameter
 
     def stripes(self) -> Stripes | None:
@@ -81,7 +85,8 @@ class Model:
         return ids if stripes is None else stripes.row_of(ids)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Train all of these no more; a tied output layer goes with its embedding. Before the model is wrapped for training."""
+        """Train all of these no more; a tied output layer goes with its embedding. Before the model is wrapped for
+        training."""
         self.frozen |= set(names)
         for _, weight, parameter in self.parameters():
             parameter.requires_grad_(weight.name not in self.frozen)
@@ -95,7 +100,9 @@ def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, 
     """This rank's GPTModel with uninitialised weights. Raises LayoutError when the ranks do not divide the model."""
     from megatron.core.models.gpt import GPTModel
 
-    split = validate_layout(spec, tensor=layout.tensor, pipeline=layout.pipeline, split=layout.split, head_multiple=layout.head_multiple)
+    split = validate_layout(
+        spec, tensor=layout.tensor, pipeline=layout.pipeline, split=layout.split, head_multiple=layout.head_multiple
+    )
     config = transformer_config(spec, layout, dtype, split, cpu=world.device.name == "cpu")
     module = GPTModel(
         config,
@@ -164,7 +171,8 @@ def transformer_config(spec: ModelSpec, layout: Layout, dtype: torch.dtype, spli
 def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
     """The fields of megatron's TransformerConfig that give each stage its layers.
 
-    Before 0.13 it knows a first and a last stage that differ from those between; LayoutError for another split names the nearest such one.
+    Before 0.13 it knows a first and a last stage that differ from those between; LayoutError for another split names
+    the nearest such one.
     """
     if "pipeline_model_parallel_layout" in config.__dataclass_fields__:
         stages = [["decoder"] * layers for layers in split]
@@ -172,7 +180,8 @@ def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
     near = nearest_split(split)
     if near != split:
         raise LayoutError(
-            f"layers per stage {split}: megatron-core {shims.megatron_version()} needs all stages between the first and the last alike; "
+            f"layers per stage {split}: megatron-core {shims.megatron_version()} needs all stages between the first "
+            "and the last alike; "
             f"use layout.split={near} or megatron-core>=0.13"
         )
     last = {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}  # of two stages it wants one told
@@ -180,7 +189,8 @@ def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
 
 
 def nearest_split(split: list[int]) -> list[int]:
-    """As many layers and stages, the stages between the first and the last alike: the one that moves the fewest layers."""
+    """As many layers and stages, the stages between the first and the last alike: the one that moves the fewest
+    layers."""
     layers, between = sum(split), len(split) - 2
     if between < 1:
         return split
@@ -230,7 +240,8 @@ def vocab_shard(model: Model) -> VocabShard:
 
 @torch.no_grad()
 def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
-    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once, an adapter merged; float64, the same on every rank."""
+    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once, an adapter merged; float64, the
+    same on every rank."""
     moved = size = 0.0
     base.check(model.spec)
     held = {name: parameter for name, _, parameter in model.parameters()}

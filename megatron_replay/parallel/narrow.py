@@ -1,5 +1,5 @@
-"""The last layer computes only what counts: behind its attention each position stands alone, so its output projection, its MLP and the
-final norm see the positions whose hidden state goes to the head, and no others.
+"""The last layer computes only what counts: behind its attention each position stands alone, so its output projection,
+its MLP and the final norm see the positions whose hidden state goes to the head, and no others.
 
 Exact: what is left out reaches neither the loss nor a gradient. T positions of a flat row, N of them count.
 """
@@ -25,7 +25,8 @@ class Narrowing:
         layer.self_attn_bda = self.bias_dropout_add
 
     def attention(self, out: Tensor, rows: Tensor) -> Tensor:
-        """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence parallelism divides it."""
+        """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence
+        parallelism divides it."""
         room = max(len(rows), 1)
         room += -room % self._ranks
         self._rows = torch.nn.functional.pad(rows, (0, room - len(rows))).to(out.device)
@@ -36,7 +37,10 @@ class Narrowing:
         return self._add
 
     def _add(self, output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+        from megatron.core.tensor_parallel.mappings import (
+            gather_from_sequence_parallel_region,
+            scatter_to_sequence_parallel_region,
+        )
 
         rows, self._rows = self._rows, None
         assert rows is not None, "the layer's own attention came before"

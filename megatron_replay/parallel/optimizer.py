@@ -1,8 +1,8 @@
 """Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
 
-megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies, parameter gathers.
-Only the inner
-torch optimizer is exchanged. One row a logical tensor of the whole model, one gather a step: see `optim.shards`.
+megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies,
+parameter gathers. Only the inner torch optimizer is exchanged. One row a logical tensor of the whole model, one gather
+a step: see `optim.shards`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from megatron_replay.parallel.whole import Exchange, Part
 from megatron_replay.parallel.zero1 import only
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
-"""What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline stages."""
+"""What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline
+stages."""
 
 
 class ModelShards:
@@ -37,21 +38,31 @@ class ModelShards:
         self._kinds = [kind_of(weight) for weight in table]
         self._parts = dict(parts)
         hidden = {param: part for param, part in parts.items() if self._kinds[part.row] in HIDDEN}
-        self._exchange = Exchange(model.world, model.spec, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32)
+        self._exchange = Exchange(
+            model.world, model.spec, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32
+        )
 
     def place(self, params: Sequence[Tensor]) -> Placement:
         found = [self._parts[param] for param in params]
         return Placement(
-            rows=[part.row for part in found], counted=[part.counted for part in found], layers=self._layers, kinds=self._kinds
+            rows=[part.row for part in found],
+            counted=[part.counted for part in found],
+            layers=self._layers,
+            kinds=self._kinds,
         )
 
     def each_whole(
-        self, params: Sequence[Tensor], values: Callable[[int], Tensor], function: Callable[[Tensor], Tensor], stacked: int = 1
+        self,
+        params: Sequence[Tensor],
+        values: Callable[[int], Tensor],
+        function: Callable[[Tensor], Tensor],
+        stacked: int = 1,
     ) -> Iterator[tuple[int, Tensor]]:
         return self._exchange.each_whole(params, values, function, stacked)
 
     def sum(self, table: Tensor) -> Tensor:
-        """Gathered and added in rank order: the same bits on every rank and every run, also where no fp64 all-reduce exists."""
+        """Gathered and added in rank order: the same bits on every rank and every run, also where no fp64 all-reduce
+        exists."""
         parts = self._world.gather(table)
         total = parts[0].clone()
         for part in parts[1:]:
@@ -97,7 +108,8 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
 
 
 def foreign_options(settings: OptimizerConfig) -> dict[str, str]:
-    """Options that another optimizer takes, with its name: left out, so that changing `optimizer.name` alone makes a comparison."""
+    """Options that another optimizer takes, with its name: left out, so that changing `optimizer.name` alone makes a
+    comparison."""
     return OPTIMIZERS.foreign(settings.name, settings.options)
 
 
@@ -131,7 +143,8 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
     if isinstance(inner, MuonClip) and inner.variant == "qk":
         if model.frozen:
             raise ConfigError(
-                "optimizer 'muonclip' scales attention's weights where logits grow, but adapter.rank or train.freeze_share "
+                "optimizer 'muonclip' scales attention's weights where logits grow, but adapter.rank or "
+                "train.freeze_share "
                 "freezes some of them; use another optimizer"
             )
         inner.logits = WatchedLogits(model, parts)
@@ -141,7 +154,8 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
 
 
 def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tuple[Tensor, Part]]:
-    """For each model parameter: what the inner optimizer updates in its stead, and which part of the whole tensor that is."""
+    """For each model parameter: what the inner optimizer updates in its stead, and which part of the whole tensor that
+    is."""
     rows = {weight.name: row for row, weight in enumerate(model.trained())}
     held = dict(_held(outer, inner))
     zero1 = hasattr(outer, "model_param_group_index_map")
@@ -151,14 +165,21 @@ def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tup
             is_counted = counted(name, weight, model.world, sharded_over_data=zero1)
             span = outer._get_model_param_range_map(parameter)["param"] if zero1 else None
             start, stop = (span.start, span.end) if span else (0, parameter.numel())
-            parts[parameter] = (held[parameter], Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted))
+            parts[parameter] = (
+                held[parameter],
+                Part(rows[weight.name], model.world.tensor_rank, start, stop, is_counted),
+            )
     return parts
 
 
 def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
-    """(model parameter, what the inner optimizer updates in its stead: itself, its fp32 main copy, or this rank's shard of that)."""
+    """(model parameter, what the inner optimizer updates in its stead: itself, its fp32 main copy, or this rank's shard
+    of that)."""
     if hasattr(outer, "model_param_group_index_map"):
-        return [(p, inner.param_groups[group]["params"][order]) for p, (group, order) in outer.model_param_group_index_map.items()]
+        return [
+            (p, inner.param_groups[group]["params"][order])
+            for p, (group, order) in outer.model_param_group_index_map.items()
+        ]
     if hasattr(outer, "fp32_from_float16_groups"):
         low = [
             pair
@@ -171,10 +192,11 @@ def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
-    """The optimizer's state as megatron's checkpoints take it: filled, and under ZeRO-1 exactly Adam's two tensors of every parameter.
+    """The optimizer's state as megatron's checkpoints take it: filled, and under ZeRO-1 exactly Adam's two tensors of
+    every parameter.
 
-    The second moment that Muon does not keep of a matrix is written as zeros and dropped after reading. The base weights
-    of `pull` are not written: they are the model a run starts from.
+    The second moment that Muon does not keep of a matrix is written as zeros and dropped after reading. The base
+    weights of `pull` are not written: they are the model a run starts from.
     """
     inner.init_state()
     params = [param for group in inner.param_groups for param in group["params"]]
@@ -193,7 +215,8 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped: bool) -> None:
-    """Bring the vocabulary rows of main weights and optimizer state into the model's order; they lie `striped`, or not. Collective."""
+    """Bring the vocabulary rows of main weights and optimizer state into the model's order; they lie `striped`, or not.
+    Collective."""
     ours, outer = model.trained(), only(outer)
     theirs = [dataclasses.replace(weight, striped=striped) if weight.kind == "vocab" else weight for weight in ours]
     # a tied head's stage has no other copy, so there it counts
@@ -207,13 +230,16 @@ def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped:
     def tensors(index: int) -> list[Tensor]:
         return [params[index], *(inner.state[params[index]][key] for key in keys)]
 
-    for i, moved in exchange.each_whole(params, lambda index: torch.stack(tensors(index)), lambda values: values, 1 + len(keys)):
+    for i, moved in exchange.each_whole(
+        params, lambda index: torch.stack(tensors(index)), lambda values: values, 1 + len(keys)
+    ):
         for tensor, value in zip(tensors(i), moved, strict=True):
             tensor.copy_(value)
 
 
 def set_rates(inner: ReplayOptimizer, lr: float, weight_decay: float) -> None:
-    """Give every parameter group its learning rate and its weight decay for the next step, as megatron's own scheduler would.
+    """Give every parameter group its learning rate and its weight decay for the next step, as megatron's own scheduler
+    would.
 
     megatron puts norms and biases into a group with wd_mult = 0.
     """

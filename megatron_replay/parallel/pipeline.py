@@ -17,7 +17,9 @@ from megatron_replay.parallel.timers import Timers
 TaskOf = Callable[[MicroBatch], Task]
 
 
-def forward(model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, consume: Callable[[MicroBatch, Tensor], None]) -> None:
+def forward(
+    model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, consume: Callable[[MicroBatch, Tensor], None]
+) -> None:
     """Forward only. On the last stage `consume(batch, task result [N, ...])` is called once a micro-batch, in order."""
     model.module.eval()
 
@@ -29,11 +31,12 @@ def forward(model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, con
         _schedule(model, model.module, batches, task_of, finish, forward_only=True)
 
 
-def forward_backward(model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf, timers: Timers) -> tuple[float, int]:
-    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the wrapped model's
-    buffers,
-    divided by the number of positions in the whole global batch. Returns (sum of losses, positions) of this replica; zeros before the
-    last stage.
+def forward_backward(
+    model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf, timers: Timers
+) -> tuple[float, int]:
+    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the
+    wrapped model's buffers, divided by the number of positions in the whole global batch. Returns (sum of losses,
+    positions) of this replica; zeros before the last stage.
     """
     wrapped.train()
     sums: list[tuple[Tensor, int]] = []
@@ -57,7 +60,9 @@ def _timed(task: Task, timers: Timers) -> Task:
     return timed
 
 
-def _schedule(model: Model, module: Any, batches: Sequence[MicroBatch], task_of: TaskOf, finish: Any, *, forward_only: bool) -> None:
+def _schedule(
+    model: Model, module: Any, batches: Sequence[MicroBatch], task_of: TaskOf, finish: Any, *, forward_only: bool
+) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:

@@ -24,7 +24,8 @@ NUMBERS = 1 << 20
 def try_all_reduce(device: Device) -> dict[str, Any]:
     """Start two ranks, form megatron's groups and sum a tensor; a machine with one accelerator tries it on the cpu.
 
-    ok, ranks, device, backend, start_seconds (from nothing to groups), seconds (of one all-reduce of 4 MiB), error ("" when ok).
+    ok, ranks, device, backend, start_seconds (from nothing to groups), seconds (of one all-reduce of 4 MiB), error (""
+    when ok).
     """
     where = device if device.name == "cpu" or device.count() >= RANKS else CPU
     result: dict[str, Any] = {"ok": False, "ranks": RANKS, "device": where.name, "backend": where.backend}
@@ -38,7 +39,9 @@ def try_all_reduce(device: Device) -> dict[str, Any]:
         answers = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("rank-*.json"))]
     errors = [answer["error"] for answer in answers if answer["error"]]
     if errors or code or len(answers) != RANKS:
-        silent = f"{len(answers)} of {RANKS} ranks answered within {time.perf_counter() - began:.0f} s, exit code {code}"
+        silent = (
+            f"{len(answers)} of {RANKS} ranks answered within {time.perf_counter() - began:.0f} s, exit code {code}"
+        )
         return {**result, "error": errors[0] if errors else silent}
     slowest = {key: max(answer[key] for answer in answers) for key in ("start_seconds", "seconds")}
     return {**result, **slowest, "ok": True}

@@ -1,7 +1,8 @@
 """The largest attention logits of a sharded model, and what MuonClip scales because of them.
 
-While it is watched, each layer's attention notes the largest scaled logit of every key/value head: one more product of queries and keys a
-forward pass, in blocks, since the fused attention does not tell. The ranks' maxima meet in one small gather after the update.
+While it is watched, each layer's attention notes the largest scaled logit of every key/value head: one more product of
+queries and keys a forward pass, in blocks, since the fused attention does not tell. The ranks' maxima meet in one small
+gather after the update.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from megatron_replay.parallel.attention import blocks, gathered
 from megatron_replay.parallel.model import Model
 from megatron_replay.parallel.whole import Part
 
-QKV, NORMS = ".self_attention.linear_qkv.weight", (".self_attention.q_layernorm.weight", ".self_attention.k_layernorm.weight")
+QKV, NORMS = (
+    ".self_attention.linear_qkv.weight",
+    (".self_attention.q_layernorm.weight", ".self_attention.k_layernorm.weight"),
+)
 
 
 @torch.no_grad()
@@ -37,7 +41,8 @@ def largest_logits(query: Tensor, key: Tensor, segments: Tensor, scale: float | 
 
 
 class WatchedLogits:
-    """`optim.AttentionLogits` of a megatron model; `held` gives, for each model parameter, what the optimizer updates in its stead."""
+    """`optim.AttentionLogits` of a megatron model; `held` gives, for each model parameter, what the optimizer updates
+    in its stead."""
 
     def __init__(self, model: Model, held: Mapping[Tensor, tuple[Tensor, Part]]) -> None:
         self._model = model
@@ -79,7 +84,8 @@ class WatchedLogits:
         return torch.stack(world.gather(table)).amax(0)
 
     def _rows(self, factor: Tensor, part: Part, param: Tensor) -> Tensor:
-        """The factor of each element of this rank's piece of a linear_qkv: query and key rows shrink, value rows stay."""
+        """The factor of each element of this rank's piece of a linear_qkv: query and key rows shrink, value rows
+        stay."""
         world, spec = self._model.world, self._model.spec
         local = factor.chunk(world.tensor_size)[world.tensor_rank]
         shrinking = (spec.heads_per_group + 1) * spec.head_dim

@@ -1,5 +1,5 @@
-"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits exist a chunk of
-rows at a time.
+"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits
+exist a chunk of rows at a time.
 
 N target positions of a micro-batch, n of them chosen.
 """
@@ -40,7 +40,8 @@ Chooser = Callable[[MicroBatch, np.ndarray], np.ndarray]
 
 
 def select_task(model: Model, rule: SetRule, choose: Chooser | None) -> TaskOf:
-    """Leaves the candidate sets in notes["sets"] and returns which of the batch's positions were chosen, [N] float (0 or 1).
+    """Leaves the candidate sets in notes["sets"] and returns which of the batch's positions were chosen, [N] float (0
+    or 1).
 
     choose: decides from the confidence; None: every position of the batch is wanted.
     """

@@ -1,10 +1,11 @@
-"""Every change we make to megatron-core's surroundings, in one table: what, where it is needed, why, and for which versions.
+"""Every change we make to megatron-core's surroundings, in one table: what, where it is needed, why, and for which
+versions.
 
-megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; on the NPU an adapter does that: MindSpeed or
-MegatronAdaptor where one made for this megatron-core is installed, else torch-npu's own `transfer_to_npu` and the NPU's part of this table.
-Importing this module changes nothing: `install` does, once per process, and only processes that run a model call it.
-`tests/ranks/test_shims.py` runs training without each shim of the cpu in turn, tests/npu without each of the NPU, and they fail when one is
-not needed any more.
+megatron-core names CUDA in literals. On the cpu those names must lead to the cpu; on the NPU an adapter does that:
+MindSpeed or MegatronAdaptor where one made for this megatron-core is installed, else torch-npu's own `transfer_to_npu`
+and the NPU's part of this table. Importing this module changes nothing: `install` does, once per process, and only
+processes that run a model call it. `tests/ranks/test_shims.py` runs training without each shim of the cpu in turn,
+tests/npu without each of the NPU, and they fail when one is not needed any more.
 """
 
 from __future__ import annotations
@@ -68,14 +69,21 @@ ADAPTERS = (
 def import_megatron() -> None:
     """Import the parts of megatron-core we use, with `torch.compile` standing still meanwhile.
 
-    megatron decorates about 35 helpers with torch.compile at import: that loads dynamo and inductor, 4-5 s in every process, and on the
-    cpu gains nothing.
+    megatron decorates about 35 helpers with torch.compile at import: that loads dynamo and inductor, 4-5 s in every
+    process, and on the cpu gains nothing.
     """
     _quiet()
     real = torch.compile
     torch.compile = _no_compile  # type: ignore[assignment]
     try:
-        for name in ("models.gpt", "optimizer", "distributed", "pipeline_parallel", "dist_checkpointing", "transformer.transformer_block"):
+        for name in (
+            "models.gpt",
+            "optimizer",
+            "distributed",
+            "pipeline_parallel",
+            "dist_checkpointing",
+            "transformer.transformer_block",
+        ):
             importlib.import_module(f"megatron.core.{name}")
     finally:
         torch.compile = real
@@ -108,7 +116,8 @@ def table(device: Device, version: str | None = None, adapter: Adapter = NONE) -
 
 
 def catalog(device: Device, adapter: Adapter = NONE) -> list[Shim]:
-    """The shims of this device for all versions of megatron-core; MindSpeed and MegatronAdaptor bring some of the NPU's themselves."""
+    """The shims of this device for all versions of megatron-core; MindSpeed and MegatronAdaptor bring some of the NPU's
+    themselves."""
     if device.name == "cpu":
         return [*_CPU_SHIMS, *_COMMON_SHIMS]
     if device.name == "npu":
@@ -134,7 +143,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def adapter(device: Device) -> tuple[Adapter, list[str]]:
     """What leads megatron's CUDA names to this device, and why not another adapter that is installed.
 
-    Chosen is the first of ADAPTERS that is made for the megatron-core that is here: its first two numbers. Nothing is imported.
+    Chosen is the first of ADAPTERS that is made for the megatron-core that is here: its first two numbers. Nothing is
+    imported.
     """
     core, chosen, notes = _core_version(), NONE, []
     for candidate in ADAPTERS:
@@ -142,7 +152,10 @@ def adapter(device: Device) -> tuple[Adapter, list[str]]:
         unused = f"{candidate.package} {version} is installed and not used"
         if version is None:
             if importlib.util.find_spec(candidate.module.partition(".")[0]) is not None:
-                notes.append(f"{candidate.package} is here and not used: pip does not know its version; install it with pip install -e")
+                notes.append(
+                    f"{candidate.package} is here and not used: pip does not know its version; install it with pip "
+                    "install -e"
+                )
         elif device.name != "npu" or chosen != NONE:
             notes.append(unused)
         elif core is None or _numbers(version) != _numbers(core):
@@ -160,7 +173,8 @@ def _package_version(adapter: Adapter) -> str | None:
 
 
 def _core_version() -> str | None:
-    """Of the megatron-core that would be imported, without importing it: what it says itself, since a checkout has no metadata."""
+    """Of the megatron-core that would be imported, without importing it: what it says itself, since a checkout has no
+    metadata."""
     spec = importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") else None
     if spec is None or spec.origin is None:
         return None
@@ -169,9 +183,12 @@ def _core_version() -> str | None:
 
 
 def _adapt(adapter: Adapter) -> None:
-    """Import it, before megatron.core and with the command line out of its sight: MindSpeed reads options there. Raises DeviceError."""
+    """Import it, before megatron.core and with the command line out of its sight: MindSpeed reads options there. Raises
+    DeviceError."""
     if "megatron.core" in sys.modules:
-        raise DeviceError(f"megatron.core was imported before {adapter.module}, which must come first; import megatron_replay first")
+        raise DeviceError(
+            f"megatron.core was imported before {adapter.module}, which must come first; import megatron_replay first"
+        )
     words, sys.argv = sys.argv, sys.argv[:1]
     try:
         importlib.import_module(adapter.module)
@@ -185,8 +202,8 @@ def _adapt(adapter: Adapter) -> None:
 
 
 def _quiet() -> None:
-    """Leave out what a user can do nothing about: megatron's calls of what torch calls outdated, and, told by every rank at import, that
-    apex and transformer-engine are missing (`doctor` tells that once)."""
+    """Leave out what a user can do nothing about: megatron's calls of what torch calls outdated, and, told by every
+    rank at import, that apex and transformer-engine are missing (`doctor` tells that once)."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     for module in (r"megatron\.", r"torch\.distributed\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
@@ -292,7 +309,9 @@ def _write_format() -> None:
     filesystem: Any = importlib.import_module("torch.distributed.checkpoint.filesystem")
     module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     if "serialization_format" in inspect.signature(module._write_item).parameters:
-        module._write_item = functools.partial(module._write_item, serialization_format=filesystem.SerializationFormat.TORCH_SAVE)
+        module._write_item = functools.partial(
+            module._write_item, serialization_format=filesystem.SerializationFormat.TORCH_SAVE
+        )
 
 
 def _no_fp8() -> None:
@@ -323,14 +342,16 @@ _COMMON_SHIMS = [
     Shim(
         "group_step",
         "optimizer/distrib_optimizer.py",
-        "without apex it reads the step count of torch's AdamW from each parameter; ours counts in the parameter group, as apex does",
+        "without apex it reads the step count of torch's AdamW from each parameter; ours counts in the parameter "
+        "group, as apex does",
         _ALL,
         _group_step,
     ),
     Shim(
         "results_queue",
         "dist_checkpointing/strategies/filesystem_async.py",
-        "every rank starts a manager process for one result, which outlives the rank and holds its output open; we save synchronously, "
+        "every rank starts a manager process for one result, which outlives the rank and holds its output open; we "
+        "save synchronously, "
         "where a queue inside the process does",
         _ALL,
         _results_queue,
@@ -352,7 +373,8 @@ _COMMON_SHIMS = [
     Shim(
         "frozen_embedding",
         "distributed/finalize_model_grads.py",
-        "the gradient of an embedding tied to the head of another stage is reduced, though beside an adapter it is frozen and has none",
+        "the gradient of an embedding tied to the head of another stage is reduced, though beside an adapter it is "
+        "frozen and has none",
         ">=0.12,<0.13",
         _frozen_embedding,
     ),
@@ -376,7 +398,8 @@ _NPU_ALWAYS = [
     Shim(
         "capability",
         "distributed/finalize_model_grads.py",
-        "its broadcast: torch's asks tensors that say they are CUDA's for a capability, which transfer_to_npu leaves None",
+        "its broadcast: torch's asks tensors that say they are CUDA's for a capability, which transfer_to_npu leaves "
+        "None",
         _ALL,
         _capability,
     ),
@@ -413,7 +436,8 @@ _CPU_SHIMS = [
     Shim(
         "rng",
         "tensor_parallel/random.py",
-        "model_parallel_cuda_manual_seed asks CUDA; _set_cuda_rng_state queues a CUDA call that never runs, so dropout would silently not "
+        "model_parallel_cuda_manual_seed asks CUDA; _set_cuda_rng_state queues a CUDA call that never runs, so "
+        "dropout would silently not "
         "be forked",
         _ALL,
         _rng,

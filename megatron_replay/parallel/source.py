@@ -1,5 +1,5 @@
-"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its tokenizer lies, and
-fill a built model."""
+"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its
+tokenizer lies, and fill a built model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Source:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `convert` or `train` noted about the checkpoint's weights (source.json); empty for a Hugging Face folder."""
+        """What `convert` or `train` noted about the checkpoint's weights (source.json); empty for a Hugging Face
+        folder."""
         path = self.hf / "source.json"
         if not self.is_checkpoint:
             return {}
@@ -66,12 +67,17 @@ class Source:
     def adapter(self) -> Adapter | None:
         """The adapter that was trained beside the checkpoint's weights; `fill` and `convert` merge it."""
         noted = self.facts.get("adapter")
-        if not noted and self.is_checkpoint and Reader(self.path).has_adapter():  # which would be left out without a word
-            raise CheckpointError(f"{self.path}: holds an adapter that {self.hf / 'source.json'} does not describe; restore that file")
+        # which would be left out without a word
+        if not noted and self.is_checkpoint and Reader(self.path).has_adapter():
+            raise CheckpointError(
+                f"{self.path}: holds an adapter that {self.hf / 'source.json'} does not describe; restore that file"
+            )
         try:
             return build(Adapter, noted) if noted else None
         except (ConfigError, TypeError, ValueError) as err:
-            raise CheckpointError(f"{self.hf / 'source.json'}: the adapter cannot be read ({err}); restore the file") from err
+            raise CheckpointError(
+                f"{self.hf / 'source.json'}: the adapter cannot be read ({err}); restore the file"
+            ) from err
 
     def fingerprint(self) -> str:
         """sha256 that names the weights; a checkpoint converted from a Hugging Face folder has that folder's."""

@@ -1,7 +1,8 @@
 """Where the time of a training step goes: seconds of each phase, without waiting for the device.
 
-A phase counts what happens in it and not in a phase inside it, so the phases of one rank add up to its step. On a device a moment is an
-event in its queue; how far two are apart is asked when the step's result is exchanged, where every rank waits anyway.
+A phase counts what happens in it and not in a phase inside it, so the phases of one rank add up to its step. On a
+device a moment is an event in its queue; how far two are apart is asked when the step's result is exchanged, where
+every rank waits anyway.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ PHASES = {
     "loss": "the sum over positions",
     "backward": "all of it, the head's included; with recomputation the layers' second forward pass too",
     "pipeline": "sending to neighbouring stages, and waiting for them",
-    "reduce": "summing gradients: over the replicas, of norms over the tensor ranks, of a tied embedding over its two stages",
+    "reduce": "summing gradients: over the replicas, of norms over the tensor ranks, of a tied embedding over its two "
+    "stages",
     "optimizer": "statistics, their exchange, the update, and under ZeRO-1 the gather of the parameters",
     "checkpoint": "the save after the step before",
 }
 
 
 class Timers:
-    """`with timers.phase("data"): ...`; megatron's schedules call it as they call megatron's own timers (`config.timers`)."""
+    """`with timers.phase("data"): ...`; megatron's schedules call it as they call megatron's own timers
+    (`config.timers`)."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -63,7 +66,8 @@ class Timers:
             seen.__exit__(None, None, None)
 
     def take(self) -> list[float]:
-        """Seconds of each of PHASES since the last call, in their order. Waits for the device to come as far as this."""
+        """Seconds of each of PHASES since the last call, in their order. Waits for the device to come as far as
+        this."""
         seconds = dict.fromkeys(PHASES, 0.0)
         for (moment, name), (later, _) in zip(self._turns, self._turns[1:], strict=False):
             if name is not None:

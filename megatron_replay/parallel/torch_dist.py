@@ -1,16 +1,17 @@
-"""megatron-core's `torch_dist` checkpoints, read and written without a process group and with one tensor in memory at a time.
+"""megatron-core's `torch_dist` checkpoints, read and written without a process group and with one tensor in memory at a
+time.
 
-A checkpoint of ours is a folder ROOT: latest_checkpointed_iteration.txt, iter_0000100/ (tensors), hf/ (configuration, tokenizer,
-source.json). An iteration folder is what megatron.core.dist_checkpointing writes: `.metadata` says which key has which shape, in which
-chunks, and where each chunk lies; `__0_0.distcp` and its like hold the chunks, torch.save blobs one after the other; `common.pt` holds
-plain values; `metadata.json` is written last.
+A checkpoint of ours is a folder ROOT: latest_checkpointed_iteration.txt, iter_0000100/ (tensors), hf/ (configuration,
+tokenizer, source.json). An iteration folder is what megatron.core.dist_checkpointing writes: `.metadata` says which key
+has which shape, in which chunks, and where each chunk lies; `__0_0.distcp` and its like hold the chunks, torch.save
+blobs one after the other; `common.pt` holds plain values; `metadata.json` is written last.
 
-The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by whoever wrote it (pipeline ranks along L,
-tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and one reader every writer. A tied output
-layer is not stored.
+The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by whoever wrote it (pipeline
+ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and one reader
+every writer. A tied output layer is not stored.
 
-The blobs are written by hand: torch's FileSystemWriter keeps the last tensor of every key until its file is complete (2.13), which is
-twice the largest tensor and more where the output layer is not tied.
+The blobs are written by hand: torch's FileSystemWriter keeps the last tensor of every key until its file is complete
+(2.13), which is twice the largest tensor and more where the output layer is not tied.
 """
 
 from __future__ import annotations
@@ -51,12 +52,18 @@ LATEST = "latest_checkpointed_iteration.txt"
 ITERATIONS = "iter_[0-9]*"
 FINISHED = "metadata.json"
 """megatron writes it last; without it a save was interrupted."""
-FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 RENAMED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-"""Where megatron's local layer stores its norms: under the names of transformer-engine's fused layers, so that both read the same."""
+"""Where megatron's local layer stores its norms: under the names of transformer-engine's fused layers, so that both
+read the same."""
 STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """Modules of a layer that also store an (empty) `_extra_state`, which megatron's load asks for."""
 
@@ -75,26 +82,38 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def resolve(path: str | Path) -> Path:
-    """The iteration folder: ROOT's latest, or the folder itself. CheckpointError when it is missing, unfinished or of another format."""
+    """The iteration folder: ROOT's latest, or the folder itself. CheckpointError when it is missing, unfinished or of
+    another format."""
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a checkpoint folder (with {LATEST}) or one of its iterations")
+        raise CheckpointError(
+            f"{folder}: no such folder; give a checkpoint folder (with {LATEST}) or one of its iterations"
+        )
     if (folder / LATEST).is_file():
         text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         if not text.isdecimal():
-            raise CheckpointError(f"{folder / LATEST}: expected the number of an iteration, got {text[:20]!r}; write it by hand, e.g. 100")
+            raise CheckpointError(
+                f"{folder / LATEST}: expected the number of an iteration, got {text[:20]!r}; write it by hand, e.g. 100"
+            )
         folder = folder / iteration_name(int(text))
     elif any(folder.glob(ITERATIONS)):
-        raise CheckpointError(f"{folder}: no {LATEST}, so no save was finished; give one of its iterations or train again")
+        raise CheckpointError(
+            f"{folder}: no {LATEST}, so no save was finished; give one of its iterations or train again"
+        )
     missing = next((name for name in (FINISHED, METADATA, COMMON) if not (folder / name).is_file()), None)
     if missing:
-        raise CheckpointError(f"{folder}: {missing} is missing: no checkpoint, or its save was interrupted; use an earlier iteration")
+        raise CheckpointError(
+            f"{folder}: {missing} is missing: no checkpoint, or its save was interrupted; use an earlier iteration"
+        )
     _check_format(folder / FINISHED)
     return folder
 
 
-def write_model(path: str | Path, spec: ModelSpec, tensors: Callable[[Weight], Tensor], *, head_multiple: int, dtype: torch.dtype) -> None:
-    """Write the iteration folder `path` for any layout; `tensors(weight)` gives each whole megatron tensor [weight.shape], in model order.
+def write_model(
+    path: str | Path, spec: ModelSpec, tensors: Callable[[Weight], Tensor], *, head_multiple: int, dtype: torch.dtype
+) -> None:
+    """Write the iteration folder `path` for any layout; `tensors(weight)` gives each whole megatron tensor
+    [weight.shape], in model order.
 
     Memory: what `tensors` holds, and a copy of a tensor whose storage is shared.
     CheckpointError for another shape or dtype, or a full disk.
@@ -142,7 +161,9 @@ class Reader:
 
     def keys(self) -> list[str]:
         """Keys of the tensors, sorted; those of the layers are stacked."""
-        return sorted(key for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata))
+        return sorted(
+            key for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        )
 
     def has_adapter(self) -> bool:
         """Whether factors stand beside the model's matrices."""
@@ -154,20 +175,29 @@ class Reader:
         return stored
 
     def check(self, spec: ModelSpec, *, head_multiple: int, adapter: Adapter | None = None) -> None:
-        """Every tensor of the model there and in its shape, by the metadata alone; CheckpointError names the first that is not.
+        """Every tensor of the model there and in its shape, by the metadata alone; CheckpointError names the first that
+        is not.
 
         adapter: whose factors must be there too.
         """
-        for weight in weights(spec, head_multiple=head_multiple) + (factors(spec, adapter, head_multiple=head_multiple) if adapter else []):
+        for weight in weights(spec, head_multiple=head_multiple) + (
+            factors(spec, adapter, head_multiple=head_multiple) if adapter else []
+        ):
             self._entry(weight, spec)
 
     def read(self, weight: Weight, spec: ModelSpec) -> Tensor:
-        """One whole megatron tensor [weight.shape], rows as `weight` has them; CheckpointError when missing, misshapen or damaged.
+        """One whole megatron tensor [weight.shape], rows as `weight` has them; CheckpointError when missing, misshapen
+        or damaged.
 
-        Memory: the tensor, and one chunk of it where it was written in several, or a copy where its rows are stored in another order.
+        Memory: the tensor, and one chunk of it where it was written in several, or a copy where its rows are stored in
+            another order.
         """
         whole = self._read(weight, spec)
-        return restripe(whole, striped=weight.striped) if weight.kind == "vocab" and weight.striped != self.striped else whole
+        return (
+            restripe(whole, striped=weight.striped)
+            if weight.kind == "vocab" and weight.striped != self.striped
+            else whole
+        )
 
     def _read(self, weight: Weight, spec: ModelSpec) -> Tensor:
         """The tensor as it is stored."""
@@ -188,7 +218,9 @@ class Reader:
             filled += part.numel()
         if whole is None or filled != whole.numel():
             where = f"{self.folder / METADATA}: tensor {key!r} at {list(offset)}"
-            raise CheckpointError(f"{where}: its chunks hold {filled} of {math.prod(wanted)} values; use another checkpoint")
+            raise CheckpointError(
+                f"{where}: its chunks hold {filled} of {math.prod(wanted)} values; use another checkpoint"
+            )
         return whole.view(weight.shape)
 
     def read_merged(self, weight: Weight, spec: ModelSpec, adapter: Adapter | None, *, head_multiple: int) -> Tensor:
@@ -204,7 +236,9 @@ class Reader:
         key, size, _ = _place(weight, spec)
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{self.folder}: tensor {key!r} {list(size)} is missing; is this checkpoint of another model?")
+            raise CheckpointError(
+                f"{self.folder}: tensor {key!r} {list(size)} is missing; is this checkpoint of another model?"
+            )
         if tuple(entry.size) != size:
             hint = "another model, or written with another layout.head_multiple"
             raise CheckpointError(f"{self.folder}: tensor {key!r} is {list(entry.size)}, expected {list(size)}: {hint}")
@@ -215,17 +249,23 @@ class Reader:
         offsets = list(chunk.offsets)
         info = (self._metadata.storage_data or {}).get(MetadataIndex(key, offsets))
         if info is None:
-            raise CheckpointError(f"{self.folder / METADATA}: chunk {offsets} of tensor {key!r} lies nowhere; use another checkpoint")
+            raise CheckpointError(
+                f"{self.folder / METADATA}: chunk {offsets} of tensor {key!r} lies nowhere; use another checkpoint"
+            )
         file = self.folder / info.relative_path
         where = f"{file}: tensor {key!r}, chunk {offsets} at byte {info.offset}"
         try:
             tensor = _load(file, info)
         except FileNotFoundError as err:
-            raise CheckpointError(f"{where}: the file is missing; copy the checkpoint again or use another one") from err
+            raise CheckpointError(
+                f"{where}: the file is missing; copy the checkpoint again or use another one"
+            ) from err
         except Exception as err:  # a damaged blob can raise anything
             raise CheckpointError(f"{where}: damaged or truncated ({first_line(err)}); use another checkpoint") from err
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
-            raise CheckpointError(f"{where}: not the {list(chunk.sizes)} {dtype} tensor that {METADATA} names; use another checkpoint")
+            raise CheckpointError(
+                f"{where}: not the {list(chunk.sizes)} {dtype} tensor that {METADATA} names; use another checkpoint"
+            )
         return tensor
 
 
@@ -282,10 +322,14 @@ def _overlap(
     return tuple(ours), tuple(theirs)
 
 
-def _write_tensor(out: Any, found: Metadata, weight: Weight, spec: ModelSpec, whole: Tensor, dtype: torch.dtype) -> None:
+def _write_tensor(
+    out: Any, found: Metadata, weight: Weight, spec: ModelSpec, whole: Tensor, dtype: torch.dtype
+) -> None:
     """Append one tensor as one chunk and note its place."""
     if tuple(whole.shape) != weight.shape or whole.dtype != dtype:
-        raise CheckpointError(f"parameter {weight.name!r} is {list(whole.shape)} {whole.dtype}, expected {list(weight.shape)} {dtype}")
+        raise CheckpointError(
+            f"parameter {weight.name!r} is {list(whole.shape)} {whole.dtype}, expected {list(weight.shape)} {dtype}"
+        )
     key, size, offset = _place(weight, spec)
     chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size((1,) * (len(size) - len(weight.shape)) + weight.shape))
     if key not in found.state_dict_metadata:
@@ -309,7 +353,8 @@ def _append(out: Any, value: Any) -> _StorageInfo:
 
 def _load(file: Path, info: Any) -> Any:
     with file.open("rb") as stream:
-        damaged = zipfile.ZipFile(_Section(stream, info.offset, info.length)).testzip()  # torch.load compares no checksums
+        # torch.load compares no checksums
+        damaged = zipfile.ZipFile(_Section(stream, info.offset, info.length)).testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(_Section(stream, info.offset, info.length), map_location="cpu", weights_only=True)  # type: ignore[arg-type]

@@ -79,7 +79,9 @@ def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto")
 
     # megatron's ZeRO-1 knows 32- and 16-bit weights only
     zero1 = model.layout.zero1 and model.dtype != torch.float64
-    settings_ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.dtype == torch.bfloat16, use_distributed_optimizer=zero1)
+    settings_ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.dtype == torch.bfloat16, use_distributed_optimizer=zero1
+    )
     wrapped = DistributedDataParallel(model.config, settings_ddp, model.module)
     outer, inner = wrap(model, wrapped, settings, kernels)
     model.config.finalize_model_grads_func = finalize_model_grads

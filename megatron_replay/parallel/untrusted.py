@@ -1,8 +1,9 @@
 """A checkpoint from elsewhere must not run code: its pickles are looked through before anybody loads them.
 
-`.metadata` is a pickle that torch and megatron-core load without restraint, and so are the objects beside the tensors in the .distcp
-files (megatron's `_extra_state`): torch's load planner calls torch.load(weights_only=False) on them. Here the first goes through an
-unpickler that knows the classes such a file needs and no others, the second through torch.load(weights_only=True).
+`.metadata` is a pickle that torch and megatron-core load without restraint, and so are the objects beside the tensors
+in the .distcp files (megatron's `_extra_state`): torch's load planner calls torch.load(weights_only=False) on them.
+Here the first goes through an unpickler that knows the classes such a file needs and no others, the second through
+torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -88,17 +89,24 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, use another one") from err
     except Exception as err:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: damaged ({first_line(err)}); use another checkpoint") from err
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
+    if (
+        not isinstance(found, Metadata)
+        or not isinstance(found.state_dict_metadata, dict)
+        or not isinstance(found.storage_data, dict)
+    ):
         raise CheckpointError(f"{path}: damaged (not the metadata of a torch_dist checkpoint); use another checkpoint")
     for info in found.storage_data.values():
         name = str(getattr(info, "relative_path", ""))
         if not name or Path(name).name != name:
-            raise CheckpointError(f"{path}: names the file {name!r}, which is not in its folder; do not use this checkpoint")
+            raise CheckpointError(
+                f"{path}: names the file {name!r}, which is not in its folder; do not use this checkpoint"
+            )
     return found
 
 
 def refuse_code(path: str | Path) -> Any:
-    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it; reads no tensor.
+    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it;
+    reads no tensor.
 
     Returns what common.pt holds, which may be anything.
     """
@@ -128,7 +136,9 @@ def _refusal(path: Path, err: Exception, where: str = "") -> CheckpointError:
         return CheckpointError(f"{path}{where}: cannot be read: {err.strerror or err}; use another checkpoint")
     named = re.search(r"GLOBAL (\S+)", str(err))  # so torch names what the pickle wanted to call
     if isinstance(err, pickle.UnpicklingError) and named:
-        return CheckpointError(f"{path}{where}: loading it would run code: it names {named[1]}; do not use this checkpoint")
+        return CheckpointError(
+            f"{path}{where}: loading it would run code: it names {named[1]}; do not use this checkpoint"
+        )
     return CheckpointError(f"{path}{where}: damaged ({first_line(err)}); use another checkpoint")
 
 

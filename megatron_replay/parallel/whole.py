@@ -1,9 +1,11 @@
-"""Whole matrices out of pieces: gather each matrix on one rank, compute there, and send every holder its piece of the result.
+"""Whole matrices out of pieces: gather each matrix on one rank, compute there, and send every holder its piece of the
+result.
 
-A hidden matrix lies in pieces: cut by tensor parallelism, each part perhaps cut again anywhere by ZeRO-1, or held alike by data-parallel
-replicas. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's ranks by cost, and two all-to-alls a
-batch of matrices carry the pieces there and the results back. Each matrix is computed once in the world, by one rank, whatever the
-layout: the results are the same bits everywhere. What megatron fuses (query, key and value; gate and up) is taken apart first.
+A hidden matrix lies in pieces: cut by tensor parallelism, each part perhaps cut again anywhere by ZeRO-1, or held alike
+by data-parallel replicas. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's
+ranks by cost, and two all-to-alls a batch of matrices carry the pieces there and the results back. Each matrix is
+computed once in the world, by one rank, whatever the layout: the results are the same bits everywhere. What megatron
+fuses (query, key and value; gate and up) is taken apart first.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ class Exchange:
         self._batches = deal({row: table[row] for parts in self._held for row in parts}, len(held))
 
     def each_whole(
-        self, params: Sequence[Tensor], values: Callable[[int], Tensor], function: Callable[[Tensor], Tensor], stacked: int
+        self,
+        params: Sequence[Tensor],
+        values: Callable[[int], Tensor],
+        function: Callable[[Tensor], Tensor],
+        stacked: int,
     ) -> Iterator[tuple[int, Tensor]]:
         """See `optim.Shards.each_whole`; every parameter must be among the parts this was made with."""
         index = {self._mine[param].row: i for i, param in enumerate(params)}
@@ -73,7 +79,11 @@ class Exchange:
             back: list[list[Tensor]] = [[] for _ in self._held]
             for row in rows:
                 if owners[row] == self._world.stage_rank:
-                    parts = {rank: next(there[rank]) for rank, held in enumerate(self._held) if row in held and held[row].counted}
+                    parts = {
+                        rank: next(there[rank])
+                        for rank, held in enumerate(self._held)
+                        if row in held and held[row].counted
+                    }
                     for rank, piece in self._compute(row, parts, function, stacked):
                         back[rank].append(piece)
             here = self._swap(back, self._returning(rows, owners, stacked))
@@ -87,13 +97,21 @@ class Exchange:
     ) -> Iterator[tuple[int, Tensor]]:
         weight, size = self._table[row], self._world.tensor_size
         shape = shard(torch.empty(weight.shape, device="meta"), weight.axis, 0, size).shape
-        local = [torch.empty(stacked, math.prod(shape), dtype=self._dtype, device=self._world.torch_device) for _ in range(size)]
+        local = [
+            torch.empty(stacked, math.prod(shape), dtype=self._dtype, device=self._world.torch_device)
+            for _ in range(size)
+        ]
         for rank, piece in parts.items():
             part = self._held[rank][row]
             local[part.tensor_rank][:, part.start : part.stop] = piece
-        layers = [split(weight, unshard([x[k].view(shape) for x in local], weight.axis), self._spec) for k in range(stacked)]
+        layers = [
+            split(weight, unshard([x[k].view(shape) for x in local], weight.axis), self._spec) for k in range(stacked)
+        ]
         results = {name: function(torch.stack([layer[name] for layer in layers])) for name in weight.hf}
-        whole = [merge(self._into[row], {name: result[k] for name, result in results.items()}, self._spec) for k in range(stacked)]
+        whole = [
+            merge(self._into[row], {name: result[k] for name, result in results.items()}, self._spec)
+            for k in range(stacked)
+        ]
         for tensor_rank in range(size):
             flat = torch.stack([shard(w, weight.axis, tensor_rank, size).reshape(-1) for w in whole])
             for rank, held in enumerate(self._held):
@@ -103,7 +121,9 @@ class Exchange:
     def _arriving(self, rows: Sequence[int], owners: Mapping[int, int], stacked: int) -> list[list[tuple[int, int]]]:
         """Shapes of what each rank sends here for the rows this rank owns, in row order."""
         own = [row for row in rows if owners[row] == self._world.stage_rank]
-        return [[(stacked, _length(held[row])) for row in own if row in held and held[row].counted] for held in self._held]
+        return [
+            [(stacked, _length(held[row])) for row in own if row in held and held[row].counted] for held in self._held
+        ]
 
     def _returning(self, rows: Sequence[int], owners: Mapping[int, int], stacked: int) -> list[list[tuple[int, int]]]:
         mine = self._held[self._world.stage_rank]
@@ -121,7 +141,8 @@ class Exchange:
 
 
 def deal(rows: Mapping[int, Weight], ranks: int) -> list[dict[int, int]]:
-    """Batches of rows with the rank that computes each: neighbours together, the dearest first to whoever has least to do."""
+    """Batches of rows with the rank that computes each: neighbours together, the dearest first to whoever has least to
+    do."""
     batches: list[list[int]] = []
     room = 0
     for row in sorted(rows):

@@ -59,14 +59,16 @@ class World:
         return self.last_stage and self.tensor_rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """Sums over the data-parallel replicas of what their speaking ranks pass; the same on every rank (others' values are ignored)."""
+        """Sums over the data-parallel replicas of what their speaking ranks pass; the same on every rank (others'
+        values are ignored)."""
         row = torch.tensor(values if self.speaks else [0.0] * len(values), dtype=torch.float64)
         if self.size == 1:
             return [float(v) for v in row]
         return [float(v) for v in torch.stack(self.gather(row)).sum(0)]
 
     def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """`value` of every rank, in rank order, on the cpu; deterministic where an all-reduce need not be (and HCCL's has no fp64)."""
+        """`value` of every rank, in rank order, on the cpu; deterministic where an all-reduce need not be (and HCCL's
+        has no fp64)."""
         if self.size == 1:
             return [value.cpu()]
         mine = value.contiguous().cpu().reshape(-1).view(torch.uint8).to(self.torch_device)
@@ -104,7 +106,8 @@ class World:
 
 
 def start(layout: Layout, device: Device, *, seed: int = 42, minutes: float = 30.0) -> World:
-    """Join the process group (a group of one when no launcher set ranks) and lay the ranks out as tensor x data x pipeline.
+    """Join the process group (a group of one when no launcher set ranks) and lay the ranks out as tensor x data x
+    pipeline.
 
     Raises LayoutError when the world is not a multiple of tensor x pipeline.
     """
@@ -161,14 +164,17 @@ def check_ranks(size: int, layout: Layout) -> None:
     model = layout.tensor * layout.pipeline
     if size % model:
         raise LayoutError(
-            f"layout.tensor={layout.tensor} x layout.pipeline={layout.pipeline} needs a multiple of {model} ranks, {size} were started; "
+            f"layout.tensor={layout.tensor} x layout.pipeline={layout.pipeline} needs a multiple of {model} ranks, "
+            f"{size} were started; "
             f"start with --ranks {model} or change the layout"
         )
 
 
 def set_rank(rank: int, size: int, port: int) -> None:
     """Give this process the identity a launcher would give it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
 
 
 def free_port() -> int:
@@ -179,7 +185,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _rendezvous_alone() -> Iterator[None]:
-    """A process that runs alone needs an address too, and not that of a cluster the shell knows; the environment is put back."""
+    """A process that runs alone needs an address too, and not that of a cluster the shell knows; the environment is put
+    back."""
     before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     try:

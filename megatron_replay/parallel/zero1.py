@@ -1,8 +1,9 @@
 """The optimizer in a checkpoint: which of megatron's forms it takes, and that form where megatron does not have it.
 
-Under ZeRO-1 the form is the one megatron-core calls fully_reshardable (since 0.15): every parameter's fp32 copy and two moments, each in
-the parameter's own shape, read on any layout. Older versions have only forms of their own, which 0.16 cannot read. For them the same
-tensors are written here under the same keys, so that a run can stop on one version and go on with the other.
+Under ZeRO-1 the form is the one megatron-core calls fully_reshardable (since 0.15): every parameter's fp32 copy and two
+moments, each in the parameter's own shape, read on any layout. Older versions have only forms of their own, which 0.16
+cannot read. For them the same tensors are written here under the same keys, so that a run can stop on one version and
+go on with the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def sharded_state(outer: Any, model_state: Any, metadata: dict[str, Any], *, loa
         return outer.sharded_state_dict(model_state, is_loading=loading)
     if hasattr(part, "sharded_param_state_fully_reshardable"):
         return outer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
-    return {**part.state_dict(), "param_state": reshardable(part, model_state, loading=loading), "param_state_sharding_type": FORM}
+    return {
+        **part.state_dict(),
+        "param_state": reshardable(part, model_state, loading=loading),
+        "param_state_sharding_type": FORM,
+    }
 
 
 def load_state(outer: Any, state: Any) -> None:
@@ -48,8 +53,8 @@ def load_state(outer: Any, state: Any) -> None:
 def in_order(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved parameter groups in the order of this rank's.
 
-    megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number: what the first stage saved,
-    which begins with a matrix, goes to a later stage's norms, which have no weight decay.
+    megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number: what the
+    first stage saved, which begins with a matrix, goes to a later stage's norms, which have no weight decay.
     """
     known = {_identity(group): group for group in saved}
     ordered = []
@@ -73,8 +78,11 @@ def reshardable(part: Any, model_state: Any, *, loading: bool) -> dict[int, dict
     for number, (param, tensors) in enumerate(_empty(part) if loading else _gathered(part)):
         place, found[number] = places[param], {}
         for key, tensor in tensors.items():
-            typed = {"dtype": tensor.dtype} if isinstance(place, ShardedTensor) else {}  # a factory makes several tensors of one
-            found[number][key] = replace(place, key=f"optimizer.state.{key}.{place.key}", data=tensor.view(param.shape), **typed)
+            # a factory makes several tensors of one
+            typed = {"dtype": tensor.dtype} if isinstance(place, ShardedTensor) else {}
+            found[number][key] = replace(
+                place, key=f"optimizer.state.{key}.{place.key}", data=tensor.view(param.shape), **typed
+            )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Scores that need no model: SQL execution and exact match, multiple choice, changes against the base model, tables for the terminal.
+"""Scores that need no model: SQL execution and exact match, multiple choice, changes against the base model, tables for
+the terminal.
 
 An island: it imports nothing of the package but its errors, and needs no torch. `scoring.table` alone imports rich.
 """

@@ -37,8 +37,8 @@ def proportion(k: int, n: int) -> Proportion:
 def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
     """Index of the choice with the lowest NLL; the first of equals. NLL is in nats, summed over the choice's tokens.
 
-    With `lengths` (tokens or characters of each choice) the NLL per unit of length decides: a long answer loses nothing by its length.
-    A NaN is never chosen. Raises DataError when there is nothing to choose from.
+    With `lengths` (tokens or characters of each choice) the NLL per unit of length decides: a long answer loses nothing
+    by its length. A NaN is never chosen. Raises DataError when there is nothing to choose from.
     """
     if lengths is not None and len(lengths) != len(nlls):
         raise DataError(f"{len(nlls)} choices but {len(lengths)} lengths; give one length for each choice")
@@ -54,9 +54,12 @@ def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
 def score_choices(
     nlls: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], answers: Sequence[int]
 ) -> dict[str, float | int | Proportion]:
-    """Accuracy by summed NLL and by NLL per length, and the mean NLL of the right answer, over questions [Q] of choices [Q][C]."""
+    """Accuracy by summed NLL and by NLL per length, and the mean NLL of the right answer, over questions [Q] of choices
+    [Q][C]."""
     if not len(nlls) == len(lengths) == len(answers):
-        raise DataError(f"{len(nlls)} questions, {len(lengths)} rows of lengths and {len(answers)} answers; they must be as many")
+        raise DataError(
+            f"{len(nlls)} questions, {len(lengths)} rows of lengths and {len(answers)} answers; they must be as many"
+        )
     for number, (row, answer) in enumerate(zip(nlls, answers, strict=True), start=1):
         if not 0 <= answer < len(row):
             raise DataError(f"question {number}: answer {answer} is not one of its {len(row)} choices (counted from 0)")

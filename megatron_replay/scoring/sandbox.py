@@ -1,7 +1,8 @@
 """Run SQL that nobody vouches for: read-only, in a child process with limits on time, rows and memory.
 
-A process of its own, because SQLite's own limits have gaps: its progress handler is not asked while a query is prepared (nested CTEs grow
-exponentially there) nor inside one long function call, and its memory limit would hold for everything else in the process too.
+A process of its own, because SQLite's own limits have gaps: its progress handler is not asked while a query is prepared
+(nested CTEs grow exponentially there) nor inside one long function call, and its memory limit would hold for everything
+else in the process too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Outcome:
 
 
 class Sandbox:
-    """A standing child process for many queries; starts with the first, again after one that had to be killed, and ends with `close`.
+    """A standing child process for many queries; starts with the first, again after one that had to be killed, and ends
+    with `close`.
 
     Use it as a context manager. A query costs about a millisecond, starting a child some 50.
     """
@@ -98,7 +100,8 @@ class Sandbox:
         if self._child is not None and self._child.poll() is None:
             return self._child
         self.close()
-        # -I -S: neither the environment nor site-packages has a say; a session of its own, so that Ctrl-C reaches only the parent
+        # -I -S: neither the environment nor site-packages has a say; a session of its own, so that Ctrl-C reaches only
+        # the parent
         command = [sys.executable, "-I", "-S", str(CHILD)]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
@@ -125,8 +128,8 @@ class Sandbox:
 def execute(database: str | Path, sql: str, *, seconds: float = 5.0, max_rows: int = 10_000) -> Outcome:
     """Run one query on an SQLite file, read-only, in a process of its own (many queries: keep a `Sandbox`).
 
-    The outcome holds the rows, or an error: SQLite's own words, "refused: ..." for anything but reading, "time limit of 5 s",
-    "row limit of 10000", "size limit ...", "memory limit". Text that is not UTF-8 comes back with \\x escapes.
+    The outcome holds the rows, or an error: SQLite's own words, "refused: ..." for anything but reading, "time limit of
+    5 s", "row limit of 10000", "size limit ...", "memory limit". Text that is not UTF-8 comes back with \\x escapes.
     Raises DataError when the file is missing or not a database.
     """
     with Sandbox() as sandbox:

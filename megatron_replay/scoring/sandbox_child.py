@@ -1,8 +1,9 @@
 """The process that runs foreign SQL: one JSON request a line in, one JSON answer a line out.
 
-Started as a script by `sandbox.Sandbox` in an isolated interpreter, so it imports the standard library only. Several fences stand behind
-each other: the file is opened read-only (and immutable: no lock, no journal), `query_only` is set, an authorizer lets nothing but reading
-pass, a progress handler watches the clock, and the process itself may not write a byte to any file nor use more memory than a limit.
+Started as a script by `sandbox.Sandbox` in an isolated interpreter, so it imports the standard library only. Several
+fences stand behind each other: the file is opened read-only (and immutable: no lock, no journal), `query_only` is set,
+an authorizer lets nothing but reading pass, a progress handler watches the clock, and the process itself may not write
+a byte to any file nor use more memory than a limit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ STEPS = 1000
 """Virtual-machine instructions of SQLite between two looks at the clock: well under a millisecond."""
 READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
 FOREIGN_CODE = ("load_extension", "fts3_tokenizer")
-ACTIONS = {getattr(sqlite3, f"SQLITE_{word}"): word for word in ("INSERT", "UPDATE", "DELETE", "PRAGMA", "ATTACH", "TRANSACTION")}
+ACTIONS = {
+    getattr(sqlite3, f"SQLITE_{word}"): word
+    for word in ("INSERT", "UPDATE", "DELETE", "PRAGMA", "ATTACH", "TRANSACTION")
+}
 
 
 class Refused(Exception):
@@ -30,7 +34,8 @@ class Refused(Exception):
 
 
 def serve() -> int:
-    """Answer requests until stdin closes; leave with 3 when memory ran out, since this interpreter is then not to be trusted further."""
+    """Answer requests until stdin closes; leave with 3 when memory ran out, since this interpreter is then not to be
+    trusted further."""
     limit_process()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -78,11 +83,14 @@ def run(database: str, sql: str, seconds: float, max_rows: int) -> dict[str, Any
 def connect(path: Path) -> sqlite3.Connection:
     """Open read-only. Immutable as well, unless a log beside the file says that a part of the data is still there."""
     pending = any(Path(f"{path}{end}").exists() for end in ("-wal", "-journal"))
-    db = sqlite3.connect(path.resolve().as_uri() + ("?mode=ro" if pending else "?mode=ro&immutable=1"), uri=True, isolation_level=None)
+    db = sqlite3.connect(
+        path.resolve().as_uri() + ("?mode=ro" if pending else "?mode=ro&immutable=1"), uri=True, isolation_level=None
+    )
     db.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")  # Latin-1 bytes stay visible and comparable
     for setting in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "temp_store=MEMORY"):
         db.execute(f"PRAGMA {setting}")
-    db.execute("SELECT count(*) FROM sqlite_master").fetchall()  # reads the header and the schema: a damaged file is found here
+    # reads the header and the schema: a damaged file is found here
+    db.execute("SELECT count(*) FROM sqlite_master").fetchall()
     return db
 
 
@@ -93,7 +101,9 @@ def authorize(db: sqlite3.Connection) -> list[str]:
     def check(action: int, first: str | None, second: str | None, *_: object) -> int:
         if action in READING and not (action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FOREIGN_CODE):
             return sqlite3.SQLITE_OK
-        denied.append(f"function {second}" if action == sqlite3.SQLITE_FUNCTION else ACTIONS.get(action, f"action {action}"))
+        denied.append(
+            f"function {second}" if action == sqlite3.SQLITE_FUNCTION else ACTIONS.get(action, f"action {action}")
+        )
         return sqlite3.SQLITE_DENY
 
     db.set_authorizer(check)

@@ -1,4 +1,5 @@
-"""Is a predicted query right? It is when it returns what the gold query returns (execution match), or is the same words (exact match)."""
+"""Is a predicted query right? It is when it returns what the gold query returns (execution match), or is the same words
+(exact match)."""
 
 from __future__ import annotations
 
@@ -24,21 +25,30 @@ __all__ = [
     "same_result",
 ]
 
-RELATIVE, ABSOLUTE = 1e-6, 1e-9  # sums of floats depend on the order of their terms; the absolute one is for sums that cancel to 0
+# sums of floats depend on the order of their terms; the absolute one is for sums that cancel to 0
+RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 @dataclass(frozen=True)
 class Match:
-    """Whether the prediction is right, and in a line why (not); a reason that begins with "gold" counts against the data, not the model."""
+    """Whether the prediction is right, and in a line why (not); a reason that begins with "gold" counts against the
+    data, not the model."""
 
     correct: bool
     reason: str
 
 
 def execution_match(
-    database: str | Path, predicted: str, gold: str, *, sandbox: Sandbox | None = None, seconds: float = 5.0, max_rows: int = 10_000
+    database: str | Path,
+    predicted: str,
+    gold: str,
+    *,
+    sandbox: Sandbox | None = None,
+    seconds: float = 5.0,
+    max_rows: int = 10_000,
 ) -> Match:
-    """Run both queries and compare their rows: in order when the gold query has a top-level ORDER BY, else as a multiset.
+    """Run both queries and compare their rows: in order when the gold query has a top-level ORDER BY, else as a
+    multiset.
 
     Give a `Sandbox` when scoring many. Raises DataError when the file is missing or not a database.
     """
@@ -56,21 +66,25 @@ def execution_match(
         return Match(True, "same result")
     if len(answer.rows) != len(truth.rows):
         return Match(False, f"{len(answer.rows)} rows, gold has {len(truth.rows)}")
-    return Match(False, "other order of rows" if ordered and same_result(answer.rows, truth.rows, False) else "other values")
+    return Match(
+        False, "other order of rows" if ordered and same_result(answer.rows, truth.rows, False) else "other values"
+    )
 
 
 def same_result(predicted: Sequence[Row], gold: Sequence[Row], ordered: bool) -> bool:
     """Whether two results are the same rows, as often; with `ordered`, also in the same order.
 
-    The strict form: the order of columns counts, their names do not. 1 equals 1.0; two numbers of which one is a float are equal within
-    1e-6 of the larger; two integers, and texts, only exactly; '1' is not 1; NULL equals NULL. Two empty results are equal.
+    The strict form: the order of columns counts, their names do not. 1 equals 1.0; two numbers of which one is a float
+    are equal within 1e-6 of the larger; two integers, and texts, only exactly; '1' is not 1; NULL equals NULL. Two
+    empty results are equal.
     """
     if len(predicted) != len(gold):
         return False
     if ordered:
         return all(map(_same_row, predicted, gold))
     missing, extra = Counter(gold), Counter(predicted)
-    missing, extra = missing - extra, extra - missing  # 1 and 1.0 hash alike: what remains differs at least in the last bits of a float
+    # 1 and 1.0 hash alike: what remains differs at least in the last bits of a float
+    missing, extra = missing - extra, extra - missing
     return _same_but_for_rounding(list(extra.elements()), list(missing.elements()))
 
 

@@ -28,10 +28,12 @@ def compare(
     labels: tuple[str, str] = ("before", "after"),
     file: TextIO | None = None,
 ) -> None:
-    """Print metric, both values, and for numbers the difference and the relative change; a metric only one side has gets a dash."""
+    """Print metric, both values, and for numbers the difference and the relative change; a metric only one side has
+    gets a dash."""
     left, right = flat(before), flat(after)
     rows = [
-        (name, shown(left.get(name)), shown(right.get(name)), _difference(left.get(name), right.get(name))) for name in {**left, **right}
+        (name, shown(left.get(name)), shown(right.get(name)), _difference(left.get(name), right.get(name)))
+        for name in {**left, **right}
     ]
     _print(title, ("metric", *labels, "change"), rows, file or sys.stdout)
 
@@ -45,7 +47,8 @@ def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value for the table: four significant digits, thousands apart, a proportion in percent with its interval, a dash for nothing."""
+    """A value for the table: four significant digits, thousands apart, a proportion in percent with its interval, a
+    dash for nothing."""
     if value is None:
         return "-"
     if isinstance(value, Proportion):

@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 def ahead(make: Callable[[int], T], first: int, stop: int) -> Generator[T]:
-    """make(first), ..., make(stop - 1), each made on one other thread while the caller has the one before; what `make` raises comes from
-    `next`. Close it to end early."""
+    """make(first), ..., make(stop - 1), each made on one other thread while the caller has the one before; what `make`
+    raises comes from `next`. Close it to end early."""
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
         coming = pool.submit(make, first) if first < stop else None
         for following in range(first + 1, stop + 1):

@@ -1,4 +1,5 @@
-"""The machines of a run, and what each of them starts: one torchrun a node, the same everywhere but for the node's rank.
+"""The machines of a run, and what each of them starts: one torchrun a node, the same everywhere but for the node's
+rank.
 
 Nothing is started or looked up here; `launch` does.
 """
@@ -27,7 +28,9 @@ class Variables:
 
     def text(self) -> dict[str, str]:
         """YAML's true and 3600 as the environment writes them."""
-        return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in self.values.items()}
+        return {
+            name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in self.values.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,9 @@ class Cluster:
         if self.master or self.names:
             return self.master or self.names[0]
         if self.size > 1:
-            raise ConfigError(f"nodes={self.size} need the address of the first one: set master=ADDRESS, hosts or hostfile")
+            raise ConfigError(
+                f"nodes={self.size} need the address of the first one: set master=ADDRESS, hosts or hostfile"
+            )
         return "127.0.0.1"
 
 
@@ -105,7 +110,9 @@ def check_layout(cluster: Cluster, layout: Layout) -> int:
     return ranks // model
 
 
-def node_command(cluster: Cluster, variables: Mapping[str, str], command: Sequence[str], *, rank: str, master: str = "") -> list[str]:
+def node_command(
+    cluster: Cluster, variables: Mapping[str, str], command: Sequence[str], *, rank: str, master: str = ""
+) -> list[str]:
     """What one node runs: `env NAME=value ... python -m torch.distributed.run ... -m megatron_replay VERB ...`."""
     where = ["--nnodes", str(cluster.size), "--nproc-per-node", str(cluster.devices), "--node-rank", rank]
     where += ["--master-addr", master or cluster.meeting, "--master-port", str(cluster.port)]
@@ -124,7 +131,13 @@ def sbatch_file(cluster: Cluster, variables: Mapping[str, str], command: Sequenc
     """A file for sbatch: one task a node, which starts torchrun; Slurm names the hosts and their ranks."""
     words = node_command(cluster, variables, command, rank=_SLURM_RANK, master=_SLURM_MASTER)
     node = " ".join(f'"{word}"' if word in (_SLURM_RANK, _SLURM_MASTER) else shlex.quote(word) for word in words)
-    options = [f"--job-name=replay-{command[0]}", f"--nodes={cluster.size}", "--ntasks-per-node=1", "--exclusive", *cluster.slurm]
+    options = [
+        f"--job-name=replay-{command[0]}",
+        f"--nodes={cluster.size}",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        *cluster.slurm,
+    ]
     return "\n".join(
         [
             "#!/usr/bin/env bash",

@@ -1,7 +1,9 @@
-"""Stage 0: run the base model once, forward only, and store the candidate set of each chosen position (arXiv 2510.09152, section 2).
+"""Stage 0: run the base model once, forward only, and store the candidate set of each chosen position (arXiv
+2510.09152, section 2).
 
-Each data-parallel replica takes every so-manieth sample (with `data.share_prefixes` those that begin alike) and writes its own segment
-files. A run that was stopped goes on where it was, and with the same rows: one that was half done is computed again as a whole.
+Each data-parallel replica takes every so-manieth sample (with `data.share_prefixes` those that begin alike) and writes
+its own segment files. A run that was stopped goes on where it was, and with the same rows: one that was half done is
+computed again as a whole.
 """
 
 from __future__ import annotations
@@ -28,7 +30,17 @@ from megatron_replay.parallel.pipeline import TaskOf, forward
 from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
 from megatron_replay.stages.identity import model_fingerprint
 from megatron_replay.stages.session import Session, session
-from megatron_replay.store import CandidateStore, Manifest, SampleSets, Writer, begin, finish, has_plan, is_complete, load_plan
+from megatron_replay.store import (
+    CandidateStore,
+    Manifest,
+    SampleSets,
+    Writer,
+    begin,
+    finish,
+    has_plan,
+    is_complete,
+    load_plan,
+)
 
 
 def run(config: RunConfig, *, dry_run: bool = False) -> None:
@@ -94,11 +106,17 @@ class Collection:
     def predict(self) -> None:
         """Measure a few samples and extrapolate: positions, bytes, time."""
         active = self.active
-        picked = [self.samples[i] for i in order(len(self.samples), active.config.seed, 0)[: 8 * active.world.data_size]]
+        picked = [
+            self.samples[i] for i in order(len(self.samples), active.config.seed, 0)[: 8 * active.world.data_size]
+        ]
         edges, counts = self._edges(picked)
         found: list[CandidateSets] = []
         began = time.perf_counter()
-        choose = _bucket_chooser(BucketRule(edges, active.config.collect.fraction, active.config.seed, counts)) if edges else None
+        choose = (
+            _bucket_chooser(BucketRule(edges, active.config.collect.fraction, active.config.seed, counts))
+            if edges
+            else None
+        )
 
         def keep(batch: MicroBatch, _: Tensor) -> None:
             found.append(batch.notes["sets"])
@@ -110,7 +128,8 @@ class Collection:
         per_id = 1.5  # 11.4 to 12.1 bits an id, measured
         active.say(
             f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
-            f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} samples)"
+            f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} "
+            "samples)"
         )
 
     def _always(self) -> tuple[int, ...]:
@@ -118,7 +137,9 @@ class Collection:
             return ()
         ids = tuple(sorted(set(self.active.tokenizer.eos_ids)))
         if not ids:
-            raise ConfigError("collect.stop_token=true, but the tokenizer names no eos; set eos_token_id in generation_config.json")
+            raise ConfigError(
+                "collect.stop_token=true, but the tokenizer names no eos; set eos_token_id in generation_config.json"
+            )
         return ids
 
     def _plan(self, path: str) -> Manifest:
@@ -156,7 +177,12 @@ class Collection:
             dtype=str(active.model.dtype).removeprefix("torch."),
             codec=collect.codec,
             logits=collect.logits,
-            layout={"tensor": world.tensor_size, "pipeline": world.pipeline_size, "data": world.data_size, "micro": config.batch.micro},
+            layout={
+                "tensor": world.tensor_size,
+                "pipeline": world.pipeline_size,
+                "data": world.data_size,
+                "micro": config.batch.micro,
+            },
             versions={"megatron_replay": __version__, "torch": torch.__version__},
         )
 
@@ -187,7 +213,9 @@ class Collection:
         if collect.strategy == "last":
             return sample.positions[-1:]
         if collect.strategy == "random":
-            return sample.positions[position_uniform(self.active.config.seed, sample.uid, sample.positions) < collect.fraction]
+            return sample.positions[
+                position_uniform(self.active.config.seed, sample.uid, sample.positions) < collect.fraction
+            ]
         return sample.positions
 
     def _rows(self, samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -203,7 +231,9 @@ class Collection:
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
-        with self.active.progress("collect", sum(len(s) for row in todo for s in row) * self.active.world.data_size, "tokens") as advance:
+        with self.active.progress(
+            "collect", sum(len(s) for row in todo for s in row) * self.active.world.data_size, "tokens"
+        ) as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
                 if writer is not None:
@@ -247,12 +277,13 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
 
 
 def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
-    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that it counts as
-    done."""
+    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that
+    it counts as done."""
     offsets, ids, slots = sets.offsets.cpu().numpy(), sets.ids.cpu().numpy(), sets.gold_slot.cpu().numpy()
     lse, rho = sets.lse.cpu().numpy(), sets.outside_mass.cpu().numpy()
     assert sets.logits is not None
-    logits = sets.logits.cpu().numpy()  # the writer keeps them if the store does, and tells from them which gold tokens were appended
+    # the writer keeps them if the store does, and tells from them which gold tokens were appended
+    logits = sets.logits.cpu().numpy()
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.notes["samples"], batch.notes["positions"], strict=True):
         picked = positions[chosen[begin_flag : begin_flag + len(positions)]]

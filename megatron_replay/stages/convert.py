@@ -1,7 +1,7 @@
 """Convert a model between Hugging Face folders and megatron checkpoints, on the cpu, one tensor in memory at a time.
 
-What is made follows from what is given: a Hugging Face folder becomes a checkpoint that any layout loads; a checkpoint (also one of
-training, whatever layout wrote it) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
+What is made follows from what is given: a Hugging Face folder becomes a checkpoint that any layout loads; a checkpoint
+(also one of training, whatever layout wrote it) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ SOURCE_NOTE = "source.json"
 
 
 def run(config: RunConfig, source: str, target: str, *, verify: bool = False) -> None:
-    """Convert `source` to `target`; with `verify` read it back and compare it tensor by tensor, and the logits of a few rows.
+    """Convert `source` to `target`; with `verify` read it back and compare it tensor by tensor, and the logits of a few
+    rows.
 
-    The weights keep their dtype unless `precision` names another; `layout.head_multiple` pads the heads of a checkpoint that is made.
-    Raises CheckpointError for a source that is no model or damaged, a target that is not empty, or a result that is not the source.
+    The weights keep their dtype unless `precision` names another; `layout.head_multiple` pads the heads of a checkpoint
+    that is made. Raises CheckpointError for a source that is no model or damaged, a target that is not empty, or a
+    result that is not the source.
     """
     given, made = Path(source), Path(target)
     if made.exists() and (not made.is_dir() or any(made.iterdir())):
@@ -56,7 +58,9 @@ def run(config: RunConfig, source: str, target: str, *, verify: bool = False) ->
                 count = compare_tensors(pair, advance)
             difference, positions = compare_logits(pair)
             print(
-                f"verified: {count} tensors equal by sha256, logits of {positions} positions differ by at most {difference:.3g}", flush=True
+                f"verified: {count} tensors equal by sha256, logits of {positions} positions differ by at most "
+                f"{difference:.3g}",
+                flush=True,
             )
     except OSError as err:
         raise CheckpointError(f"{err.filename or made}: {err.strerror or err}") from err
@@ -80,7 +84,9 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
     try:
         with progress("convert", size, "bytes") as advance:
-            torch_dist.write_model(partial / torch_dist.iteration_name(0), spec, tensors, head_multiple=head_multiple, dtype=dtype)
+            torch_dist.write_model(
+                partial / torch_dist.iteration_name(0), spec, tensors, head_multiple=head_multiple, dtype=dtype
+            )
         facts = {"fingerprint": folder.fingerprint(), "head_multiple": head_multiple, "dtype": _name(dtype)}
         checkpoint.write_side_files(partial, given, facts)
         (partial / torch_dist.LATEST).write_text("0", encoding="utf-8")
@@ -92,7 +98,8 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
 
 
 def _export(config: RunConfig, given: Path, made: Path) -> Pair:
-    """Checkpoint -> Hugging Face folder, with the configuration and tokenizer files that lie in the checkpoint's hf folder."""
+    """Checkpoint -> Hugging Face folder, with the configuration and tokenizer files that lie in the checkpoint's hf
+    folder."""
     source = Source.open(str(given))
     reader, spec = torch_dist.Reader(given), source.spec
     head_multiple = int(source.facts.get("head_multiple", 1))
@@ -122,10 +129,14 @@ def _import_file(given: Path, made: Path) -> None:
         beside = [given.with_name(name) for name in TOKENIZERS]
         tokenizer = next((path for path in beside if path.is_file()), None)
         if tokenizer is None:
-            raise CheckpointError(f"{given}: no tokenizer beside it; put the model's own there as {' or '.join(TOKENIZERS)}")
+            raise CheckpointError(
+                f"{given}: no tokenizer beside it; put the model's own there as {' or '.join(TOKENIZERS)}"
+            )
         import_llama2c(given, tokenizer, made)
     else:
-        raise CheckpointError(f"{given}: give a .gguf or llama2.c .bin file, a Hugging Face folder, or a checkpoint folder")
+        raise CheckpointError(
+            f"{given}: give a .gguf or llama2.c .bin file, a Hugging Face folder, or a checkpoint folder"
+        )
     folder = HFFolder(made)
     folder.check()
     dtype = folder.dtype(folder.names()[0])
@@ -139,7 +150,9 @@ def _dtype(config: RunConfig, where: Path, stored: Mapping[str, torch.dtype]) ->
     examples = {kind: name for name, kind in stored.items()}
     if len(examples) > 1:
         found = " and ".join(f"{_name(kind)} ({name})" for kind, name in sorted(examples.items(), key=str))
-        raise CheckpointError(f"{where}: the weights are stored as {found}; choose one with precision=fp32 or precision=bf16")
+        raise CheckpointError(
+            f"{where}: the weights are stored as {found}; choose one with precision=fp32 or precision=bf16"
+        )
     return next(iter(examples))
 
 

@@ -31,7 +31,8 @@ PADDED_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Pair:
-    """The two forms of a model that `convert` leaves; the weights are equal once both are cast to `dtype`, that of the form it made."""
+    """The two forms of a model that `convert` leaves; the weights are equal once both are cast to `dtype`, that of the
+    form it made."""
 
     spec: ModelSpec
     folder: HFFolder
@@ -53,7 +54,8 @@ class Pair:
 
 
 def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
-    """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that differs."""
+    """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that
+    differs."""
     count = 0
     for weight in weights(pair.spec, head_multiple=pair.head_multiple):
         for name, tensor in split(weight, pair.read(weight), pair.spec).items():
@@ -67,7 +69,8 @@ def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
 
 
 def compare_logits(pair: Pair) -> tuple[float, int]:
-    """(largest difference of the logits of both forms, positions compared), in fp32; the whole model is in memory, one form at a time.
+    """(largest difference of the logits of both forms, positions compared), in fp32; the whole model is in memory, one
+    form at a time.
 
     CheckpointError when they differ at all, or where heads are padded by more than rounding.
     """
@@ -81,7 +84,9 @@ def compare_logits(pair: Pair) -> tuple[float, int]:
     difference = float((inside - outside).abs().max())
     padded = pair.spec.padded_heads(pair.head_multiple) != pair.spec.padded_heads()
     if not difference <= (PADDED_TOLERANCE * float(outside.abs().max()) if padded else 0.0):
-        raise CheckpointError(f"logits of {pair.folder.path} and {pair.reader.folder} differ by {difference:.3g}; convert again")
+        raise CheckpointError(
+            f"logits of {pair.folder.path} and {pair.reader.folder} differ by {difference:.3g}; convert again"
+        )
     return difference, len(outside)
 
 
@@ -99,7 +104,9 @@ def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: C
     for _, _, parameter in model.parameters():
         parameter.copy_(parameter.to(pair.dtype))
     found: list[Tensor] = []
-    forward(model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out))
+    forward(
+        model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
+    )
     return found[0][:, : pair.spec.vocab_size]
 
 

@@ -1,7 +1,8 @@
-"""The whole way on this machine: a real 135M model, a small NL2SQL task, collect, train, and what was gained and forgotten.
+"""The whole way on this machine: a real 135M model, a small NL2SQL task, collect, train, and what was gained and
+forgotten.
 
-Every phase is the verb a user would call, with the configuration that is written to run.yaml, on ranks of its own that give their memory
-back; the commands that repeat each phase by hand are printed at the end.
+Every phase is the verb a user would call, with the configuration that is written to run.yaml, on ranks of its own that
+give their memory back; the commands that repeat each phase by hand are printed at the end.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ TINY = Size(
 def run(config: RunConfig, *, tiny: bool = False) -> None:
     """Run all phases into `output` (runs/demo, or runs/demo-tiny); keys set by the user go before the demo's own.
 
-    Writes run.yaml, before.json, after.json, result.json and demo.png beside the store, the checkpoint and the task. A store that is there
-    already is used or completed. Raises SystemExit with a phase's exit code when it fails, and what `demo_model.gguf_file` raises.
+    Writes run.yaml, before.json, after.json, result.json and demo.png beside the store, the checkpoint and the task. A
+    store that is there already is used or completed. Raises SystemExit with a phase's exit code when it fails, and what
+    `demo_model.gguf_file` raises.
     """
     size = TINY if tiny else FULL
     demo = Demo(settings(config, size), size)
@@ -82,7 +84,8 @@ def run(config: RunConfig, *, tiny: bool = False) -> None:
 
 
 def settings(config: RunConfig, size: Size) -> RunConfig:
-    """The demo's configuration: its own values, over them what `config` has other than the defaults, over all the paths."""
+    """The demo's configuration: its own values, over them what `config` has other than the defaults, over all the
+    paths."""
     mine = _over(size.settings, _changed(_tree(config), _tree(RunConfig())))
     chosen = build(RunConfig, mine)
     out = Path(chosen.output)
@@ -115,7 +118,9 @@ class Demo:
         self.out = Path(self.config.output)
         self.ranks = RANKS if device.name == "cpu" else min(RANKS, device.count())
         asked = self.config.evaluate
-        self.after = replace(self.config, model=self.config.train.save, evaluate=replace(asked, output=str(self.out / "after.json")))
+        self.after = replace(
+            self.config, model=self.config.train.save, evaluate=replace(asked, output=str(self.out / "after.json"))
+        )
 
     def run(self) -> None:
         # forked ranks take this number over; together they use the cores once
@@ -124,7 +129,9 @@ class Demo:
             self._model()
         with self.clock("task"):
             make_task(self.out / "demo", self.config.seed, train=self.size.train, test=self.size.questions)
-            (self.out / "run.yaml").write_text(f"# megatron_replay {__version__}, the demo\n{dump(self.config)}", encoding="utf-8")
+            (self.out / "run.yaml").write_text(
+                f"# megatron_replay {__version__}, the demo\n{dump(self.config)}", encoding="utf-8"
+            )
             (self.out / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier demo; training appends
         for phase, verb, config in (
             ("evaluate before", "evaluate", self.config),
@@ -136,7 +143,8 @@ class Demo:
                 self._launch(f"megatron_replay.stages.{verb}:run", config, ranks=self.ranks)
 
     def _model(self) -> None:
-        """Make the Hugging Face folder, once; a rank of its own does it, because threads started here would not outlive a fork."""
+        """Make the Hugging Face folder, once; a rank of its own does it, because threads started here would not outlive
+        a fork."""
         cache = demo_model.cache_folder()
         ours = demo_model.converted(cache)
         if Path(self.config.model) == ours and not ours.exists():
@@ -167,7 +175,9 @@ def _changed(tree: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, A
     """The keys whose value is not the default."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = _changed(value, default[key]) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        inner = (
+            _changed(value, default[key]) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        )
         if key not in default or inner not in (default[key], {}):
             found[key] = inner
     return found

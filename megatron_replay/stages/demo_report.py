@@ -33,10 +33,16 @@ class Clock:
 
 
 def report(out: Path, clock: Clock, ranks: int, about: str, commands: Sequence[str]) -> None:
-    """Read before.json, after.json and metrics.jsonl in `out`; write demo.png and result.json beside them, and print the tables."""
+    """Read before.json, after.json and metrics.jsonl in `out`; write demo.png and result.json beside them, and print
+    the tables."""
     before, after = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json"))
     losses = read_losses(out / "metrics.jsonl")
-    draw(out / "demo.png", losses, bars(before, after), title=f"{about}, {len(losses)} steps: Logits Replay + MoClip on {ranks} ranks")
+    draw(
+        out / "demo.png",
+        losses,
+        bars(before, after),
+        title=f"{about}, {len(losses)} steps: Logits Replay + MoClip on {ranks} ranks",
+    )
     peak = peak_memory(ranks)
     result = {
         "version": __version__,
@@ -54,8 +60,13 @@ def report(out: Path, clock: Clock, ranks: int, about: str, commands: Sequence[s
     compare(measures(before), measures(after), about)
     print()
     seconds = {phase: f"{took:.0f} s" for phase, took in clock.seconds.items()}
-    show({**seconds, "all": f"{sum(clock.seconds.values()):.0f} s", "memory, at most": f"{peak / 2**30:.1f} GiB"}, "what it took")
-    print(f"\npicture: {out / 'demo.png'}\nnumbers: {out / 'result.json'}; everything else beside it\nthe same by hand:")
+    show(
+        {**seconds, "all": f"{sum(clock.seconds.values()):.0f} s", "memory, at most": f"{peak / 2**30:.1f} GiB"},
+        "what it took",
+    )
+    print(
+        f"\npicture: {out / 'demo.png'}\nnumbers: {out / 'result.json'}; everything else beside it\nthe same by hand:"
+    )
     print("\n".join(f"  {command}" for command in commands), flush=True)
 
 
@@ -86,7 +97,8 @@ def read_losses(metrics: Path) -> list[float]:
 
 
 def peak_memory(ranks: int) -> int:
-    """Bytes this process and its ranks held at once, at most: every rank counted like the largest, with the pages they share."""
+    """Bytes this process and its ranks held at once, at most: every rank counted like the largest, with the pages they
+    share."""
     here, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return (here + ranks * child) * 1024
 

@@ -1,4 +1,5 @@
-"""The six small worlds of the demo task: their tables, and the word lists their rows are drawn from. All invented here."""
+"""The six small worlds of the demo task: their tables, and the word lists their rows are drawn from. All invented
+here."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Number:
-    """An amount, another one in every row, so that "the largest" is one row: low..high in steps of 1 or, with one decimal, 0.1."""
+    """An amount, another one in every row, so that "the largest" is one row: low..high in steps of 1 or, with one
+    decimal, 0.1."""
 
     name: str
     phrase: str
@@ -85,8 +87,13 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-FIRST = words("Ada Bela Carl Dora Emil Fay Gus Hana Igor June Karl Lena Milo Nora Otto Pia Ravi Sara Tom Uma Vera Wim Yara Zeno")
-LAST = words("Abel Brook Cole Dunn Ekman Ford Gray Hale Ito Jansen Klein Lund Moss Novak Okoye Park Quist Reed Silva Tran Vogel Webb")
+FIRST = words(
+    "Ada Bela Carl Dora Emil Fay Gus Hana Igor June Karl Lena Milo Nora Otto Pia Ravi Sara Tom Uma Vera Wim Yara Zeno"
+)
+LAST = words(
+    "Abel Brook Cole Dunn Ekman Ford Gray Hale Ito Jansen Klein Lund Moss Novak Okoye Park Quist Reed Silva Tran "
+    "Vogel Webb"
+)
 PEOPLE = (FIRST, LAST)
 LANDS = ("Brazil", "Canada", "Egypt", "Finland", "India", "Japan", "Kenya", "Norway")
 TOWNS = ("Ashford", "Birchwood", "Cliffside", "Deepwell", "Eastmere", "Foxhill")
@@ -103,7 +110,8 @@ LIBRARY = Schema(
             (Number("birth_year", "birth year", 1900, 1990), Number("awards", "number of awards", 0, 40)),
         ),
         Table(
-            "branch", "branches", 20, Label("name", "name", (SKIES, ("Square", "Street", "Park", "Hill"))), (Group("town", "town", TOWNS),),
+            "branch", "branches", 20, Label("name", "name", (SKIES, ("Square", "Street", "Park", "Hill"))),
+            (Group("town", "town", TOWNS),),
             (Number("seats", "number of seats", 20, 240), Number("visitors", "number of visitors", 500, 9000)),
         ),
         Table(
@@ -144,7 +152,8 @@ CINEMA = Schema(
             (Number("age", "age", 25, 88), Number("debut_year", "debut year", 1950, 2015)),
         ),
         Table(
-            "studio", "studios", 20, Label("name", "name", (BIRDS, ("Pictures", "Films"))), (Group("town", "town", TOWNS),),
+            "studio", "studios", 20, Label("name", "name", (BIRDS, ("Pictures", "Films"))),
+            (Group("town", "town", TOWNS),),
             (Number("founded", "founding year", 1910, 2010), Number("employees", "number of employees", 5, 900)),
         ),
         Table(
@@ -164,7 +173,8 @@ SCHOOL = Schema(
             (Number("age", "age", 23, 66), Number("salary", "salary", 28_000, 76_000)),
         ),
         Table(
-            "club", "clubs", 24, Label("name", "name", (words("Chess Drama Robot Rowing Choir Garden"), words("Club Circle Team Guild"))),
+            "club", "clubs", 24, Label("name", "name", (words("Chess Drama Robot Rowing Choir "
+                                                              "Garden"), words("Club Circle Team Guild"))),
             (Group("weekday", "weekday", ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")),),
             (Number("fee", "fee", 5, 80), Number("places", "number of places", 8, 60)),
             (Link("teacher_id", "teacher"),),
@@ -186,13 +196,15 @@ HARBOUR = Schema(
         ),
         Table(
             "ship", "ships", 30, Label("name", "name", (SKIES, BIRDS)),
-            (Group("type", "type", ("ferry", "tanker", "trawler", "tug", "yacht")), Group("home_port", "home port", TOWNS)),
+            (Group("type", "type", ("ferry", "tanker", "trawler", "tug", "yacht")),
+             Group("home_port", "home port", TOWNS)),
             (Number("length", "length", 12, 330, 1), Number("built", "building year", 1950, 2022)),
             (Link("captain_id", "captain"),),
         ),
         Table(
             "shipment", "shipments", 60,
-            Label("code", "code", (words("Alpha Bravo Delta Echo Kilo Lima Oscar Tango"), words("21 22 23 34 35 36 47 48 49"))),
+            Label("code", "code", (words("Alpha Bravo Delta Echo Kilo Lima Oscar "
+                                         "Tango"), words("21 22 23 34 35 36 47 48 49"))),
             (Group("goods", "goods", ("coffee", "grain", "machines", "salt", "steel", "timber")),),
             (Number("tonnes", "weight in tonnes", 1, 900), Number("value", "value", 1000, 99_000)),
             (Link("ship_id", "ship"),),
@@ -213,8 +225,10 @@ ORCHARD = Schema(
             (Link("grower_id", "grower"),),
         ),
         Table(
-            "tree", "trees", 60, Label("tag", "tag", (words("Red Blue Green White Black Gold"), words("1 2 3 4 5 6 7 8 9 10 11 12"))),
-            (Group("fruit", "fruit", ("apple", "cherry", "fig", "pear", "plum")), Group("health", "health", ("good", "fair", "poor"))),
+            "tree", "trees", 60, Label("tag", "tag", (words("Red Blue Green White Black "
+                                                            "Gold"), words("1 2 3 4 5 6 7 8 9 10 11 12"))),
+            (Group("fruit", "fruit", ("apple", "cherry", "fig", "pear", "plum")),
+             Group("health", "health", ("good", "fair", "poor"))),
             (Number("height", "height", 1, 12, 1), Number("planted", "planting year", 1930, 2020)),
             (Link("plot_id", "plot"),),
         ),

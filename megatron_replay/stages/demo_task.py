@@ -1,6 +1,8 @@
-"""A small NL2SQL task made from nothing but a seed: six invented SQLite databases and questions about them with their SQL.
+"""A small NL2SQL task made from nothing but a seed: six invented SQLite databases and questions about them with their
+SQL.
 
-Four databases are for training and two are held out, so the model is measured on schemas it has never seen; nothing is downloaded.
+Four databases are for training and two are held out, so the model is measured on schemas it has never seen; nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ class Task:
 
 
 def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 120) -> Task:
-    """Write `train.jsonl`, `test.jsonl` and `databases/<db_id>.sqlite` into the folder; the same arguments give the same bytes.
+    """Write `train.jsonl`, `test.jsonl` and `databases/<db_id>.sqlite` into the folder; the same arguments give the
+    same bytes.
 
-    A line is {"db_id", "prompt", "completion", "query"}: the prompt is the schema and a question, the completion its SQL, as is `query`.
-    Every query runs, returns at least one row, and occurs once. Files of an earlier task are replaced. Raises ConfigError for sizes below 1
-    or above what the templates can give, DataError when the folder cannot be written.
+    A line is {"db_id", "prompt", "completion", "query"}: the prompt is the schema and a question, the completion its
+    SQL, as is `query`. Every query runs, returns at least one row, and occurs once. Files of an earlier task are
+    replaced. Raises ConfigError for sizes below 1 or above what the templates can give, DataError when the folder
+    cannot be written.
     """
     if min(train, test) < 1:
         raise ConfigError(f"the demo task needs at least one example in each split, got train={train}, test={test}")
@@ -90,12 +94,19 @@ def _stream(schema: Schema, path: Path, seed: int) -> Iterator[dict[str, str]]:
             rng.shuffle(templates)
             for template in list(templates):
                 drawn = (ask(template, schema, rows, rng) for _ in range(TRIES))
-                found = next(((text, sql) for text, sql in drawn if sql not in seen and db.execute(sql).fetchone()), None)
+                found = next(
+                    ((text, sql) for text, sql in drawn if sql not in seen and db.execute(sql).fetchone()), None
+                )
                 if found is None:
                     templates.remove(template)
                     continue
                 seen.add(found[1])
-                yield {"db_id": schema.db_id, "prompt": prompt(schema, found[0]), "completion": found[1], "query": found[1]}
+                yield {
+                    "db_id": schema.db_id,
+                    "prompt": prompt(schema, found[0]),
+                    "completion": found[1],
+                    "query": found[1],
+                }
 
 
 def _rows(schema: Schema, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
@@ -133,4 +144,6 @@ def _write(schema: Schema, rows: Rows, path: Path) -> None:
             columns = ", ".join(f'"{name}" {kind}' for name, kind in table.columns())
             db.execute(f"CREATE TABLE {table.name} ({columns})")
             marks = ", ".join("?" for _ in table.columns())
-            db.executemany(f"INSERT INTO {table.name} VALUES ({marks})", [tuple(row.values()) for row in rows[table.name]])
+            db.executemany(
+                f"INSERT INTO {table.name} VALUES ({marks})", [tuple(row.values()) for row in rows[table.name]]
+            )

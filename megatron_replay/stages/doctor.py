@@ -1,7 +1,7 @@
 """Say what this machine can run, and what is missing.
 
-Read in this order: versions from the packages' metadata (nothing is imported, so a broken package is reported and not met), then what torch
-and megatron find, if they are there at all.
+Read in this order: versions from the packages' metadata (nothing is imported, so a broken package is reported and not
+met), then what torch and megatron find, if they are there at all.
 """
 
 from __future__ import annotations
@@ -116,14 +116,18 @@ def _look(config: RunConfig, versions: dict[str, str | None], ops: bool) -> tupl
             found[key] = look()
         except ReplayError as err:
             problems.append(str(err))
-        except Exception as err:  # a broken package can raise anything, also at import; the report says which part it broke
+        # a broken package can raise anything, also at import; the report says which part it broke
+        except Exception as err:
             problems.append(f"{key}: {type(err).__name__}: {' '.join(str(err).split())}")
 
     try:
         machine = importlib.import_module("megatron_replay.stages.machine")
         device = importlib.import_module("megatron_replay.device")
     except Exception as err:
-        return found, [f"cannot be imported: {type(err).__name__}: {' '.join(str(err).split())}; install the package it names again"]
+        return found, [
+            f"cannot be imported: {type(err).__name__}: {' '.join(str(err).split())}; install the package it names "
+            "again"
+        ]
     part("all_reduce", lambda: machine.all_reduce(config))  # first: it forks, before any device is touched
     part("devices", machine.devices)
     part("kernels", lambda: machine.kernels(config.kernels))
@@ -146,7 +150,9 @@ def _verdict(config: RunConfig, devices: dict[str, Any] | None, problems: list[s
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return f"the main job cannot run: {problems[0]}{more}"
     usable = {name: device for name, device in (devices or {}).items() if config.device in ("auto", name)}
-    each = [f"{name} ({device['count']} x {device['free_bytes'] / GIB:.1f} GiB free)" for name, device in usable.items()]
+    each = [
+        f"{name} ({device['count']} x {device['free_bytes'] / GIB:.1f} GiB free)" for name, device in usable.items()
+    ]
     return f"the main job can run on: {', '.join(each)}"
 
 
@@ -155,11 +161,17 @@ def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
     notes = []
     versions, processor, kernels = report["versions"], report["processor"], report["kernels"]
     if processor and processor["threads"] >= processor["cores"] > 1:
-        notes.append(f"{processor['threads']} threads in every rank: with --ranks N set OMP_NUM_THREADS to {processor['cores']} / N")
+        notes.append(
+            f"{processor['threads']} threads in every rank: with --ranks N set OMP_NUM_THREADS to "
+            f"{processor['cores']} / N"
+        )
     if kernels and kernels["extension"] != "loaded":
         notes.append(f"compiled kernels: {kernels['extension']}; every operator runs in plain torch")
     if kernels and kernels.get("npu_extension", "loaded") != "loaded":
-        notes.append(f"NPU kernels: {kernels['npu_extension']}; on the NPU our operators run in plain torch (docs/ascend.md builds them)")
+        notes.append(
+            f"NPU kernels: {kernels['npu_extension']}; on the NPU our operators run in plain torch (docs/ascend.md "
+            "builds them)"
+        )
     if kernels and "cuda" in kernels and kernels["triton"] != "loaded":
         notes.append(f"triton: {kernels['triton']}; the restricted loss runs in plain torch on cuda")
     if versions["torch-npu"] and report["devices"] and "npu" not in report["devices"]:

@@ -1,4 +1,5 @@
-"""What the model gained and what it forgot: perplexity, target NLL, SQL that runs, multiple choice, distance from the base model."""
+"""What the model gained and what it forgot: perplexity, target NLL, SQL that runs, multiple choice, distance from the
+base model."""
 
 from __future__ import annotations
 
@@ -49,7 +50,11 @@ def evaluate(active: Session) -> dict[str, Any]:
 
 def _numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What fits a table: the example answers are in the JSON only."""
-    return {key: _numbers(value) if isinstance(value, dict) else value for key, value in result.items() if not isinstance(value, list)}
+    return {
+        key: _numbers(value) if isinstance(value, dict) else value
+        for key, value in result.items()
+        if not isinstance(value, list)
+    }
 
 
 def _check(config: RunConfig) -> None:
@@ -61,7 +66,9 @@ def _check(config: RunConfig) -> None:
         if path and not Path(path).exists():
             raise DataError(f"evaluate.{key}={path}: no such file or folder")
     if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
-        raise DataError(f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files")
+        raise DataError(
+            f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files"
+        )
     if asked.output:
         check_file(asked.output, "evaluate.output")
 
@@ -82,4 +89,6 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     except OSError as err:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ConfigError(f"evaluate.output={path}: cannot be written: {err.strerror}; the result stands in the table above") from err
+        raise ConfigError(
+            f"evaluate.output={path}: cannot be written: {err.strerror}; the result stands in the table above"
+        ) from err

@@ -1,4 +1,5 @@
-"""A store belongs to one model, tokenizer, template and data set; a run that has others is refused before its first step."""
+"""A store belongs to one model, tokenizer, template and data set; a run that has others is refused before its first
+step."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def model_fingerprint(active: Session) -> str:
 def check_store(active: Session, path: str, samples: Sequence[Sample]) -> CandidateStore:
     """Open the store and check that it was collected with this model, tokenizer and template, and holds every sample.
 
-    Every byte of the store is read and checked first. Raises StoreError naming file and byte of damage, both fingerprints, or the first
-    sample that is not in the store.
+    Every byte of the store is read and checked first. Raises StoreError naming file and byte of damage, both
+    fingerprints, or the first sample that is not in the store.
     """
     store = CandidateStore.open(path)
     damage = [str(problem) for problem in verify(path).problems[:1]] if active.world.is_main else []
@@ -35,12 +36,14 @@ def check_store(active: Session, path: str, samples: Sequence[Sample]) -> Candid
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise StoreError(
-                f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or collect again"
+                f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or "
+                "collect again"
             )
     for sample in samples:
         if sample.uid not in store:
             raise StoreError(
-                f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); collect again with "
+                f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); "
+                "collect again with "
                 "this data "
                 f"file"
             )

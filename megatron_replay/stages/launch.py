@@ -1,6 +1,8 @@
-"""Start a verb on every device of one node or several: the environment is checked, completed and printed, then torchrun takes over.
+"""Start a verb on every device of one node or several: the environment is checked, completed and printed, then torchrun
+takes over.
 
-Each node starts its own part (NODE_RANK says which), or one starts all by ssh, or Slurm does with the file that is written for it.
+Each node starts its own part (NODE_RANK says which), or one starts all by ssh, or Slurm does with the file that is
+written for it.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def run(
 ) -> int:
     """Start `command` (a verb and what follows it, of which `config` was read) on the cluster of a file and overrides.
 
-    Does not return when this node runs its part: torchrun takes the process over. With `ssh` returns the exit code of the whole: the
-    first that is not 0; the other nodes are ended then.
+    Does not return when this node runs its part: torchrun takes the process over. With `ssh` returns the exit code of
+    the whole: the first that is not 0; the other nodes are ended then.
     """
     cluster = load(Cluster, path, overrides)
     replicas = check_layout(cluster, config.layout)
@@ -49,7 +51,11 @@ def run(
     command = [*command, f"device={cluster.device}"]
     findings = check(cluster.device, {**environment(), **cluster.environment.text()}, nodes=cluster.size)
     variables = {**completed(findings), **cluster.environment.text()}
-    told = [*_about(cluster, config, replicas), *([predicted_memory(config, cluster)] if dry_run else []), *map(_line, findings)]
+    told = [
+        *_about(cluster, config, replicas),
+        *([predicted_memory(config, cluster)] if dry_run else []),
+        *map(_line, findings),
+    ]
     wrong = [finding for finding in findings if finding.state == "wrong"]
     if wrong and not dry_run:
         raise ConfigError(f"{wrong[0]}; correct it, or set it in the cluster file's `environment`")
@@ -69,13 +75,16 @@ def run(
 
 
 def predicted_memory(config: RunConfig, cluster: Cluster) -> str:
-    """What a device of each pipeline stage will hold at its peak when it trains, for `--dry-run`; without what the process itself takes."""
+    """What a device of each pipeline stage will hold at its peak when it trains, for `--dry-run`; without what the
+    process itself takes."""
     if not config.model or not Path(config.model).is_dir():
         return f"predicted memory per device: not without the model (model={config.model!r} is not here)"
     source, device = Source.open(config.model), {d.name: d for d in (CPU, CUDA, NPU)}[cluster.device]
     config = replace(config, layout=source.layout(config.layout))
     ranks = cluster.size * cluster.devices
-    return "\n".join(lines(predict(source.spec, config, ranks=ranks, dtype=dtype(config.precision, device), device=device)))
+    return "\n".join(
+        lines(predict(source.spec, config, ranks=ranks, dtype=dtype(config.precision, device), device=device))
+    )
 
 
 def _about(cluster: Cluster, config: RunConfig, replicas: int) -> list[str]:
@@ -84,7 +93,8 @@ def _about(cluster: Cluster, config: RunConfig, replicas: int) -> list[str]:
     return [
         f"nodes {cluster.size} x {cluster.device} devices {cluster.devices}{where}",
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {replicas}",
-        f"micro-batch {config.batch.micro}, global batch {config.batch.total}, sequence length {config.data.seq_length}",
+        f"micro-batch {config.batch.micro}, global batch {config.batch.total}, sequence length "
+        f"{config.data.seq_length}",
     ]
 
 
@@ -100,11 +110,14 @@ def _rank(cluster: Cluster, given: str | None) -> int:
     if found is None:
         if cluster.size > 1:
             raise ConfigError(
-                f"NODE_RANK is not set: which of {cluster.size} nodes is this? set it, or --node-rank, or use --ssh or --slurm"
+                f"NODE_RANK is not set: which of {cluster.size} nodes is this? set it, or --node-rank, or use --ssh "
+                "or --slurm"
             )
         return 0
     if found >= cluster.size:
-        raise ConfigError(f"this is node {found}, but there are {cluster.size}, counted from 0; change NODE_RANK or nodes")
+        raise ConfigError(
+            f"this is node {found}, but there are {cluster.size}, counted from 0; change NODE_RANK or nodes"
+        )
     return found
 
 

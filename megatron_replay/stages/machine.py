@@ -1,4 +1,5 @@
-"""What torch and megatron find on this machine: devices, kernels, two ranks that add up, and a model in its layout. For `doctor`."""
+"""What torch and megatron find on this machine: devices, kernels, two ranks that add up, and a model in its layout. For
+`doctor`."""
 
 from __future__ import annotations
 
@@ -46,8 +47,11 @@ def _device(device: Device) -> dict[str, Any]:
 
 
 def kernels(mode: str) -> dict[str, Any]:
-    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of Triton's."""
-    each = {device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()}
+    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of
+    Triton's."""
+    each = {
+        device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()
+    }
     extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
     triton = on_cuda.triton() if "cuda" in each else "not needed: no cuda device here"
     npu = {"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}
@@ -65,18 +69,24 @@ def variables(config: RunConfig) -> list[dict[str, str]]:
 
 
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
-    """What lies between megatron-core and the device that this configuration would use, and what runs in place of its own parts."""
+    """What lies between megatron-core and the device that this configuration would use, and what runs in place of its
+    own parts."""
     device = asked(config)
     adapter, not_used = shims.adapter(device)
     applied = shims.table(device, versions["megatron-core"] or "none", adapter)
     norm = " on npu_rms_norm" if fused_operator("npu_rms_norm", device.name) else ""
-    core = "npu_fusion_attention" if fused_operator("npu_fusion_attention", device.name) else "torch's scaled_dot_product_attention"
+    core = (
+        "npu_fusion_attention"
+        if fused_operator("npu_fusion_attention", device.name)
+        else "torch's scaled_dot_product_attention"
+    )
     adam = next((name for name in ("transformer-engine", "apex") if versions[name]), "torch")
     return {
         "adapter": adapter.name,
         "adapters_not_used": not_used,
         "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in applied],
-        "norm": f"our {layers.RMSNorm.__name__}{norm} for megatron's, which wants apex or transformer-engine or a single tensor rank",
+        "norm": f"our {layers.RMSNorm.__name__}{norm} for megatron's, which wants apex or transformer-engine or a "
+        "single tensor rank",
         "attention": f"our {attention.segment_attention.__name__} on {core} for its DotProductAttention",
         "optimizer": f"our {config.optimizer.name} inside megatron's wrappers for the Adam of {adam}",
     }
@@ -104,7 +114,8 @@ def operators(config: RunConfig) -> dict[str, dict[str, int]]:
 
 
 def model(config: RunConfig) -> dict[str, Any]:
-    """The model of the configuration, by its headers alone, in the configured layout. Raises ReplayError where it does not fit."""
+    """The model of the configuration, by its headers alone, in the configured layout. Raises ReplayError where it does
+    not fit."""
     source = Source.open(config.model)
     spec, layout = source.spec, source.layout(config.layout)
     split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)

@@ -43,7 +43,10 @@ def target_nll(active: Session) -> dict[str, Any]:
     """Mean NLL of the target tokens of a data set, per token and per sample."""
     asked = active.config.evaluate
     data = configs.Data(
-        path=asked.targets, template=active.config.data.template, seq_length=active.config.data.seq_length, limit=asked.limit
+        path=asked.targets,
+        template=active.config.data.template,
+        seq_length=active.config.data.seq_length,
+        limit=asked.limit,
     )
     samples = load_samples(data, active.tokenizer, template=active.template)
     nll = _nll(active, [s.ids for s in samples], [s.positions for s in samples], "targets")
@@ -104,7 +107,9 @@ def nl2sql(active: Session) -> dict[str, Any]:
         "execution": proportion(sum(right), len(right)),
         "exact": proportion(exact, len(gold)),
         "questions": len(gold),
-        "examples": [{"gold": g, "predicted": p, "correct": r} for g, p, r in list(zip(gold, predicted, right, strict=True))[:5]],
+        "examples": [
+            {"gold": g, "predicted": p, "correct": r} for g, p, r in list(zip(gold, predicted, right, strict=True))[:5]
+        ],
     }
 
 
@@ -114,7 +119,9 @@ def distance(active: Session) -> dict[str, Any]:
     return {"relative_l2": math.sqrt(moved / size)}
 
 
-def _nll(active: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str) -> list[np.ndarray]:
+def _nll(
+    active: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str
+) -> list[np.ndarray]:
     with active.progress(what, len(sequences), "sequences") as advance:
         return token_nll(
             active.model,
@@ -142,7 +149,10 @@ def _gold(record: Record) -> str:
     if query is None:
         query = next((m.content for m in record.messages if m.role == "assistant"), None)
     if not isinstance(query, str) or not isinstance(record.extra.get("db_id"), str):
-        raise DataError(f"{record.where}: an nl2sql line needs the keys db_id and query (or a completion), and a prompt in any data format")
+        raise DataError(
+            f"{record.where}: an nl2sql line needs the keys db_id and query (or a completion), and a prompt in any "
+            "data format"
+        )
     return query
 
 
@@ -151,7 +161,10 @@ def _database(record: Record, folder: Path) -> Path:
     name = f"{record.extra['db_id']}.sqlite"
     path = folder / name
     if Path(name).name != name:
-        raise DataError(f"{record.where}: db_id {record.extra['db_id']!r} is no plain name; a database lies in evaluate.databases itself")
+        raise DataError(
+            f"{record.where}: db_id {record.extra['db_id']!r} is no plain name; a database lies in evaluate.databases "
+            "itself"
+        )
     if not path.is_file():
         raise DataError(f"{record.where}: no database {path}; evaluate.databases is the folder of <db_id>.sqlite files")
     with path.open("rb") as file:

@@ -1,7 +1,8 @@
-"""Which operators Stage 0 and training ask for, and where each runs: `doctor --ops` runs them on a tiny model and lists what it saw.
+"""Which operators Stage 0 and training ask for, and where each runs: `doctor --ops` runs them on a tiny model and lists
+what it saw.
 
-An operator that a device's backend has no kernel for is run on the cpu, with its tensors copied there and back, and nobody is told: that
-is what to look for in the list, under "cpu instead of ...".
+An operator that a device's backend has no kernel for is run on the cpu, with its tensors copied there and back, and
+nobody is told: that is what to look for in the list, under "cpu instead of ...".
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ TINY = {
     "tie_word_embeddings": False,
 }
 LENGTHS = (13, 7, 12)
-"""Tokens of the samples in the one micro-batch, after those with which all of them begin (computed once with `data.share_prefixes`)."""
+"""Tokens of the samples in the one micro-batch, after those with which all of them begin (computed once with
+`data.share_prefixes`)."""
 STEPS = 2
 """The first has no momentum yet."""
 
 
 class Seen(TorchDispatchMode):
-    """Counts the operators that are asked for in a block, below autograd; where nothing of ours is compiled, what our operators ask for."""
+    """Counts the operators that are asked for in a block, below autograd; where nothing of ours is compiled, what our
+    operators ask for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +84,8 @@ class Seen(TorchDispatchMode):
 
 
 def place(operator: str, device_type: str) -> str:
-    """Where an operator called with tensors of a device type runs: there, or "cpu instead of ..." where only torch's fallback answers."""
+    """Where an operator called with tensors of a device type runs: there, or "cpu instead of ..." where only torch's
+    fallback answers."""
     rows = torch._C._dispatch_dump_table(operator).splitlines()
     answer = next((row for row in rows if row.startswith(f"{_key(device_type)}:")), "")
     served = answer and ("[backend fallback]" not in answer or "fallthrough" in answer)
@@ -101,14 +105,20 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
         tree = lay(samples, share=config.data.share_prefixes)
         batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, active.torch_device, tree=tree)
-        rule = SetRule(tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels)
+        rule = SetRule(
+            tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
+        )
         forward(model, [batch], select_task(model, rule, None), consume=lambda *_: None)
         trainer = make_trainer(model, config.optimizer, config.kernels)
-        return [trainer.step([batch], restricted_task(model, config.kernels), config.optimizer.lr) for _ in range(STEPS)]
+        return [
+            trainer.step([batch], restricted_task(model, config.kernels), config.optimizer.lr) for _ in range(STEPS)
+        ]
 
 
 def _samples(vocab: int, seed: int) -> list[np.ndarray]:
-    beginning, *ends = (np.random.default_rng(seed + length).integers(0, vocab, length) for length in (SHORTEST, *LENGTHS))
+    beginning, *ends = (
+        np.random.default_rng(seed + length).integers(0, vocab, length) for length in (SHORTEST, *LENGTHS)
+    )
     return [np.concatenate([beginning, end]) for end in ends]
 
 
@@ -123,5 +133,7 @@ def _has_kernel(operator: str, key: str) -> bool:
 def device_type(args: Any, kwargs: Any) -> str:
     """Of the tensors and devices in a call's arguments: the accelerator's, where there is one."""
     leaves = tree_leaves((args, kwargs))
-    types = [x.device.type for x in leaves if isinstance(x, Tensor)] + [x.type for x in leaves if isinstance(x, torch.device)]
+    types = [x.device.type for x in leaves if isinstance(x, Tensor)] + [
+        x.type for x in leaves if isinstance(x, torch.device)
+    ]
     return next((name for name in types if name != "cpu"), "cpu")

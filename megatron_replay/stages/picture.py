@@ -32,10 +32,17 @@ def draw(path: str | Path, losses: Sequence[float], measures: Sequence[Bars], *,
     """Write a PNG: the loss of each step on the left, a pair of bars for each measure beside it; returns the path."""
     path = Path(path)
     with matplotlib.rc_context(
-        {"font.size": 9, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK, "font.family": "DejaVu Sans"}
+        {
+            "font.size": 9,
+            "axes.edgecolor": GREY,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "font.family": "DejaVu Sans",
+        }
     ):
         figure = Figure(figsize=(10, 3), layout="constrained")
-        canvas = FigureCanvasAgg(figure)  # straight to pixels: no window system, and no state shared with the caller's plots
+        # straight to pixels: no window system, and no state shared with the caller's plots
+        canvas = FigureCanvasAgg(figure)
         left, *right = figure.subplots(1, 1 + len(measures), width_ratios=[2.2, *[1.0] * len(measures)])
         _loss(left, losses)
         for axes, bars in zip(right, measures, strict=True):

@@ -1,4 +1,5 @@
-"""Where a run is to write, looked at before it begins: a folder that refuses must cost a second, not the run. Nothing is changed."""
+"""Where a run is to write, looked at before it begins: a folder that refuses must cost a second, not the run. Nothing
+is changed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ def check_folder(path: str | Path, key: str) -> None:
     if not stands.is_dir():
         raise ConfigError(f"{key}={path}: {stands} is a file, so there can be no folder; choose another place")
     if not os.access(stands, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={path}: {stands} cannot be written (no permission, or a read-only file system); choose another place")
+        raise ConfigError(
+            f"{key}={path}: {stands} cannot be written (no permission, or a read-only file system); choose another "
+            "place"
+        )
 
 
 def check_file(path: str | Path, key: str) -> None:

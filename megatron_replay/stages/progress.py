@@ -1,4 +1,5 @@
-"""How far a long piece of work is: a bar with rate and time left on a terminal; a line every 10 % elsewhere, so that log files tell too."""
+"""How far a long piece of work is: a bar with rate and time left on a terminal; a line every 10 % elsewhere, so that
+log files tell too."""
 
 from __future__ import annotations
 
@@ -19,10 +20,17 @@ def progress(what: str, total: float, unit: str, *, shown: bool = True) -> Itera
     if not shown or not total:
         yield lambda _: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(what, total=total, rate="")
-            yield _measured(total, lambda amount, rate, _: bar.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s"))
+            yield _measured(
+                total, lambda amount, rate, _: bar.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s")
+            )
     else:
         yield _measured(total, _lines(what, total, unit))
 
@@ -47,6 +55,10 @@ def _lines(what: str, total: float, unit: str) -> Callable[[float, float, float]
         nonlocal done
         before, done = done, min(done + amount, total)
         if int(done * 10 / total) > int(before * 10 / total):
-            print(f"{what} {done / total:4.0%}  {done:,.0f} of {total:,.0f} {unit}, {rate:,.0f} a second, {left:.0f} s left", flush=True)
+            print(
+                f"{what} {done / total:4.0%}  {done:,.0f} of {total:,.0f} {unit}, {rate:,.0f} a second, {left:.0f} s "
+                "left",
+                flush=True,
+            )
 
     return tell

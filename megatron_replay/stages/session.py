@@ -1,5 +1,5 @@
-"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the order a user can be
-wrong."""
+"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the
+order a user can be wrong."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Session:
 
 @contextmanager
 def session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
-    """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they start."""
+    """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they
+    start."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     source = Source.open(config.model)
     layout = source.layout(config.layout)
@@ -58,7 +59,8 @@ def session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     tokenizer = load_tokenizer(config.tokenizer or source.hf)
     if tokenizer.size > source.spec.vocab_size:
         raise DataError(
-            f"{config.tokenizer or source.hf}: the tokenizer knows {tokenizer.size} ids, the model has {source.spec.vocab_size} rows; "
+            f"{config.tokenizer or source.hf}: the tokenizer knows {tokenizer.size} ids, the model has "
+            f"{source.spec.vocab_size} rows; "
             "use the model's own tokenizer"
         )
     template = load_template(config.data.template, tokenizer)

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT ask the loop to stop after the step in hand; a second one stops at once. All ranks agree on the step."""
+"""SIGTERM and SIGINT ask the loop to stop after the step in hand; a second one stops at once. All ranks agree on the
+step."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

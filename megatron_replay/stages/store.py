@@ -34,7 +34,9 @@ def run(action: str, paths: list[str], *, output: str | None, as_json: bool) -> 
 def _inspect(path: str) -> tuple[dict[str, Any], bool]:
     manifest = dataclasses.asdict(load_manifest(path))
     hidden = ("segments", "histograms")
-    return {key: value for key, value in manifest.items() if key not in hidden} | {"segments": len(manifest["segments"])}, False
+    return {key: value for key, value in manifest.items() if key not in hidden} | {
+        "segments": len(manifest["segments"])
+    }, False
 
 
 def _verify(path: str) -> tuple[dict[str, Any], bool]:

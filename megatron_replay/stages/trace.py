@@ -24,13 +24,16 @@ class Trace:
         self.profiler: Any = None
         if self.window and self.window[1] > steps:
             raise ConfigError(
-                f"train.profile={list(self.window)}: this run has {steps} steps; name a first and a last step among these, or leave it out"
+                f"train.profile={list(self.window)}: this run has {steps} steps; name a first and a last step among "
+                "these, or leave it out"
             )
 
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.profiler is not None:
             self._write()
 
@@ -51,4 +54,7 @@ class Trace:
         folder.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(folder / f"rank{self.active.world.rank}.json"))
         self.profiler, self.timers.traced = None, False
-        self.active.say(f"  wrote a trace of steps {self.window[0]} to {min(self.begun, self.window[1])} to {folder}, one file a rank")
+        self.active.say(
+            f"  wrote a trace of steps {self.window[0]} to {min(self.begun, self.window[1])} to {folder}, one file a "
+            "rank"
+        )

@@ -1,5 +1,5 @@
-"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary cross-entropy at the
-same positions."""
+"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary
+cross-entropy at the same positions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
 def _check(config: RunConfig) -> None:
     train = config.train
     if train.loss == "restricted" and not train.store:
-        raise ConfigError("train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)")
+        raise ConfigError(
+            "train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)"
+        )
     check_folder(config.output, "output")
     if train.save:
         check_folder(train.save, "train.save")
@@ -70,7 +72,8 @@ def _check(config: RunConfig) -> None:
     replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
     if config.batch.total % (config.batch.micro * replicas):
         raise LayoutError(
-            f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in micro-batches of "
+            f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in "
+            "micro-batches of "
             f"{config.batch.micro}; "
             f"make it a multiple of {config.batch.micro * replicas}"
         )
@@ -83,12 +86,15 @@ def _check_adapter(config: RunConfig) -> None:
         theirs = Source(root).facts.get("adapter")
         ours = checkpoint.adapter_facts(config.adapter if config.adapter.rank else None)
         if theirs != ours:
-            raise ConfigError(f"train.save={root}: its checkpoints have adapter {theirs}, this run has {ours}; save in another folder")
+            raise ConfigError(
+                f"train.save={root}: its checkpoints have adapter {theirs}, this run has {ours}; save in another folder"
+            )
 
 
 @dataclass
 class Feed:
-    """Step -> this replica's micro-batches; a pure function of the step, so a resumed run needs only the step's number."""
+    """Step -> this replica's micro-batches; a pure function of the step, so a resumed run needs only the step's
+    number."""
 
     active: Session
     samples: list[Sample]
@@ -100,10 +106,15 @@ class Feed:
         self.samples = [sample for sample in self.samples if _count(self.store, sample)]
         self.left_out = found - len(self.samples)
         if not self.samples:
-            raise DataError(f"none of the {found} samples has a position to train on; check data.path and how the store was collected")
+            raise DataError(
+                f"none of the {found} samples has a position to train on; check data.path and how the store was "
+                "collected"
+            )
         lengths = [len(sample) for sample in self.samples]
         grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
-        self.stream = Stream(lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping)
+        self.stream = Stream(
+            lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping
+        )
 
     @cached_property
     def steps(self) -> int:
@@ -126,7 +137,8 @@ class Feed:
         world = self.active.world
         rows = self.stream.batch(step)
         mine = [
-            [i for row in micro for i in row] for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
+            [i for row in micro for i in row]
+            for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
         ]
         chosen = [[self.samples[i] for i in micro] for micro in mine]
         stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
@@ -137,7 +149,9 @@ class Feed:
                 noted["sets"] = sets_of(self.active.model, some)
         ids = [[s.ids for s in some] for some in chosen]
         share_prefixes = self.active.config.data.share_prefixes
-        return micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes)
+        return micro_batches(
+            ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes
+        )
 
     def largest(self) -> Load:
         """What no micro-batch of the first epoch exceeds."""
@@ -147,14 +161,21 @@ class Feed:
         positions = max(sum(_count(self.store, self.samples[i]) for i in row) for row in rows) * config.batch.micro
         counts = self.store.manifest.counts if self.store else {}
         candidates = math.ceil(positions * counts["ids"] / max(1, counts["positions"])) if counts else 0
-        length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)  # shared ones count once
-        return Load(tokens=length, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, world.size))
+        # shared ones count once
+        length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)
+        return Load(
+            tokens=length,
+            positions=positions,
+            candidates=candidates,
+            micro_batches=num_micro_batches(config, world.size),
+        )
 
     def describe(self) -> str:
         positions = sum(_count(self.store, sample) for sample in self.samples)
         rows = len(self.stream.rows(0))
         return (
-            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, {positions} positions an "
+            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, "
+            f"{positions} positions an "
             f"epoch; "
             f"{self.steps} steps of {self.active.config.batch.total} rows"
             + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
@@ -180,7 +201,12 @@ def _loop(active: Session, feed: Feed) -> int:
     logs = Logs(active, feed.steps)
     failures = 0
     feeding = ahead(feed.micro_batches, first, feed.steps)
-    with StopRequest(active.world) as stop, logs, closing(feeding), Trace(active, trainer.timers, feed.steps - first) as trace:
+    with (
+        StopRequest(active.world) as stop,
+        logs,
+        closing(feeding),
+        Trace(active, trainer.timers, feed.steps - first) as trace,
+    ):
         for step in range(first, feed.steps):
             trace.step()
             began = time.perf_counter()
@@ -198,7 +224,9 @@ def _loop(active: Session, feed: Feed) -> int:
                 with trainer.timers.phase("checkpoint"):
                     _save(active, trainer, step + 1)
             if signal:
-                active.say(f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else ""))
+                active.say(
+                    f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else "")
+                )
                 return 128 + signal
     return 0
 
@@ -218,7 +246,8 @@ def _narrow(active: Session) -> None:
     frozen = [weight for weight in table if weight.name in model.frozen]
     total, still = (sum(math.prod(shape) for weight in some for shape in weight.hf_shapes) for some in (table, frozen))
     active.say(
-        f"{what}: {len(frozen)} of {len(table)} tensors ({still / 1e6:.3g} of {total / 1e6:.3g} million parameters) are frozen, "
+        f"{what}: {len(frozen)} of {len(table)} tensors ({still / 1e6:.3g} of {total / 1e6:.3g} million parameters) "
+        "are frozen, "
         f"{(total - still) / 1e6:.3g} million are trained"
     )
 
@@ -239,7 +268,10 @@ def _balance(active: Session, batches: list[MicroBatch]) -> dict[str, float]:
 def _save(active: Session, trainer: Trainer, iteration: int) -> None:
     root = Path(active.config.train.save)
     if active.world.is_main:
-        facts = {"head_multiple": active.model.layout.head_multiple, "dtype": str(active.model.dtype).removeprefix("torch.")}
+        facts = {
+            "head_multiple": active.model.layout.head_multiple,
+            "dtype": str(active.model.dtype).removeprefix("torch."),
+        }
         facts |= {"adapter": checkpoint.adapter_facts(active.model.adapter)}
         checkpoint.write_side_files(root, active.source.hf, facts)
     began = time.perf_counter()
@@ -250,6 +282,7 @@ def _save(active: Session, trainer: Trainer, iteration: int) -> None:
 def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:
     if failures >= limit:
         raise ReplayError(
-            f"iteration {iteration}: the gradient was not finite for {failures} steps in a row (norm {result.grad_norm}); "
+            f"iteration {iteration}: the gradient was not finite for {failures} steps in a row (norm "
+            f"{result.grad_norm}); "
             "lower optimizer.lr, or look at the data of these steps; the last checkpoint is intact"
         )

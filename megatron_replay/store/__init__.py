@@ -1,6 +1,7 @@
 """The candidate store: for every sample the small set of token ids the base model found likely at each kept position.
 
-`begin` a store, open a `Writer` for each data-parallel rank, `finish` it, and read it as a `CandidateStore`. numpy only.
+`begin` a store, open a `Writer` for each data-parallel rank, `finish` it, and read it as a `CandidateStore`. numpy
+only.
 """
 
 from __future__ import annotations

@@ -11,7 +11,16 @@ import numpy as np
 
 from megatron_replay.store import codec
 from megatron_replay.store.files import Damage
-from megatron_replay.store.format import ALIGN, BLOCK_HEADER, BLOCK_MAGIC, UID_BYTES, Schema, aligned, read_block_header, seal_check
+from megatron_replay.store.format import (
+    ALIGN,
+    BLOCK_HEADER,
+    BLOCK_MAGIC,
+    UID_BYTES,
+    Schema,
+    aligned,
+    read_block_header,
+    seal_check,
+)
 from megatron_replay.store.sets import Array, SampleSets
 
 GOLD_APPENDED = 1
@@ -132,7 +141,9 @@ def encode(block: Block, schema: Schema, offset: int) -> bytes:
         frames += codec.encode(values[column.name], column.width, schema.codec)
     table = np.array([len(f) for f in frames], "<u4").tobytes()
     size = ALIGN + len(table) + sum(map(len, frames))
-    header = BLOCK_HEADER.pack(BLOCK_MAGIC, 0, aligned(size), offset, len(block.uids), len(frames), len(block.positions), len(block.ids))
+    header = BLOCK_HEADER.pack(
+        BLOCK_MAGIC, 0, aligned(size), offset, len(block.uids), len(frames), len(block.positions), len(block.ids)
+    )
     return seal_check(bytearray(b"".join([header, bytes(8), table, *frames, bytes(aligned(size) - size)])))
 
 
@@ -162,12 +173,17 @@ def _decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Block:
     _sums(num_positions, sizes, header.positions, header.ids)
     sample_starts, offsets = starts_of(num_positions), starts_of(sizes)
     occupied = num_positions > 0
-    positions = _ascending(value["positions"], sample_starts[:-1][occupied], num_positions[occupied], 1 << 31, schema, "position")
+    positions = _ascending(
+        value["positions"], sample_starts[:-1][occupied], num_positions[occupied], 1 << 31, schema, "position"
+    )
     ids = _ascending(value["ids"], offsets[:-1], sizes, schema.vocab_size, schema, "id")
     gold_slot = value["gold_slot"].astype(np.int32)
     if (gold_slot >= sizes).any():
         raise ValueError("a gold slot lies outside its set")
-    lse, mass = value["lse"].view("<f4").astype(np.float32), value["outside_mass"].astype("<u2").view("<f2").astype(np.float32)
+    lse, mass = (
+        value["lse"].view("<f4").astype(np.float32),
+        value["outside_mass"].astype("<u2").view("<f2").astype(np.float32),
+    )
     if not (np.isfinite(lse).all() and ((mass >= 0) & (mass <= 1)).all()):
         raise ValueError("lse or outside mass is not a number it can be")
     return Block(

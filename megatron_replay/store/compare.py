@@ -62,7 +62,11 @@ def _sample(uid: bytes, a: SampleSets, b: SampleSets, found: Comparison) -> None
     both, in_a, in_b = np.intersect1d(a.positions, b.positions, assume_unique=True, return_indices=True)
     if len(both):
         found.max_lse_difference = max(found.max_lse_difference, float(np.abs(a.lse[in_a] - b.lse[in_b]).max()))
-    if np.array_equal(a.positions, b.positions) and np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ids, b.ids):
+    if (
+        np.array_equal(a.positions, b.positions)
+        and np.array_equal(a.offsets, b.offsets)
+        and np.array_equal(a.ids, b.ids)
+    ):
         same = a.gold_slot == b.gold_slot
         found.identical += int(same.sum())
         _differ(uid, [(int(p), (), ()) for p in a.positions[~same]], found)
@@ -73,7 +77,9 @@ def _sample(uid: bytes, a: SampleSets, b: SampleSets, found: Comparison) -> None
         if np.array_equal(ids_a, ids_b) and a.gold_slot[i] == b.gold_slot[j]:
             found.identical += 1
         else:
-            different.append((position, tuple(np.setdiff1d(ids_a, ids_b).tolist()), tuple(np.setdiff1d(ids_b, ids_a).tolist())))
+            different.append(
+                (position, tuple(np.setdiff1d(ids_a, ids_b).tolist()), tuple(np.setdiff1d(ids_b, ids_a).tolist()))
+            )
     different += [(position, (), ()) for position in np.setxor1d(a.positions, b.positions).tolist()]
     _differ(uid, different, found)
 

@@ -1,4 +1,5 @@
-"""A store as one row per position, for other programs: JSON lines, or Parquet where pyarrow is there. For exchange, not training."""
+"""A store as one row per position, for other programs: JSON lines, or Parquet where pyarrow is there. For exchange, not
+training."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def export(store: CandidateStore, target: str | Path) -> int:
 
 
 def rows(store: CandidateStore) -> Iterator[dict[str, Any]]:
-    """uid (hex), position, ids, gold (an id), lse, outside_mass, and logits where they are stored; one dict per position."""
+    """uid (hex), position, ids, gold (an id), lse, outside_mass, and logits where they are stored; one dict per
+    position."""
     for uid in store:
         sets = store[uid]
         gold, name = sets.gold().tolist(), uid.hex()
@@ -66,8 +68,15 @@ def _parquet(store: CandidateStore, path: Path) -> int:
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as err:
-        raise StoreError(f"{path}: Parquet needs pyarrow, which is not installed; pip install pyarrow, or export to .jsonl") from err
-    fields = [("uid", arrow.string()), ("position", arrow.int32()), ("ids", arrow.list_(arrow.uint32())), ("gold", arrow.uint32())]
+        raise StoreError(
+            f"{path}: Parquet needs pyarrow, which is not installed; pip install pyarrow, or export to .jsonl"
+        ) from err
+    fields = [
+        ("uid", arrow.string()),
+        ("position", arrow.int32()),
+        ("ids", arrow.list_(arrow.uint32())),
+        ("gold", arrow.uint32()),
+    ]
     fields += [("lse", arrow.float32()), ("outside_mass", arrow.float32())]
     if store.manifest.logits != "none":
         fields.append(("logits", arrow.list_(arrow.float32())))

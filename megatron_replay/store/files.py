@@ -1,4 +1,5 @@
-"""The store's few ways of touching a disk, one method per system call, and the one line a user reads when the disk says no."""
+"""The store's few ways of touching a disk, one method per system call, and the one line a user reads when the disk says
+no."""
 
 from __future__ import annotations
 
@@ -45,18 +46,23 @@ def told(path: Path, doing: str) -> Iterator[None]:
 
 
 def lock(fd: int, path: Path) -> None:
-    """Keep the open journal `path` for this process until it is closed. Raises StoreError where another process has it."""
+    """Keep the open journal `path` for this process until it is closed. Raises StoreError where another process has
+    it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
-        raise StoreError(f"{path}: another process is writing as this rank; wait for it, or use another folder") from err
+        raise StoreError(
+            f"{path}: another process is writing as this rank; wait for it, or use another folder"
+        ) from err
     except OSError as err:
-        if err.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems without locks: the launcher's ranks keep apart by themselves
+        # file systems without locks: the launcher's ranks keep apart by themselves
+        if err.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise StoreError(f"{path}: cannot lock: {err.strerror}") from err
 
 
 class Disk:
-    """Writing system calls; every byte of a store goes through here, so that a test can end the process at any one of them."""
+    """Writing system calls; every byte of a store goes through here, so that a test can end the process at any one of
+    them."""
 
     def create(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

@@ -22,9 +22,9 @@ from megatron_replay.store.writer import Writer
 def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Manifest:
     """Make the store complete: called by one rank after all writers closed; returns the manifest as written.
 
-    Segments that a writer of an earlier run left open are sealed. May be repeated; a kill at any point leaves an unfinished
-    store or a complete one.
-    Raises StoreError: other settings than the store was begun with, damage, a sample stored twice, or a writer still at work.
+    Segments that a writer of an earlier run left open are sealed. May be repeated; a kill at any point leaves an
+    unfinished store or a complete one. Raises StoreError: other settings than the store was begun with, damage, a
+    sample stored twice, or a writer still at work.
     """
     root, disk = Path(path), disk or Disk()
     plan = agree(root, manifest)
@@ -33,12 +33,16 @@ def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Ma
     for file in segment_files(root):
         segment = Segment(file, plan.rule)
         check, index = segment.seal()
-        entries.append({"name": file.name, "bytes": segment.bytes, "check": f"{check:016x}", "samples": index.stats.samples})
+        entries.append(
+            {"name": file.name, "bytes": segment.bytes, "check": f"{check:016x}", "samples": index.stats.samples}
+        )
         table.append((file.name, segment.bytes, index))
         stats.merge(index.stats)
     twice = duplicates([index for _, _, index in table])
     if twice:
-        raise StoreError(f"{root}: sample {twice[0].hex()} is stored {len(twice) + 1} times or more; collect into another folder")
+        raise StoreError(
+            f"{root}: sample {twice[0].hex()} is stored {len(twice) + 1} times or more; collect into another folder"
+        )
     complete = dataclasses.replace(
         manifest,
         state="complete",

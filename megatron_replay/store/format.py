@@ -2,35 +2,35 @@
 
 A segment `segments/<writer>-<seq>.mrs` is a run of 64-byte-aligned parts without gaps:
 
-    header  64 B   magic 8s "MRSEG\\r\\n\\x1a" | version u16 | codec u8 | logits u8 | writer u32 | seq u32 | vocabulary u64 | zeros |
+    header  64 B   magic 8s "MRSEG\\r\\n\\x1a" | version u16 | codec u8 | logits u8 | writer u32 | seq u32 | vocabulary
+    u64 | zeros |
                    xxh3-64 of the first 56 B
     block          block header, frame table, frames, zeros up to the next multiple of 64
-      header 64 B  magic 4s "MRSB" | zeros u32 | bytes u64 | own file offset u64 | samples u32 | frames u32 | positions u64 | ids u64 |
+      header 64 B  magic 4s "MRSB" | zeros u32 | bytes u64 | own file offset u64 | samples u32 | frames u32 | positions
+      u64 | ids u64 |
                    zeros | xxh3-64 of the whole block without this field
-      frame table  stored length u32 of each frame
-      frames       uids 16 B each, then the columns below; a column of w bytes is one frame with codec `raw` (its integers, interleaved),
-                   w frames with `zd` (byte plane 0 .. w - 1, each by itself a zstd frame, or as it is where zstd does not make it smaller)
-        column         one per   bytes
-        num_positions  sample    4
-        positions      position  4       zd: difference to the one before, less 1; the first of a sample as it is
-        sizes          position  2
-        gold_slot      position  2
-        flags          position  1       bit 0: the gold token was appended
-        ids            id        3 | 4   3 up to a vocabulary of 2^24; zd: difference to the one before, less 1; the first of a set as it is
-        lse            position  4       float32
-        outside_mass   position  2       float16
-        logits         id        2       float16 or bfloat16; absent when logits = none
-    footer         footer header 64 B: magic 4s "MRSF" | size bins u32 | rho bins u32 | zeros u32 | blocks u64 | samples u64 |
-                   positions u64 | ids u64 | capped u64 | gold appended u64
-                   block table:  offset u64 | bytes u64 | xxh3-64 u64 | samples u32 | zeros u32
-                   sample table: uid 16 B | block u32 | positions u32
-                   set sizes:    size u64 | count u64, for each size that occurs
-                   rho:          count u64 of each bin; zeros up to the next multiple of 64
-    seal    64 B   magic 8s "MRSSEAL\\x01" | footer offset u64 | footer bytes u64 | file bytes u64 | xxh3-64 of the header's 64 B u64 |
+      frame table  stored length u32 of each frame frames       uids 16 B each, then the columns below; a column of w
+      bytes is one frame with codec `raw` (its integers, interleaved),
+                   w frames with `zd` (byte plane 0 .. w - 1, each by itself a zstd frame, or as it is where zstd does
+                   not make it smaller)
+        column         one per   bytes num_positions  sample    4 positions      position  4       zd: difference to the
+        one before, less 1; the first of a sample as it is sizes          position  2 gold_slot      position  2 flags
+        position  1       bit 0: the gold token was appended ids            id        3 | 4   3 up to a vocabulary of
+        2^24; zd: difference to the one before, less 1; the first of a set as it is lse            position  4
+        float32 outside_mass   position  2       float16 logits         id        2       float16 or bfloat16; absent
+        when logits = none
+    footer         footer header 64 B: magic 4s "MRSF" | size bins u32 | rho bins u32 | zeros u32 | blocks u64 | samples
+                   u64 | positions u64 | ids u64 | capped u64 | gold appended u64 block table:  offset u64 | bytes u64 |
+                   xxh3-64 u64 | samples u32 | zeros u32 sample table: uid 16 B | block u32 | positions u32 set sizes:
+                   size u64 | count u64, for each size that occurs rho:          count u64 of each bin; zeros up to the
+                   next multiple of 64
+    seal    64 B   magic 8s "MRSSEAL\\x01" | footer offset u64 | footer bytes u64 | file bytes u64 | xxh3-64 of the
+    header's 64 B u64 |
                    xxh3-64 of the footer u64 | zeros u64 | xxh3-64 of the first 56 B
 
-A file without a seal is unfinished: its blocks are found one after the other, each saying how long it is and proving itself.
-Byte planes one zstd frame each came out smaller than variable-length integers (9.7 against 10.0 bits an id) and decode without a loop.
+A file without a seal is unfinished: its blocks are found one after the other, each saying how long it is and proving
+itself. Byte planes one zstd frame each came out smaller than variable-length integers (9.7 against 10.0 bits an id) and
+decode without a loop.
 """
 
 from __future__ import annotations
@@ -154,7 +154,11 @@ def segment_name(writer: int, seq: int) -> str:
 def parse_name(path: Path) -> tuple[int, int]:
     """(writer, seq) of a segment's file name."""
     writer, _, seq = path.stem.partition("-")
-    if path.suffix != ".mrs" or not (writer.isdecimal() and seq.isdecimal()) or path.name != segment_name(int(writer), int(seq)):
+    if (
+        path.suffix != ".mrs"
+        or not (writer.isdecimal() and seq.isdecimal())
+        or path.name != segment_name(int(writer), int(seq))
+    ):
         raise StoreError(f"{path}: not a segment's name; segments are named <writer>-<seq>.mrs, remove the file")
     return int(writer), int(seq)
 
@@ -173,7 +177,9 @@ def read_block_header(path: Path, rest: memoryview, offset: int) -> BlockHeader:
         raise Damage(path, offset, f"a block of {size} bytes does not fit, the file has {len(rest)} left")
     least = ALIGN + frames * 4 + samples * UID_BYTES
     if least > size or positions > 2 * MAX_POSITIONS or ids > 2 * MAX_IDS or ids < positions:
-        raise Damage(path, offset, f"a block cannot hold {samples} samples, {positions} positions, {ids} ids in {size} bytes")
+        raise Damage(
+            path, offset, f"a block cannot hold {samples} samples, {positions} positions, {ids} ids in {size} bytes"
+        )
     return BlockHeader(size, samples, frames, positions, ids)
 
 

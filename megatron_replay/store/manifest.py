@@ -1,4 +1,5 @@
-"""What a store is: `plan.json` from its first moment (the settings every resumed run must share), `manifest.json` once it is complete.
+"""What a store is: `plan.json` from its first moment (the settings every resumed run must share), `manifest.json` once
+it is complete.
 
 Both are written atomically and end in a checksum of their own text.
 """
@@ -24,7 +25,8 @@ MANIFEST, PLAN, JOURNAL, SEGMENTS = "manifest.json", "plan.json", "journal.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything a later run must know of how a store was collected. The fields up to `bucket_edges` are its identity."""
+    """Everything a later run must know of how a store was collected. The fields up to `bucket_edges` are its
+    identity."""
 
     model: str
     """sha256 over the base model's safetensors files."""
@@ -50,7 +52,8 @@ class Manifest:
     bucket_edges: tuple[float, ...] = ()
     """Upper confidence edges of all buckets but the last."""
     bucket_counts: tuple[int, ...] = ()
-    """Positions of each bucket among those the edges were drawn from; they set the rate at which each bucket is kept."""
+    """Positions of each bucket among those the edges were drawn from; they set the rate at which each bucket is
+    kept."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Ranks and batch the store was collected with; any other may read it or go on with it."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -65,7 +68,9 @@ class Manifest:
 
     @property
     def rule(self) -> Rule:
-        return Rule(Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size, len(self.always))
+        return Rule(
+            Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size, len(self.always)
+        )
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be equal for two runs to write one store."""
@@ -77,7 +82,8 @@ class Manifest:
 def begin(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Manifest:
     """Make the folder and its plan, or check that `manifest` continues the plan that is there; returns the plan.
 
-    Called by one rank before any rank opens a Writer. Raises StoreError naming the first setting that differs and both values.
+    Called by one rank before any rank opens a Writer. Raises StoreError naming the first setting that differs and both
+    values.
     """
     root, disk = Path(path), disk or Disk()
     manifest.rule  # noqa: B018  a schema that cannot be is refused before a folder is made
@@ -85,7 +91,9 @@ def begin(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Man
         (root / SEGMENTS).mkdir(parents=True, exist_ok=True)
     if not (root / PLAN).exists():
         if (root / MANIFEST).exists() or any((root / SEGMENTS).iterdir()):
-            raise StoreError(f"{root}: has data but no {PLAN}, which was removed; run `store repair`, or collect into another folder")
+            raise StoreError(
+                f"{root}: has data but no {PLAN}, which was removed; run `store repair`, or collect into another folder"
+            )
         disk.replace(root / PLAN, pack(dataclasses.replace(manifest, state="plan")))
     return agree(root, manifest)
 
@@ -129,14 +137,19 @@ def load_manifest(path: str | Path) -> Manifest:
         raise StoreError(f"{root}: no candidate store here (no {MANIFEST}); check the path, or run collect to make one")
     manifest = load(root / MANIFEST)
     if manifest.state != "complete":
-        raise StoreError(f"{root}: this store is {manifest.state}; run collect again with the same settings to finish it")
+        raise StoreError(
+            f"{root}: this store is {manifest.state}; run collect again with the same settings to finish it"
+        )
     return manifest
 
 
 def pack(manifest: Manifest) -> bytes:
     """Canonical JSON, the checksum of all other text as its last key."""
     plain = json.dumps(
-        _fields(manifest, leave_out=() if manifest.always else ("always",)), indent=1, ensure_ascii=True, allow_nan=False
+        _fields(manifest, leave_out=() if manifest.always else ("always",)),
+        indent=1,
+        ensure_ascii=True,
+        allow_nan=False,
     ).encode()
     return plain[:-2] + _tail(plain)
 
@@ -151,7 +164,8 @@ def _tail(plain: bytes) -> bytes:
 
 
 def load(path: Path) -> Manifest:
-    """The Manifest in a file written by `pack`; Damage unless every byte is as written, StoreError for another format version."""
+    """The Manifest in a file written by `pack`; Damage unless every byte is as written, StoreError for another format
+    version."""
     with told(path, "read"):
         text = path.read_bytes()
     body = text[: -len(_tail(b""))]
@@ -159,7 +173,9 @@ def load(path: Path) -> Manifest:
         raise Damage(path, 0, "the text does not match its checksum (changed by hand, or damaged)")
     fields = json.loads(text)
     if fields.get("format_version") != VERSION:
-        raise StoreError(f"{path}: store format version {fields.get('format_version')}; this program reads version {VERSION}")
+        raise StoreError(
+            f"{path}: store format version {fields.get('format_version')}; this program reads version {VERSION}"
+        )
     return _build(path, fields)
 
 
@@ -167,6 +183,8 @@ def _build(path: Path, fields: Mapping[str, Any]) -> Manifest:
     values = {"always": (), **{key: value for key, value in fields.items() if key != "checksum"}}
     odd = set(values) ^ {f.name for f in dataclasses.fields(Manifest)}
     if odd:
-        raise StoreError(f"{path}: written by another version of this program (keys {', '.join(sorted(odd))}); collect again")
+        raise StoreError(
+            f"{path}: written by another version of this program (keys {', '.join(sorted(odd))}); collect again"
+        )
     built: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return Manifest(**built)

@@ -23,7 +23,8 @@ CACHED_BLOCKS = 16
 
 
 class CandidateStore:
-    """A mapping from sample uid (16 bytes) to SampleSets, memory-mapped; not for several threads at once, but a fork may inherit it."""
+    """A mapping from sample uid (16 bytes) to SampleSets, memory-mapped; not for several threads at once, but a fork
+    may inherit it."""
 
     def __init__(self, path: Path, manifest: Manifest, segments: list[Segment], indexes: list[Index]) -> None:
         self.path, self.manifest = path, manifest
@@ -42,7 +43,8 @@ class CandidateStore:
     def open(cls, path: str | Path) -> CandidateStore:
         """Open a complete store; reads the manifest and the segments' footers, no block.
 
-        Raises StoreError where there is no store, it is unfinished, a segment is missing, or anything read is not as written.
+        Raises StoreError where there is no store, it is unfinished, a segment is missing, or anything read is not as
+        written.
         """
         root = Path(path)
         manifest = load_manifest(root)
@@ -66,11 +68,13 @@ class CandidateStore:
         return isinstance(uid, bytes) and self._find(uid) is not None
 
     def __getitem__(self, uid: bytes) -> SampleSets:
-        """The sample's sets, in arrays of its own. Raises StoreError for an unknown uid, or naming file and byte of damage."""
+        """The sample's sets, in arrays of its own. Raises StoreError for an unknown uid, or naming file and byte of
+        damage."""
         at = self._find(uid)
         if at is None:
             raise StoreError(
-                f"{self.path}: no sample {uid.hex()}; it was not in the data this store was collected on, or its tokens changed"
+                f"{self.path}: no sample {uid.hex()}; it was not in the data this store was collected on, or its "
+                "tokens changed"
             )
         segment = int(np.searchsorted(self._first, at, side="right")) - 1
         samples = self._indexes[segment].samples
@@ -79,7 +83,11 @@ class CandidateStore:
         block = self._block(segment, number)
         within = slot - int(np.searchsorted(samples["block"], number))
         if block.uids[within] != uid:
-            raise Damage(self._segments[segment].path, int(self._indexes[segment].blocks["offset"][number]), f"holds no sample {uid.hex()}")
+            raise Damage(
+                self._segments[segment].path,
+                int(self._indexes[segment].blocks["offset"][number]),
+                f"holds no sample {uid.hex()}",
+            )
         return block.sample(within)
 
     def num_positions(self, uid: bytes) -> int:

@@ -26,7 +26,8 @@ class Repaired:
 
 
 def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
-    """Rewrite each damaged segment from its whole blocks and make the store unfinished; `collect` then adds the samples that were lost.
+    """Rewrite each damaged segment from its whole blocks and make the store unfinished; `collect` then adds the samples
+    that were lost.
 
     What is not damaged is left as it is, also the torn tail of an unfinished store, which `collect` cuts off by itself.
     Raises StoreError where neither plan nor manifest can be read, or a writer is at work.
@@ -95,7 +96,8 @@ def _alone(root: Path) -> None:
 
 
 def salvage(segment: Segment) -> Iterator[blocks.Block]:
-    """Every whole block of a file, whatever is wrong around it; blocks begin at multiples of 64 and prove themselves."""
+    """Every whole block of a file, whatever is wrong around it; blocks begin at multiples of 64 and prove
+    themselves."""
     offset = ALIGN
     while offset + ALIGN <= segment.bytes:
         size = ALIGN

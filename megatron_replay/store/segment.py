@@ -91,7 +91,9 @@ class Growing:
         self.end += len(part)
 
     def index(self) -> Index:
-        return Index(np.array(self.rows, BLOCK_ROW), np.concatenate([np.zeros(0, SAMPLE_ROW), *self._samples]), self.stats)
+        return Index(
+            np.array(self.rows, BLOCK_ROW), np.concatenate([np.zeros(0, SAMPLE_ROW), *self._samples]), self.stats
+        )
 
 
 def pack_footer(index: Index) -> bytes:
@@ -123,12 +125,15 @@ def pack_footer(index: Index) -> bytes:
 
 def pack_seal(header: bytes, footer: bytes, offset: int) -> bytes:
     file_bytes = offset + len(footer) + ALIGN
-    fields = SEAL.pack(SEAL_MAGIC, offset, len(footer), file_bytes, xxhash.xxh3_64_intdigest(header), xxhash.xxh3_64_intdigest(footer))
+    fields = SEAL.pack(
+        SEAL_MAGIC, offset, len(footer), file_bytes, xxhash.xxh3_64_intdigest(header), xxhash.xxh3_64_intdigest(footer)
+    )
     return seal_check(bytearray(fields + bytes(8)))
 
 
 class Segment:
-    """A segment file, memory-mapped, or with `copy` read into memory: for a file that another process may be cutting short meanwhile."""
+    """A segment file, memory-mapped, or with `copy` read into memory: for a file that another process may be cutting
+    short meanwhile."""
 
     def __init__(self, path: Path, rule: Rule, *, copy: bool = False) -> None:
         """Open the file. Raises StoreError where it cannot be opened; its contents are checked by what reads them."""
@@ -150,7 +155,8 @@ class Segment:
         return part, blocks.decode(self.path, part, offset, self.rule.schema)
 
     def walk(self) -> Iterator[tuple[memoryview, blocks.Block]]:
-        """(bytes, contents) of each block from the first on. Raises Damage where the next one is not whole, or does not begin."""
+        """(bytes, contents) of each block from the first on. Raises Damage where the next one is not whole, or does not
+        begin."""
         self.header()
         offset = ALIGN
         while offset < self.bytes:
@@ -174,7 +180,9 @@ class Segment:
         end = self.bytes - ALIGN
         seal = bytes(self.view[end:]) if end >= ALIGN else b""
         if not is_seal(seal):
-            raise Damage(self.path, max(end, 0), "the segment has no valid seal: it is unfinished, cut short or damaged")
+            raise Damage(
+                self.path, max(end, 0), "the segment has no valid seal: it is unfinished, cut short or damaged"
+            )
         _, offset, size, file_bytes, header, footer_check = SEAL.unpack_from(seal)
         if file_bytes != self.bytes or offset < ALIGN or offset + size != end:
             raise Damage(self.path, end, f"the seal is of a file of {file_bytes} bytes, this one has {self.bytes}")
@@ -192,16 +200,25 @@ def is_seal(part: bytes) -> bool:
 
 def unpack_footer(path: Path, footer: memoryview, offset: int) -> Index:
     """The index of a footer whose checksum is right; its counts are still checked against its length. Raises Damage."""
-    magic, num_sizes, num_rho, _, num_blocks, *numbers = FOOTER_HEADER.unpack_from(footer) if len(footer) >= ALIGN else (b"",) * 10
+    magic, num_sizes, num_rho, _, num_blocks, *numbers = (
+        FOOTER_HEADER.unpack_from(footer) if len(footer) >= ALIGN else (b"",) * 10
+    )
     if magic != FOOTER_MAGIC or num_rho != len(RHO_EDGES) - 1:
         raise Damage(path, offset, "no footer begins here")
-    lengths = [num_blocks * BLOCK_ROW.itemsize, numbers[0] * SAMPLE_ROW.itemsize, num_sizes * SIZE_ROW.itemsize, num_rho * 8]
+    lengths = [
+        num_blocks * BLOCK_ROW.itemsize,
+        numbers[0] * SAMPLE_ROW.itemsize,
+        num_sizes * SIZE_ROW.itemsize,
+        num_rho * 8,
+    ]
     if aligned(ALIGN + sum(lengths)) != len(footer):
         raise Damage(path, offset, "the footer's counts do not match its length")
     at = np.cumsum([ALIGN, *lengths])
     rows, samples, sizes, rho = (
         np.frombuffer(footer[a:b], kind)
-        for a, b, kind in zip(at[:-1].tolist(), at[1:].tolist(), (BLOCK_ROW, SAMPLE_ROW, SIZE_ROW, np.dtype("<u8")), strict=True)
+        for a, b, kind in zip(
+            at[:-1].tolist(), at[1:].tolist(), (BLOCK_ROW, SAMPLE_ROW, SIZE_ROW, np.dtype("<u8")), strict=True
+        )
     )
     ends = np.cumsum(rows["bytes"], dtype=np.uint64) + np.uint64(ALIGN)
     if len(rows) and ((rows["offset"] != np.concatenate([[np.uint64(ALIGN)], ends[:-1]])).any() or ends[-1] != offset):

@@ -43,7 +43,8 @@ class SampleSets:
     logits: Array | None = None
     """[nnz] float32 in the order of `ids` (stored as the manifest says), or None."""
     gold_appended: Array | None = None
-    """[P] bool: the gold token was not among the kept top tokens. None on writing: the writer works it out where it can."""
+    """[P] bool: the gold token was not among the kept top tokens. None on writing: the writer works it out where it
+    can."""
 
     @property
     def num_positions(self) -> int:
@@ -70,7 +71,8 @@ def check(sets: SampleSets, vocab_size: int, name: str) -> None:
     sizes = np.diff(offsets)
     if offsets[0] != 0 or offsets[-1] != len(sets.ids):
         raise StoreError(
-            f"{name}: offsets run from {offsets[0]} to {offsets[-1]}, but there are {len(sets.ids)} ids; they must run from 0 to that"
+            f"{name}: offsets run from {offsets[0]} to {offsets[-1]}, but there are {len(sets.ids)} ids; they must "
+            "run from 0 to that"
         )
     if sets.logits is not None:
         _length(sets.logits, len(sets.ids), "logits", name)
@@ -78,12 +80,15 @@ def check(sets: SampleSets, vocab_size: int, name: str) -> None:
         _length(sets.gold_appended, count, "gold_appended", name)
     if len(sets.ids) > MAX_IDS or count > MAX_POSITIONS:
         raise StoreError(
-            f"{name}: {len(sets.ids)} ids at {count} positions; a sample holds at most {MAX_IDS} ids, {MAX_POSITIONS} positions"
+            f"{name}: {len(sets.ids)} ids at {count} positions; a sample holds at most {MAX_IDS} ids, {MAX_POSITIONS} "
+            "positions"
         )
     positions = sets.positions.astype(np.int64)
     _refuse(name, positions, (positions < 0) | (positions >= 1 << 31), "position outside 0..2^31-1")
     _refuse(name, positions[1:], np.diff(positions) <= 0, "positions must be strictly ascending")
-    _refuse(name, positions, (sizes < 1) | (sizes > MAX_SET), f"a set holds 1..{MAX_SET} ids (the gold token is always in)")
+    _refuse(
+        name, positions, (sizes < 1) | (sizes > MAX_SET), f"a set holds 1..{MAX_SET} ids (the gold token is always in)"
+    )
     _refuse(name, positions, (sets.gold_slot < 0) | (sets.gold_slot >= sizes), "gold_slot lies outside the set")
     _check_ids(sets.ids.astype(np.int64), offsets, positions, vocab_size, name)
     _refuse(name, positions, ~np.isfinite(sets.lse), "lse is not finite")
@@ -111,7 +116,9 @@ def _check_ids(ids: Array, offsets: Array, positions: Array, vocab_size: int, na
     bad = np.flatnonzero((step <= 0) | (ids < 0) | (ids >= vocab_size))
     if len(bad):
         at = positions[np.searchsorted(offsets, bad[0], side="right") - 1]
-        raise StoreError(f"{name}, position {at}: id {ids[bad[0]]} is out of order or outside the vocabulary of {vocab_size}")
+        raise StoreError(
+            f"{name}, position {at}: id {ids[bad[0]]} is out of order or outside the vocabulary of {vocab_size}"
+        )
 
 
 def _refuse(name: str, positions: Array, wrong: Array, problem: str) -> None:

@@ -1,4 +1,5 @@
-"""What a store holds, counted: kept beside each segment's blocks, so that a store of any size is summed up from its footers."""
+"""What a store holds, counted: kept beside each segment's blocks, so that a store of any size is summed up from its
+footers."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Stats:
     positions: int = 0
     ids: int = 0
     capped: int = 0
-    """Positions whose set stopped at k_max before reaching tau: at least k_max ids, and rho above 1 - tau (where Corollary 1 fails)."""
+    """Positions whose set stopped at k_max before reaching tau: at least k_max ids, and rho above 1 - tau (where
+    Corollary 1 fails)."""
     gold_appended: int = 0
     sizes: Array = field(default_factory=lambda: np.zeros(2, np.int64))
     """[largest size + 1]: positions with a set of that size."""
@@ -82,9 +84,10 @@ def _sum(a: Array, b: Array) -> Array:
 def gold_appended(sets: SampleSets, tau: float, k_max: int, min_set_size: int) -> Array:
     """[P] bool: was the gold token added to a set that did not have it?
 
-    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the others, at least
-    min_set_size of them, reach tau without it (arXiv 2510.09152 section 2). Without logits a smaller set cannot say, and counts as no.
-    Where ids are in every set, k_max counts them too; then a full set that had some of them anyway counts as no.
+    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the
+    others, at least min_set_size of them, reach tau without it (arXiv 2510.09152 section 2). Without logits a smaller
+    set cannot say, and counts as no. Where ids are in every set, k_max counts them too; then a full set that had some
+    of them anyway counts as no.
     """
     sizes = sets.sizes()
     full = sizes > k_max

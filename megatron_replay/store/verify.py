@@ -49,17 +49,22 @@ def open_listed(root: Path, manifest: Manifest, entry: dict[str, Any]) -> tuple[
         raise Damage(file, 0, "this segment is missing")
     segment = Segment(file, manifest.rule)
     if segment.bytes != entry["bytes"]:
-        raise Damage(file, min(segment.bytes, entry["bytes"]), f"{segment.bytes} bytes, the manifest says {entry['bytes']}")
+        raise Damage(
+            file, min(segment.bytes, entry["bytes"]), f"{segment.bytes} bytes, the manifest says {entry['bytes']}"
+        )
     check, index = segment.seal()
     if f"{check:016x}" != entry["check"]:
-        raise Damage(file, segment.bytes - ALIGN, "this is a segment of another store (its seal is not the one in the manifest)")
+        raise Damage(
+            file, segment.bytes - ALIGN, "this is a segment of another store (its seal is not the one in the manifest)"
+        )
     return segment, index
 
 
 def verify(path: str | Path) -> Report:
     """Check every checksum, every index and every value of a complete store, and its counts against the manifest.
 
-    Raises StoreError only where there is no complete store to check; all damage is in the report, with file and byte offset.
+    Raises StoreError only where there is no complete store to check; all damage is in the report, with file and byte
+    offset.
     """
     root, report = Path(path), Report()
     try:

@@ -1,8 +1,9 @@
-"""Writing a store: one Writer for each data-parallel rank, each with segment files of its own, so that no two ranks write one file.
+"""Writing a store: one Writer for each data-parallel rank, each with segment files of its own, so that no two ranks
+write one file.
 
-What is written depends on the sequence of `add` calls alone, never on time or on where an earlier run was ended: a block closes when
-its samples are large enough, a segment when its blocks are. So a run that was killed and resumed leaves the same bytes as one that
-was not.
+What is written depends on the sequence of `add` calls alone, never on time or on where an earlier run was ended: a
+block closes when its samples are large enough, a segment when its blocks are. So a run that was killed and resumed
+leaves the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from megatron_replay.store.sets import MAX_IDS, SampleSets, check
 from megatron_replay.store.stats import gold_appended
 
 BLOCK_BYTES = 64 << 10
-"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids; a shuffled reader decodes whole blocks."""
+"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids; a shuffled reader
+decodes whole blocks."""
 SEGMENT_BYTES = 1 << 30
 
 
 class Writer:
     """Appends samples to a store that `begin` made, and goes on where an earlier run of the same rank ended.
 
-    `done`: uids already stored, in the files of every writer (so that a run with another number of ranks can go on too).
-    `recovered`: one line for each torn tail that was cut off on opening; what it held is collected again.
-    Leaving a `with` block by an exception keeps whole blocks and leaves the segment open for the next run (`suspend`).
+    `done`: uids already stored, in the files of every writer (so that a run with another number of ranks can go on
+    too). `recovered`: one line for each torn tail that was cut off on opening; what it held is collected again. Leaving
+    a `with` block by an exception keeps whole blocks and leaves the segment open for the next run (`suspend`).
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Writer:
         segment_bytes: int = SEGMENT_BYTES,
         disk: Disk | None = None,
     ) -> None:
-        """Open or resume. Raises StoreError: no plan, no permission, another process writing as this rank, or damage in durable data."""
+        """Open or resume. Raises StoreError: no plan, no permission, another process writing as this rank, or damage in
+        durable data."""
         if not 0 <= rank <= 99_999:
             raise StoreError(f"rank must lie in 0..99999, got {rank}")
         if not 1 <= block_bytes <= MAX_IDS:
@@ -75,7 +78,8 @@ class Writer:
             raise
 
     def add(self, uid: bytes, sets: SampleSets) -> None:
-        """Store one sample. Raises StoreError for a uid stored before, sets that break a rule, or a disk that refuses."""
+        """Store one sample. Raises StoreError for a uid stored before, sets that break a rule, or a disk that
+        refuses."""
         self._usable()
         name = f"sample {uid.hex()}"
         if len(uid) != UID_BYTES:
@@ -83,7 +87,9 @@ class Writer:
         if uid in self.done:
             raise StoreError(f"{name}: already in {self.root}; each sample is stored once, skip those in Writer.done")
         if self._complete:
-            raise StoreError(f"{self.root}: this store is complete and takes no more samples; collect into another folder")
+            raise StoreError(
+                f"{self.root}: this store is complete and takes no more samples; collect into another folder"
+            )
         check(sets, self.rule.schema.vocab_size, name)
         if self.rule.schema.logits != "none" and sets.logits is None:
             raise StoreError(f"{name}: this store keeps {self.rule.schema.logits} logits, but the sample has none")
@@ -95,8 +101,8 @@ class Writer:
             self._write_block()
 
     def flush(self) -> None:
-        """Make every closed block durable (fsync, then a journal line). Samples of the block still open stay in memory: its end may not
-        depend on when this is called."""
+        """Make every closed block durable (fsync, then a journal line). Samples of the block still open stay in memory:
+        its end may not depend on when this is called."""
         self._usable()
         if self._fd is not None:
             with self._writing():
@@ -116,7 +122,8 @@ class Writer:
         self._state = "closed"
 
     def suspend(self) -> None:
-        """Stop without sealing: closed blocks are made durable, the open one is dropped and collected by the next run."""
+        """Stop without sealing: closed blocks are made durable, the open one is dropped and collected by the next
+        run."""
         if self._state == "open":
             try:
                 self.flush()
@@ -127,7 +134,9 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -186,7 +195,10 @@ class Writer:
         self._fd, self._seq = None, self._seq + 1
 
     def _note(self, segment: str, size: int, *, sealed: bool) -> None:
-        self._disk.write(self._journal, journal.line(segment, size, len(self._growing.rows), self._growing.stats.samples, sealed=sealed))
+        self._disk.write(
+            self._journal,
+            journal.line(segment, size, len(self._growing.rows), self._growing.stats.samples, sealed=sealed),
+        )
 
     def _resume(self) -> None:
         marks = journal.durable(self._journal_path)
@@ -217,7 +229,9 @@ class Writer:
         if end < mark:
             raise wrong or damage
         if end < segment.bytes:
-            self.recovered.append(f"{segment.path}: cut off {segment.bytes - end} bytes behind the last whole block (byte {end})")
+            self.recovered.append(
+                f"{segment.path}: cut off {segment.bytes - end} bytes behind the last whole block (byte {end})"
+            )
         self._seq, self._growing = parse_name(segment.path)[1], growing
         with told(segment.path, "write"):
             self._fd = self._disk.reopen(segment.path)

@@ -38,8 +38,11 @@ class Sets:
         return self.offsets, self.columns, self.gold
 
 
-def sets(sizes: Sequence[int], vocab: int, width: int, dtype: torch.dtype, *, tied: bool = False, seed: int = 0) -> Sets:
-    """Random sets of these sizes; gold at the first, the last or a middle candidate, or on another rank (-1) at every fourth position."""
+def sets(
+    sizes: Sequence[int], vocab: int, width: int, dtype: torch.dtype, *, tied: bool = False, seed: int = 0
+) -> Sets:
+    """Random sets of these sizes; gold at the first, the last or a middle candidate, or on another rank (-1) at every
+    fourth position."""
     gen = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(sizes), width, generator=gen)
     weight = torch.randn(vocab, width, generator=gen) / width**0.5
@@ -48,9 +51,14 @@ def sets(sizes: Sequence[int], vocab: int, width: int, dtype: torch.dtype, *, ti
     rows = [torch.randperm(vocab, generator=gen)[:size].sort().values for size in sizes]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     places = [(0, size - 1, size // 2, None)[t % 4] for t, size in enumerate(sizes)]
-    gold = [-1 if place is None or not size else int(offsets[t]) + place for t, (size, place) in enumerate(zip(sizes, places, strict=True))]
+    gold = [
+        -1 if place is None or not size else int(offsets[t]) + place
+        for t, (size, place) in enumerate(zip(sizes, places, strict=True))
+    ]
     columns = torch.cat([torch.empty(0, dtype=torch.int64), *rows]).int()
-    return Sets(hidden.to(dtype), weight.to(dtype).contiguous(), offsets, columns, torch.tensor(gold, dtype=torch.int64))
+    return Sets(
+        hidden.to(dtype), weight.to(dtype).contiguous(), offsets, columns, torch.tensor(gold, dtype=torch.int64)
+    )
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> bool:
@@ -107,15 +115,23 @@ def restricted_bwd_dh(library: Library, x: Sets, mixture: Tensor, scale: Tensor,
     return (out,)
 
 
-def restricted_bwd_dw(library: Library, x: Sets, coefficient: Tensor, grad: Tensor | None, **how: object) -> tuple[Tensor, ...]:
+def restricted_bwd_dw(
+    library: Library, x: Sets, coefficient: Tensor, grad: Tensor | None, **how: object
+) -> tuple[Tensor, ...]:
     """The gradient added to `grad`, or its touched rows."""
     touched, begins, tokens, factors = ByColumn.of(x.offsets, x.columns).entries(coefficient)
     n, width, entries, vocab = x.sizes
     out = untouched(len(touched), width) if grad is None else grad.clone()
-    parts = untouched(*library.tiling("parts", entries), width) if not how.get("variant") else untouched(2 * -(-entries // 64), width)
+    parts = (
+        untouched(*library.tiling("parts", entries), width)
+        if not how.get("variant")
+        else untouched(2 * -(-entries // 64), width)
+    )
     elements = [x.hidden.dtype, out.dtype]
     tables = (x.hidden, begins, touched, tokens, factors, out, parts)
-    library.call("restricted_bwd_dw", elements, *tables, n, width, len(touched), entries, vocab, grad is not None, **how)  # type: ignore[arg-type]
+    library.call(
+        "restricted_bwd_dw", elements, *tables, n, width, len(touched), entries, vocab, grad is not None, **how
+    )  # type: ignore[arg-type]
     return (out,)
 
 
@@ -123,11 +139,15 @@ def logits_fwd(library: Library, logits: Tensor, x: Sets, **how: object) -> tupl
     """logits [N, stride] of which the first V columns count."""
     n, _, candidates, vocab = x.sizes
     z, stats = untouched(candidates), untouched(3, n)
-    library.call("logits_fwd", [logits.dtype], logits, *x.tables, z, stats, n, vocab, logits.shape[1], candidates, **how)  # type: ignore[arg-type]
+    library.call(
+        "logits_fwd", [logits.dtype], logits, *x.tables, z, stats, n, vocab, logits.shape[1], candidates, **how
+    )  # type: ignore[arg-type]
     return z, stats
 
 
-def logits_bwd(library: Library, z: Tensor, x: Sets, scalars: Tensor, dtype: torch.dtype, **how: object) -> tuple[Tensor, ...]:
+def logits_bwd(
+    library: Library, z: Tensor, x: Sets, scalars: Tensor, dtype: torch.dtype, **how: object
+) -> tuple[Tensor, ...]:
     """scalars [3, N]: peak, factor, grad."""
     n, _, candidates, vocab = x.sizes
     out = torch.zeros(n, vocab, dtype=dtype)
@@ -146,9 +166,15 @@ def moclip_stats(library: Library, grad: Tensor, momentum: Tensor | None, **how:
 
 
 def moclip_update(
-    library: Library, tensors: Sequence[Tensor], scalars: Sequence[float], arctangent: bool, rounded: bool, **how: object
+    library: Library,
+    tensors: Sequence[Tensor],
+    scalars: Sequence[float],
+    arctangent: bool,
+    rounded: bool,
+    **how: object,
 ) -> tuple[Tensor, ...]:
-    """tensors: parameter, gradient, both moments; returns parameter, moments, partial [chunks, 8], and the rounded copy."""
+    """tensors: parameter, gradient, both moments; returns parameter, moments, partial [chunks, 8], and the rounded
+    copy."""
     param, grad, m, v = (t.clone() for t in tensors)
     low = untouched(len(param), dtype=torch.bfloat16) if rounded else None
     partial = untouched(-(-len(grad) // CHUNK), 8)
@@ -159,7 +185,8 @@ def moclip_update(
 
 
 def topk(library: Library, logits: Tensor, k: int, width: int | None = None, **how: object) -> tuple[Tensor, ...]:
-    """The k largest of each row by (value descending, column ascending), merged from the kernel's candidates; and its sums [N, 2]."""
+    """The k largest of each row by (value descending, column ascending), merged from the kernel's candidates; and its
+    sums [N, 2]."""
     n, stride = logits.shape
     width = stride if width is None else width
     capacity = max(2 * k + 63, 512) // 64 * 64
@@ -170,7 +197,9 @@ def topk(library: Library, logits: Tensor, k: int, width: int | None = None, **h
     top, ids = torch.full((n, kept), -torch.inf), torch.full((n, kept), -1, dtype=torch.int32)
     for t in range(n):
         held = int(counts[t, 0])
-        found = sorted(((-v, c) for v, c in zip(values[t, :held].tolist(), columns[t, :held].tolist(), strict=True) if c >= 0))[:kept]
+        found = sorted(
+            ((-v, c) for v, c in zip(values[t, :held].tolist(), columns[t, :held].tolist(), strict=True) if c >= 0)
+        )[:kept]
         top[t, : len(found)] = torch.tensor([-v for v, _ in found])
         ids[t, : len(found)] = torch.tensor([c for _, c in found], dtype=torch.int32)
     return top, ids.float(), sums

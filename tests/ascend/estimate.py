@@ -2,14 +2,16 @@
 
     python tests/ascend/estimate.py      prints the table of docs/ascend-kernels.md
 
-The pipes of a core work side by side, so a core takes as long as its slowest pipe, and a kernel as long as its slowest core:
+The pipes of a core work side by side, so a core takes as long as its slowest pipe, and a kernel as long as its slowest
+core:
 
     HBM          bytes in and out / (bandwidth / cores)
     MTE2, MTE3   bytes / (bandwidth / cores) + ISSUE cycles an instruction
     V            one cycle a repeat of 256 bytes + START cycles an instruction
     S            SCALAR cycles an instruction + WAIT for each flag it waits for
 
-Cores, clock and bandwidth are those of CANN's platform file for the chip; ISSUE, START, SCALAR and WAIT are assumptions of ours.
+Cores, clock and bandwidth are those of CANN's platform file for the chip; ISSUE, START, SCALAR and WAIT are assumptions
+of ours.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ LOW = torch.bfloat16
 
 def pipe_seconds(counters: dict[str, int]) -> dict[str, float]:
     """Estimated busy time of each pipe of one core, and of its share of the memory."""
-    moved = {pipe: counters[f"{pipe}_bytes"] / (HBM / CORES) + ISSUE * counters[pipe] / CLOCK for pipe in ("mte2", "mte3")}
+    moved = {
+        pipe: counters[f"{pipe}_bytes"] / (HBM / CORES) + ISSUE * counters[pipe] / CLOCK for pipe in ("mte2", "mte3")
+    }
     hbm = (counters["mte2_bytes"] + counters["mte3_bytes"]) / (HBM / CORES)
     vector = (counters["repeats"] + START * counters["v"]) / CLOCK
     return {"hbm": hbm, **moved, "v": vector, "s": SCALAR * counters["s"] / CLOCK + WAIT * counters["scalar_waits"]}
@@ -69,7 +73,9 @@ def row(name: str, library: Library, times: float, kernel: int = 0) -> str:
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     library = Library(build(folder, build_core(folder)))
-    print("| kernel and load | estimate, ms | bound by | HBM | MTE2 | V | MTE3 | S |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| kernel and load | estimate, ms | bound by | HBM | MTE2 | V | MTE3 | S |\n|---|---|---|---|---|---|---|---|"
+    )
     for model, width in (("4B", 2560), ("8B", 4096)):
         # one core's part of 4,096 positions with 25 candidates here each, of which one in three touches a row first
         positions, load = 26, 102.4 / 26

@@ -1,4 +1,5 @@
-"""Builds the AscendC kernels for the host stand-in and calls them on torch tensors; also a kernel's broken variants, in one library."""
+"""Builds the AscendC kernels for the host stand-in and calls them on torch tensors; also a kernel's broken variants, in
+one library."""
 
 from __future__ import annotations
 
@@ -23,12 +24,26 @@ TILINGS = {  # number of arguments, call
     "topk": (1, "topk_capacity(a0)"),
 }
 TYPES = {"p": ("void*", ctypes.c_void_p), "u": ("uint32_t", ctypes.c_uint32), "U": ("uint64_t", ctypes.c_uint64)}
-COUNTERS = ("s", "v", "mte2", "mte3", "s_bytes", "v_bytes", "mte2_bytes", "mte3_bytes", "repeats", "barriers", "scalar_waits", "buffer")
+COUNTERS = (
+    "s",
+    "v",
+    "mte2",
+    "mte3",
+    "s_bytes",
+    "v_bytes",
+    "mte2_bytes",
+    "mte3_bytes",
+    "repeats",
+    "barriers",
+    "scalar_waits",
+    "buffer",
+)
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a launcher takes after stream and blocks: element types, then pointers (p), 32-bit (u) and 64-bit (U) numbers, scalars (S)."""
+    """What a launcher takes after stream and blocks: element types, then pointers (p), 32-bit (u) and 64-bit (U)
+    numbers, scalars (S)."""
 
     elements: int
     arguments: str
@@ -40,7 +55,10 @@ class Signature:
 
     def values(self) -> str:
         names = [f"static_cast<Element>(e{i})" for i in range(self.elements)]
-        names += [f"*static_cast<const MoclipScalars*>(a{i})" if kind == "S" else f"a{i}" for i, kind in enumerate(self.arguments)]
+        names += [
+            f"*static_cast<const MoclipScalars*>(a{i})" if kind == "S" else f"a{i}"
+            for i, kind in enumerate(self.arguments)
+        ]
         return ", ".join(["blocks", *names])
 
     def argtypes(self) -> list[Any]:
@@ -64,13 +82,20 @@ class StandInError(Exception):
 
 
 class Library:
-    """A compiled library; `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it broke."""
+    """A compiled library; `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it
+    broke."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
 
     def call(
-        self, kernel: str, elements: Sequence[torch.dtype], *arguments: Any, blocks: int = 3, backwards: bool = False, variant: str = "call"
+        self,
+        kernel: str,
+        elements: Sequence[torch.dtype],
+        *arguments: Any,
+        blocks: int = 3,
+        backwards: bool = False,
+        variant: str = "call",
     ) -> dict[str, int]:
         """Run a kernel; the counters of the run."""
         function = getattr(self._library, f"{variant}_{kernel}")
@@ -100,7 +125,9 @@ class Library:
 
 def compile_(output: Path, *arguments: str | Path) -> Path:
     done = subprocess.run(
-        ["g++", *FLAGS, f"-I{SOURCE}/sim", f"-I{SOURCE}/op_host", *map(str, arguments), "-o", str(output)], capture_output=True, text=True
+        ["g++", *FLAGS, f"-I{SOURCE}/sim", f"-I{SOURCE}/op_host", *map(str, arguments), "-o", str(output)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return output
@@ -117,19 +144,26 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
     text = ["#include <cstring>", '#include "tiling.h"', '#include "run.h"', "using namespace megatron_replay::ascend;"]
     for name, signature in SIGNATURES.items():
         launch = f"launch_{name}(nullptr, {signature.values()})"
-        text.append(f'extern "C" const char* call_{name}({signature.parameters()}) {{ return ascend_sim::caught([&] {{ {launch}; }}); }}')
+        text.append(
+            f'extern "C" const char* call_{name}({signature.parameters()}) {{ return ascend_sim::caught([&] {{ '
+            f"{launch}; }}); }}"
+        )
     for name, (arguments, call) in TILINGS.items():
         parameters = "".join(f"uint32_t a{i}, " for i in range(arguments))
         body = f"const auto tiling = {call}; std::memcpy(out, &tiling, sizeof tiling); return sizeof tiling / 4;"
         text.append(f'extern "C" int tiling_{name}({parameters}uint32_t* out) {{ {body} }}')
     (folder / "calls.cpp").write_text("\n".join(text) + "\n")
-    objects = [compile_(folder / f"{file.stem}.o", "-c", file) for file in (SOURCE / "sim" / "launch.cpp", folder / "calls.cpp")]
+    objects = [
+        compile_(folder / f"{file.stem}.o", "-c", file)
+        for file in (SOURCE / "sim" / "launch.cpp", folder / "calls.cpp")
+    ]
     return compile_(folder / "kernels.so", "-shared", *core, *objects)
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A broken variant: `old` must occur exactly once in the file and becomes `new`; `says` is part of the error, or "wrong" result."""
+    """A broken variant: `old` must occur exactly once in the file and becomes `new`; `says` is part of the error, or
+    "wrong" result."""
 
     name: str
     file: str
@@ -147,7 +181,9 @@ def flattened(file: str, changes: Sequence[Mutation] = (), seen: set[str] | None
     text = (SOURCE / "op_kernel" / file).read_text()
     for change in changes:
         if change.file == file:
-            assert text.count(change.old) == 1, f"{change.name}: {change.old!r} occurs {text.count(change.old)} times in {file}"
+            assert text.count(change.old) == 1, (
+                f"{change.name}: {change.old!r} occurs {text.count(change.old)} times in {file}"
+            )
             text = text.replace(change.old, change.new)
     text = text.replace("#pragma once", "").replace('#include "kernel_operator.h"', "")
     return re.sub(r'#include "([^"]+)"', lambda match: flattened(match[1], changes, seen), text)
@@ -171,7 +207,9 @@ def build_variants(folder: Path, core: Sequence[Path], kernel: str, mutations: S
         run = f"run_{kernel}({inside}{kernel}<{TEMPLATES.get(kernel, 'bfloat16_t')}>, {signature.values()});"
         if kernel == "restricted_bwd_dw":  # a launch is both kernels
             run += MERGE.format(inside)
-        text.append(f'extern "C" const char* v{i}_{kernel}({signature.parameters()}) {{ return caught([&] {{ {run} }}); }}')
+        text.append(
+            f'extern "C" const char* v{i}_{kernel}({signature.parameters()}) {{ return caught([&] {{ {run} }}); }}'
+        )
     source = folder / f"{kernel}_variants.cpp"
     source.write_text("\n".join(text) + "\n")
     return compile_(folder / f"{kernel}_variants.so", "-w", "-shared", source, *core)

@@ -1,4 +1,5 @@
-"""The kernels together are the restricted loss: two ranks that share the vocabulary, the two reductions between the kernels by hand."""
+"""The kernels together are the restricted loss: two ranks that share the vocabulary, the two reductions between the
+kernels by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ VOCAB, CUT, WIDTH = 300, 130, 96
 
 
 def ranks(hidden: torch.Tensor, weight: torch.Tensor, sets: CandidateSets) -> list[Sets]:
-    """What each of two ranks holds; the third position has candidates on the second only, the fourth on the first only."""
+    """What each of two ranks holds; the third position has candidates on the second only, the fourth on the first
+    only."""
     parts = []
     for start, stop in ((0, CUT), (CUT, VOCAB)):
         here = sets.local(VocabShard(start, stop, group=object()))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""moclip_stats and moclip_update on the stand-in: the sums in float64, the bits of plain float32 moments, the optimizer's own steps."""
+"""moclip_stats and moclip_update on the stand-in: the sums in float64, the bits of plain float32 moments, the
+optimizer's own steps."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def test_the_sums_are_those_of_float64(kernels: Library, length: int, dtype: tor
     _, g, m, _ = vectors(length, dtype)
     (partial,) = moclip_stats(kernels, g, m)
     found, wanted = partial.double().sum(0)[:3], tensor_sums(g, m)
-    assert ((found - wanted).abs() <= 2e-7 * torch.stack([(wanted[1] * wanted[2]).sqrt(), wanted[1], wanted[2]]) + 1e-30).all()
+    assert (
+        (found - wanted).abs() <= 2e-7 * torch.stack([(wanted[1] * wanted[2]).sqrt(), wanted[1], wanted[2]]) + 1e-30
+    ).all()
     assert not partial[:, 3:].any()
     (alone,) = moclip_stats(kernels, g, None)
     assert not alone[:, :2].any() and torch.equal(alone[:, 2], partial[:, 2])
@@ -47,7 +50,11 @@ def plain_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Scalars) -> tupl
     w = g * s.v_grad + m * s.v_momentum
     mean, second = m * s.m_keep + g * s.m_grad, v * s.beta2 + w * w
     root = second.sqrt()
-    u = torch.atan2(mean.double() * s.first, root.double()).float() if s.arctangent else mean / (root * s.second + s.eps) * s.first
+    u = (
+        torch.atan2(mean.double() * s.first, root.double()).float()
+        if s.arctangent
+        else mean / (root * s.second + s.eps) * s.first
+    )
     return p * s.keep - u * s.rate, mean, second, u
 
 
@@ -55,7 +62,9 @@ def plain_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Scalars) -> tupl
 @pytest.mark.parametrize("param", DTYPES, ids=str)
 @pytest.mark.parametrize("arctangent", [True, False])
 @lengths
-def test_the_update_is_the_formulas(kernels: Library, length: int, arctangent: bool, param: torch.dtype, dtype: torch.dtype) -> None:
+def test_the_update_is_the_formulas(
+    kernels: Library, length: int, arctangent: bool, param: torch.dtype, dtype: torch.dtype
+) -> None:
     tensors, scalars = vectors(length, dtype, param), SCALARS._replace(arctangent=arctangent)
     rounded = param == torch.float32
     found = moclip_update(kernels, tensors, scalars[:10], arctangent, rounded)
@@ -105,10 +114,22 @@ def test_steps_of_the_optimizer(kernels: Library) -> None:
         (partial,) = moclip_stats(kernels, g, m)
         c, mm, gg = partial.double().sum(0)[:3].tolist()
         x = c / math.sqrt(mm * gg) if mm else 1.0
-        a = min(1.0, abs(x) / math.sqrt(1 - x * x)) if x < math.cos(math.pi / 4) else 1.0  # max_angle 45: its tangent is 1
+        # max_angle 45: its tangent is 1
+        a = min(1.0, abs(x) / math.sqrt(1 - x * x)) if x < math.cos(math.pi / 4) else 1.0
         b = (1 - a) * c / mm if mm else 0.0
         bias = 1 - 0.9**step, 1 - 0.95**step
-        scalars = (0.9 + 0.1 * b, 0.1 * a, math.sqrt(0.05), 0.0, 0.95, math.sqrt(bias[1]) / bias[0], 1.0, 0.0, 1 - 0.01 * 0.1, 0.01)
+        scalars = (
+            0.9 + 0.1 * b,
+            0.1 * a,
+            math.sqrt(0.05),
+            0.0,
+            0.95,
+            math.sqrt(bias[1]) / bias[0],
+            1.0,
+            0.0,
+            1 - 0.01 * 0.1,
+            0.01,
+        )
         p, m, v, _ = moclip_update(kernels, [p, g, m, v], scalars, True, False)
     torch.testing.assert_close(p, weight.detach(), rtol=1e-6, atol=1e-7)
 

@@ -37,7 +37,11 @@ def correct(library: Library, run: Callable[..., tuple[torch.Tensor, ...]], **ho
 def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
     gen = torch.Generator().manual_seed(5)
     if kernel == "restricted_fwd":
-        problems = [sets([1, 2, 0, 15, 16, 0, 200, 31, 3], 300, 64, LOW), sets([5, 3], 40, 8192, LOW), sets([30, 2, 5], 64, 1040, LOW)]
+        problems = [
+            sets([1, 2, 0, 15, 16, 0, 200, 31, 3], 300, 64, LOW),
+            sets([5, 3], 40, 8192, LOW),
+            sets([30, 2, 5], 64, 1040, LOW),
+        ]
         problems[2].hidden *= 60
         problems.append(sets([3] * 300, 40, 16, LOW))
         return [Scenario(partial(restricted_fwd, x=x), restricted_fwd_reference(x)) for x in problems]
@@ -50,7 +54,12 @@ def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
         return found
     if kernel == "restricted_bwd_dw":
         found = []
-        for sizes, vocab, width in (([3, 9, 1, 40, 0, 7], 60, 64), ([3] * 130, 3, 32), ([2] * 64, 2, 16), ([9, 8], 20, 8192)):
+        for sizes, vocab, width in (
+            ([3, 9, 1, 40, 0, 7], 60, 64),
+            ([3] * 130, 3, 32),
+            ([2] * 64, 2, 16),
+            ([9, 8], 20, 8192),
+        ):
             x = sets(sizes, vocab, width, LOW)
             coefficient, grad = torch.randn(len(x.columns), generator=gen), torch.randn(vocab, width, generator=gen)
             found.append(correct(library, partial(restricted_bwd_dw, x=x, coefficient=coefficient, grad=grad)))
@@ -70,11 +79,20 @@ def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
     if kernel == "moclip_update":
         found = []
         for n in (100, CHUNK + 3000):
-            tensors = [torch.randn(n, generator=gen), torch.randn(n, generator=gen).to(LOW), torch.randn(n, generator=gen), torch.rand(n)]
+            tensors = [
+                torch.randn(n, generator=gen),
+                torch.randn(n, generator=gen).to(LOW),
+                torch.randn(n, generator=gen),
+                torch.rand(n),
+            ]
             for tensor in tensors[1:]:
                 tensor[:5] = 0
             scalars = (0.9, 0.1, 0.2, 0.05, 0.95, 1.5, 1.1, 1e-8, 0.99, 0.01)
-            found.append(correct(library, partial(moclip_update, tensors=tensors, scalars=scalars, arctangent=True, rounded=True)))
+            found.append(
+                correct(
+                    library, partial(moclip_update, tensors=tensors, scalars=scalars, arctangent=True, rounded=True)
+                )
+            )
         return found
     short, long = torch.randn(3, 100, generator=gen) * 50, torch.randn(4, 9000, generator=gen)
     tied = torch.randn(3, 2100, generator=gen).round()
@@ -82,7 +100,9 @@ def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
 
 
 @pytest.fixture(scope="module")
-def of_kernel(kernels: Library, build_folder: Path, stand_in_core: list[Path]) -> Callable[[str], tuple[Library, list[Scenario]]]:
+def of_kernel(
+    kernels: Library, build_folder: Path, stand_in_core: list[Path]
+) -> Callable[[str], tuple[Library, list[Scenario]]]:
     """`of_kernel("topk")`: the library of its variants, and how to run them."""
 
     @cache
@@ -97,13 +117,18 @@ def test_every_kernel_has_a_table() -> None:
 
 
 @pytest.mark.parametrize("kernel", ALL)
-def test_the_unbroken_kernel_passes(kernels: Library, of_kernel: Callable[[str], tuple[Library, list[Scenario]]], kernel: str) -> None:
+def test_the_unbroken_kernel_passes(
+    kernels: Library, of_kernel: Callable[[str], tuple[Library, list[Scenario]]], kernel: str
+) -> None:
     assert outcome(kernels, "call", of_kernel(kernel)[1]) == "passes"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "index"), [pytest.param(k, i, id=f"{k}: {mutation.name}") for k, table in ALL.items() for i, mutation in enumerate(table)]
+    ("kernel", "index"),
+    [pytest.param(k, i, id=f"{k}: {mutation.name}") for k, table in ALL.items() for i, mutation in enumerate(table)],
 )
-def test_a_broken_variant_is_stopped(of_kernel: Callable[[str], tuple[Library, list[Scenario]]], kernel: str, index: int) -> None:
+def test_a_broken_variant_is_stopped(
+    of_kernel: Callable[[str], tuple[Library, list[Scenario]]], kernel: str, index: int
+) -> None:
     library, scenarios = of_kernel(kernel)
     assert ALL[kernel][index].says in outcome(library, f"v{index}", scenarios)

@@ -1,4 +1,5 @@
-"""restricted_bwd_dh and restricted_bwd_dw on the stand-in against plain torch: values, the same bits for every split, traffic."""
+"""restricted_bwd_dh and restricted_bwd_dw on the stand-in against plain torch: values, the same bits for every split,
+traffic."""
 
 from __future__ import annotations
 
@@ -70,7 +71,10 @@ def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dty
     for blocks in (1, 2, 3, 8, 40):
         for backwards in (False, True):
             how = {"blocks": blocks, "backwards": backwards}
-            found = (*restricted_bwd_dh(kernels, x, mixture, scale, **how), *restricted_bwd_dw(kernels, hot, coefficient, grad, **how))
+            found = (
+                *restricted_bwd_dh(kernels, x, mixture, scale, **how),
+                *restricted_bwd_dw(kernels, hot, coefficient, grad, **how),
+            )
             first = first or found
             assert all(torch.equal(*pair) for pair in zip(found, first, strict=True))
 
@@ -78,7 +82,9 @@ def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dty
 @dtypes
 @pytest.mark.parametrize("width", [16, 1024, 2560, 4096, 5120, 8192])
 @pytest.mark.parametrize("kept", DTYPES, ids=str)
-def test_the_tiling_is_what_the_kernel_allocates(kernels: Library, width: int, kept: torch.dtype, dtype: torch.dtype) -> None:
+def test_the_tiling_is_what_the_kernel_allocates(
+    kernels: Library, width: int, kept: torch.dtype, dtype: torch.dtype
+) -> None:
     x = sets([1], 2, width, dtype)
     restricted_bwd_dw(kernels, x, torch.ones(1), torch.zeros(2, width, dtype=kept))
     rows, outs, size = kernels.tiling("dw", dtype, kept, width, True)

@@ -1,4 +1,5 @@
-"""restricted_fwd on the stand-in against plain torch: values at its edges, the same bits for every split, traffic, and what breaks it."""
+"""restricted_fwd on the stand-in against plain torch: values at its edges, the same bits for every split, traffic, and
+what breaks it."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dty
 
 def test_a_set_of_65535(kernels: Library) -> None:
     x = sets([65_535, 2], 66_000, 16, torch.bfloat16)
-    assert all(close(*pair, tolerance=2e-5) for pair in zip(restricted_fwd(kernels, x), restricted_fwd_reference(x), strict=True))
+    assert all(
+        close(*pair, tolerance=2e-5)
+        for pair in zip(restricted_fwd(kernels, x), restricted_fwd_reference(x), strict=True)
+    )
 
 
 @dtypes

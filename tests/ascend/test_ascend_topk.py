@@ -1,4 +1,5 @@
-"""topk on the stand-in: merged, its candidates are the reference's k largest, ties included; and its sums are the row's log-sum-exp."""
+"""topk on the stand-in: merged, its candidates are the reference's k largest, ties included; and its sums are the row's
+log-sum-exp."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def right(kernels: Library, logits: Tensor, k: int, width: int | None = None, **
 
 
 @dtypes
-@pytest.mark.parametrize("kind", ["normal", "ties", "all equal", "rising", "falling", "mostly -inf", "zeros of both signs", "large"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "ties", "all equal", "rising", "falling", "mostly -inf", "zeros of both signs", "large"]
+)
 @pytest.mark.parametrize(("width", "k"), [(40, 5), (2048, 200), (9000, 200), (9000, 1)])
 def test_it_is_the_reference(kernels: Library, kind: str, width: int, k: int, dtype: torch.dtype) -> None:
     right(kernels, made(kind, 3, width).to(dtype), k)
@@ -90,7 +93,8 @@ def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dty
     for blocks in (2, 3, 8):
         for backwards in (False, True):
             assert all(
-                torch.equal(*pair) for pair in zip(topk(kernels, logits, 200, blocks=blocks, backwards=backwards), first, strict=True)
+                torch.equal(*pair)
+                for pair in zip(topk(kernels, logits, 200, blocks=blocks, backwards=backwards), first, strict=True)
             )
 
 

@@ -29,7 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, served: Served) -> Tiny:
     model = write_model(folder / "model", QWEN3)
     records = [{"prompt": f"count from {i}", "completion": " ".join(map(str, range(i, i + 6)))} for i in range(12)]
     found = Tiny(model, write_lines(folder / "data.jsonl", records), folder / "store")
-    done = served("collect", f"model={model}", f"data.path={found.data}", f"collect.store={found.store}", *SETTINGS, cwd=folder)
+    done = served(
+        "collect", f"model={model}", f"data.path={found.data}", f"collect.store={found.store}", *SETTINGS, cwd=folder
+    )
     assert done.code == 0, done.err
     return found
 

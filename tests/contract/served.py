@@ -1,7 +1,8 @@
-"""Command lines in processes of their own, forked from one that imported torch and megatron once: a tenth of the time, the same program.
+"""Command lines in processes of their own, forked from one that imported torch and megatron once: a tenth of the time,
+the same program.
 
-`Served` is the test's side; run as a script this file is the other one. Each child leads a session of its own, so that it and its ranks can
-be killed together.
+`Served` is the test's side; run as a script this file is the other one. Each child leads a session of its own, so that
+it and its ranks can be killed together.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Job:
 
 
 class Served:
-    """`served("collect", "model=x", cwd=folder)` runs one command line; `start` lets the test do something meanwhile."""
+    """`served("collect", "model=x", cwd=folder)` runs one command line; `start` lets the test do something
+    meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count, self._said = folder, 0, b""
@@ -69,7 +71,11 @@ class Served:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**plain, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env={
+                **plain,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
         )
 
     def __call__(self, *argv: str, cwd: Path, within: float = 120.0) -> Done:

@@ -1,4 +1,5 @@
-"""Adapters and half fine-tuning through the command line: trained, resumed, measured, exported; and what cannot work, in one line."""
+"""Adapters and half fine-tuning through the command line: trained, resumed, measured, exported; and what cannot work,
+in one line."""
 
 from __future__ import annotations
 
@@ -44,20 +45,36 @@ def trained(run: Run, tiny: Tiny) -> Done:
 
 
 def measured(run: Run, tiny: Tiny, folder: Path, model: str) -> tuple[float, float]:
-    run("evaluate", f"model={model}", f"evaluate.targets={tiny.data}", f"evaluate.base={tiny.model}", "evaluate.output=found.json")
+    run(
+        "evaluate",
+        f"model={model}",
+        f"evaluate.targets={tiny.data}",
+        f"evaluate.base={tiny.model}",
+        "evaluate.output=found.json",
+    )
     found = json.loads((folder / "found.json").read_text())
     return found["targets"]["nll"], found["base"]["relative_l2"]
 
 
 def test_an_adapter_from_training_to_export(run: Run, trained: Done, tiny: Tiny, folder: Path) -> None:
     line = "linear_fc2: 18 of 34 tensors (0.0332 of 0.0373 million parameters) are frozen, 0.0041 million are trained\n"
-    assert trained.out.startswith("adapter of rank 4 on linear_qkv, linear_proj, linear_fc1, " + line), trained.out.splitlines()[0]
+    assert trained.out.startswith("adapter of rank 4 on linear_qkv, linear_proj, linear_fc1, " + line), (
+        trained.out.splitlines()[0]
+    )
     assert trained.out.count("are frozen") == 1
     facts = json.loads((folder / "lora" / "hf" / "source.json").read_text())
-    assert facts["adapter"] == {"rank": 4, "alpha": 8.0, "targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]}
+    assert facts["adapter"] == {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+    }
 
     out = run("convert", "lora", "merged", "--verify").out
-    assert "an adapter of rank 4 merged" in out and "verified: 24 tensors equal by sha256" in out and "differ by at most 0\n" in out
+    assert (
+        "an adapter of rank 4 merged" in out
+        and "verified: 24 tensors equal by sha256" in out
+        and "differ by at most 0\n" in out
+    )
     base, made = load_file(tiny.model / "model.safetensors"), load_file(folder / "merged" / "model.safetensors")
     assert base.keys() == made.keys()
     matrices = {name for name in base if "_proj" in name}
@@ -68,7 +85,10 @@ def test_an_adapter_from_training_to_export(run: Run, trained: Done, tiny: Tiny,
     (nll, moved), exported = measured(run, tiny, folder, "lora"), measured(run, tiny, folder, "merged")
     assert at_rest == 0 and moved > 1e-3 and nll < start
     assert exported == pytest.approx((nll, moved), rel=1e-5)
-    answers = {run("generate", f"model={model}", "count from 3", "generate.max_new_tokens=8").out for model in ("lora", "merged")}
+    answers = {
+        run("generate", f"model={model}", "count from 3", "generate.max_new_tokens=8").out
+        for model in ("lora", "merged")
+    }
     assert len(answers) == 1
 
 
@@ -78,7 +98,9 @@ def test_an_adapter_run_goes_on(run: Run, trained: Done, tiny: Tiny, folder: Pat
     run("train", *keys, "layout.pipeline=2", "--ranks", "2")
     first, again = ((folder / name / "metrics.jsonl").read_text().splitlines() for name in ("out", "again"))
     for ours, theirs in zip(map(json.loads, again), map(json.loads, first[2:]), strict=True):
-        assert ours["iteration"] == theirs["iteration"] and ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-4)
+        assert ours["iteration"] == theirs["iteration"] and ours["lm loss"] == pytest.approx(
+            theirs["lm loss"], rel=1e-4
+        )
 
 
 def test_a_merged_model_is_trained_further(run: Run, trained: Done, tiny: Tiny, folder: Path) -> None:
@@ -99,7 +121,16 @@ def test_half_fine_tuning(run: Run, tiny: Tiny, folder: Path) -> None:
     still = {name for name in base if torch.equal(base[name], made[name])}
     norms = [name for name in still if "norm" in name]
     assert len(norms) == 4 and "model.norm.weight" not in norms and "model.embed_tokens.weight" not in still
-    resumed = run("train", *keys[:2], "train.load=half", "train.iters=3", "train.freeze_share=0.5", "layout.tensor=2", "--ranks", "2")
+    resumed = run(
+        "train",
+        *keys[:2],
+        "train.load=half",
+        "train.iters=3",
+        "train.freeze_share=0.5",
+        "layout.tensor=2",
+        "--ranks",
+        "2",
+    )
     assert "resumed from half at iteration 2" in resumed.out
 
 
@@ -110,16 +141,34 @@ def test_half_fine_tuning(run: Run, tiny: Tiny, folder: Path) -> None:
         (["adapter.rank=2.5"], "adapter.rank: expected int, got 2.5"),
         (["adapter.rank=1000"], "adapter.rank=1000 is too large: linear_qkv is [128, 32]; give at most 32"),
         (["adapter.rank=4", "adapter.alpha=0"], "adapter.alpha must be a number above 0, got 0.0"),
-        (["adapter.rank=4", "adapter.targets=[linear_qvk]"], "adapter.targets[0]: 'linear_qvk' is not one of linear_qkv, linear_proj,"),
+        (
+            ["adapter.rank=4", "adapter.targets=[linear_qvk]"],
+            "adapter.targets[0]: 'linear_qvk' is not one of linear_qkv, linear_proj,",
+        ),
         (["adapter.rank=4", "adapter.targets=[linear_qvk]"], "did you mean 'linear_qkv'?"),
         (["adapter.rank=4", "adapter.targets=[]"], "adapter.targets is empty; name at least one matrix, or set rank=0"),
-        (["adapter.rank=4", "adapter.targets=[linear_fc1, linear_fc1]"], "adapter.targets names a matrix twice: linear_fc1, linear_fc1"),
+        (
+            ["adapter.rank=4", "adapter.targets=[linear_fc1, linear_fc1]"],
+            "adapter.targets names a matrix twice: linear_fc1, linear_fc1",
+        ),
         (["adapter.rnak=4"], "adapter.rnak: unknown key; did you mean 'rank'?"),
-        (["train.freeze_share=1"], "train.freeze_share is the share of the tensors that stays as it is, in [0, 1), got 1.0"),
-        (["train.freeze_share=nan"], "train.freeze_share is the share of the tensors that stays as it is, in [0, 1), got nan"),
+        (
+            ["train.freeze_share=1"],
+            "train.freeze_share is the share of the tensors that stays as it is, in [0, 1), got 1.0",
+        ),
+        (
+            ["train.freeze_share=nan"],
+            "train.freeze_share is the share of the tensors that stays as it is, in [0, 1), got nan",
+        ),
         (["train.freeze_share=-0.5"], "in [0, 1), got -0.5"),
-        (["adapter.rank=4", "train.freeze_share=0.5"], "adapter.rank=4 freezes the whole model, so train.freeze_share=0.5 has nothing to"),
-        (["adapter.rank=4", "optimizer.name=muonclip"], "adapter.rank or train.freeze_share freezes some of them; use another optimizer"),
+        (
+            ["adapter.rank=4", "train.freeze_share=0.5"],
+            "adapter.rank=4 freezes the whole model, so train.freeze_share=0.5 has nothing to",
+        ),
+        (
+            ["adapter.rank=4", "optimizer.name=muonclip"],
+            "adapter.rank or train.freeze_share freezes some of them; use another optimizer",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -132,7 +181,9 @@ def test_another_adapter_is_refused(bench: Bench, trained: Done, folder: Path) -
         return bench.refused("train", "train.iters=5", *argv, out=True)
 
     lora = folder / "lora"
-    assert "was written with adapter={'rank': 4" in said(f"train.load={lora}") and "adapter=None" in said(f"train.load={lora}")
+    assert "was written with adapter={'rank': 4" in said(f"train.load={lora}") and "adapter=None" in said(
+        f"train.load={lora}"
+    )
     assert "'rank': 8" in said(f"train.load={lora}", "adapter.rank=8", "adapter.alpha=8")
     line = said(f"train.save={lora}", "adapter.rank=8", "adapter.alpha=8")
     assert "its checkpoints have adapter {'rank': 4" in line and "save in another folder" in line

@@ -1,4 +1,5 @@
-"""Data, configuration, models and layouts that cannot be used: one line that names the thing, the value and the way out; exit code 2."""
+"""Data, configuration, models and layouts that cannot be used: one line that names the thing, the value and the way
+out; exit code 2."""
 
 from __future__ import annotations
 
@@ -17,14 +18,26 @@ from tinymodel import write_lines, write_tokenizer
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", \n', ["data.jsonl:3: broken JSON at column", "fix or remove the line"]),
+        (
+            b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", \n',
+            ["data.jsonl:3: broken JSON at column", "fix or remove the line"],
+        ),
         (b"", ["data.jsonl: empty; expected at least one record"]),
         (b"[1]\n", ["data.jsonl:1: expected a JSON object with keys, found a list; write one record per line"]),
-        (b'{"messages": [{"role": "robot", "content": "x"}]}', ["data.jsonl:1: messages[0]: unknown role 'robot'", "known: system, user"]),
-        (b'{"prompt": "\xff", "completion": "b"}', ["data.jsonl:1: byte 13 of the line is not UTF-8 (0xff); convert the file to UTF-8"]),
+        (
+            b'{"messages": [{"role": "robot", "content": "x"}]}',
+            ["data.jsonl:1: messages[0]: unknown role 'robot'", "known: system, user"],
+        ),
+        (
+            b'{"prompt": "\xff", "completion": "b"}',
+            ["data.jsonl:1: byte 13 of the line is not UTF-8 (0xff); convert the file to UTF-8"],
+        ),
         (b'{"question": "a"}', ["data.jsonl:1: the keys 'question' fit no format; expected one of messages"]),
         (b'{"prompt": "a", "completion": ""}', ["data.jsonl:1: 'completion' is empty", "remove the record"]),
-        (b'{"prompt": "a", "completion": "\\ud800"}', ["data.jsonl:1: ", "half of a surrogate pair (U+D800); fix the text"]),
+        (
+            b'{"prompt": "a", "completion": "\\ud800"}',
+            ["data.jsonl:1: ", "half of a surrogate pair (U+D800); fix the text"],
+        ),
     ],
     ids=["broken json", "empty", "array", "unknown role", "utf-8", "unknown keys", "nothing to train on", "no Unicode"],
 )
@@ -35,9 +48,13 @@ def test_data(bench: Bench, content: bytes, says: list[str]) -> None:
 
 
 def test_data_that_is_missing_or_too_long(bench: Bench) -> None:
-    assert "nowhere.jsonl: no such file; give a .jsonl or .txt file" in bench.refused("collect", "data.path=nowhere.jsonl")
+    assert "nowhere.jsonl: no such file; give a .jsonl or .txt file" in bench.refused(
+        "collect", "data.path=nowhere.jsonl"
+    )
     line = bench.refused("train", "data.seq_length=16")
-    assert "data.jsonl:1: 24 tokens, but data.seq_length is 16; raise it, or set data.over_length=drop or truncate" in line
+    assert (
+        "data.jsonl:1: 24 tokens, but data.seq_length is 16; raise it, or set data.over_length=drop or truncate" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,25 +65,43 @@ def test_data_that_is_missing_or_too_long(bench: Bench) -> None:
         (["collect", "data.seq_length=long"], "data.seq_length: expected int, got 'long'"),
         (["collect", "data.seq_length=-1"], "data.seq_length must be above 0, got -1"),
         (["collect", "collect.tau=1.5"], "collect.tau is a probability mass in (0, 1], got 1.5"),
-        (["collect", "collect.strategy=buckets"], "'buckets' is not one of all, random, last, bucket; did you mean 'bucket'?"),
+        (
+            ["collect", "collect.strategy=buckets"],
+            "'buckets' is not one of all, random, last, bucket; did you mean 'bucket'?",
+        ),
         (["collect", "collect.store="], "collect.store is not set; give the folder"),
         (["collect", "model="], "model is not set; give a Hugging Face folder or a checkpoint folder: model=PATH"),
         (["train", "optimizer.max_angel=3"], "optimizer 'moclip' has no option 'max_angel'; did you mean 'max_angle'?"),
-        (["train", "optimizer.max_angel=3", "--ranks", "2"], "optimizer 'moclip' has no option 'max_angel'; did you mean 'max_angle'?"),
+        (
+            ["train", "optimizer.max_angel=3", "--ranks", "2"],
+            "optimizer 'moclip' has no option 'max_angel'; did you mean 'max_angle'?",
+        ),
         (["train", "optimizer.max_angle=wide"], "max_angle must be a finite number, got 'wide'"),
-        (["train", "optimizer.name=mofo", "optimizer.fractoin=0.3"], "optimizer 'mofo' has no option 'fractoin'; did you mean 'fraction'?"),
+        (
+            ["train", "optimizer.name=mofo", "optimizer.fractoin=0.3"],
+            "optimizer 'mofo' has no option 'fractoin'; did you mean 'fraction'?",
+        ),
         (["train", "optimizer.name=mofo", "optimizer.fraction=2"], "fraction must be a share in (0, 1], got 2"),
         (["train", "optimizer.name=tam", "optimizer.variant=adam"], "variant 'adam' is not one of adatamw, paper"),
         (["train", "optimizer.name=muon", "optimizer.momentum=1"], "momentum must be below 1, got 1"),
         (["train", "optimizer.pull=-1"], "pull must be at least 0, got -1"),
-        (["train", "optimizer.shards=3"], "optimizer.shards is given by the trainer, not by a configuration; remove it"),
+        (
+            ["train", "optimizer.shards=3"],
+            "optimizer.shards is given by the trainer, not by a configuration; remove it",
+        ),
         (["train", "train.loss=full", "schedule.warmup_iters=50"], "warm-up must be shorter than the run, got 50 of"),
         (["train", "optimizer.name=moclp"], "unknown optimizer 'moclp'; did you mean 'moclip'?"),
         (["train", "train.store="], "train.loss=restricted needs the candidate store of `collect`: train.store=PATH"),
-        (["train", "data.template=none.jinja"], "data.template=none.jinja: cannot be read (No such file or directory); give auto, plain"),
+        (
+            ["train", "data.template=none.jinja"],
+            "data.template=none.jinja: cannot be read (No such file or directory); give auto, plain",
+        ),
         (["generate"], "no prompt; write it after the verb in quotes"),
         (["evaluate"], "nothing to evaluate; set one of evaluate.text"),
-        (["convert", "model", "data.jsonl"], "data.jsonl exists and is not an empty folder; choose another target or remove it"),
+        (
+            ["convert", "model", "data.jsonl"],
+            "data.jsonl exists and is not an empty folder; choose another target or remove it",
+        ),
         (["convert", "nowhere", "new"], "nowhere: no such folder; a model is a Hugging Face folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -78,7 +113,10 @@ def test_configuration(bench: Bench, argv: list[str], says: str) -> None:
 def test_yaml_makes_no_objects(bench: Bench) -> None:
     (bench.folder / "run.yaml").write_text('seed: 1\ndata: !!python/object/apply:os.system ["touch owned"]\n')
     line = bench.refused("collect", "run.yaml")
-    assert "run.yaml, line 2: not valid YAML: could not determine a constructor" in line and "write plain 'key: value' lines" in line
+    assert (
+        "run.yaml, line 2: not valid YAML: could not determine a constructor" in line
+        and "write plain 'key: value' lines" in line
+    )
     assert "cannot be read" in bench.refused("train", 'data.template=!!python/object/apply:os.system ["touch owned"]')
 
 
@@ -118,13 +156,31 @@ MODELS: dict[str, tuple[Callable[[Bench], Any], list[str]]] = {
         lambda b: b.config(architectures=["MixtralForCausalLM"]),
         ["config.json: unknown architecture 'MixtralForCausalLM'; known: LlamaForCausalLM, Qwen3ForCausalLM"],
     ),
-    "misspelt": (lambda b: b.config(architectures=["Qwen3ForCasualLM"]), ["'Qwen3ForCasualLM'; did you mean 'Qwen3ForCausalLM'?"]),
-    "no config": (lambda b: (b.model / "config.json").unlink(), ["model: no config.json in it; a model is a Hugging Face folder"]),
+    "misspelt": (
+        lambda b: b.config(architectures=["Qwen3ForCasualLM"]),
+        ["'Qwen3ForCasualLM'; did you mean 'Qwen3ForCausalLM'?"],
+    ),
+    "no config": (
+        lambda b: (b.model / "config.json").unlink(),
+        ["model: no config.json in it; a model is a Hugging Face folder"],
+    ),
     "missing tensor": (missing_tensor, ["model: tensor 'model.layers.1.mlp.up_proj.weight' [64, 32] is missing", BOTH]),
-    "misshapen tensor": (misshapen_tensor, ["model: tensor 'model.norm.weight' is [31], expected [32] by config.json", BOTH]),
-    "truncated": (truncated, ["model/model.safetensors: truncated or corrupt safetensors file", "download or write it again"]),
-    "no weights": (lambda b: (b.model / "model.safetensors").unlink(), ["model: no weights: neither model.safetensors nor"]),
-    "pickled weights": (pickled, ["only pytorch_model.bin weights, which are not read (they can run code); convert them to safetensors"]),
+    "misshapen tensor": (
+        misshapen_tensor,
+        ["model: tensor 'model.norm.weight' is [31], expected [32] by config.json", BOTH],
+    ),
+    "truncated": (
+        truncated,
+        ["model/model.safetensors: truncated or corrupt safetensors file", "download or write it again"],
+    ),
+    "no weights": (
+        lambda b: (b.model / "model.safetensors").unlink(),
+        ["model: no weights: neither model.safetensors nor"],
+    ),
+    "pickled weights": (
+        pickled,
+        ["only pytorch_model.bin weights, which are not read (they can run code); convert them to safetensors"],
+    ),
     "tokenizer too large": (
         lambda b: write_tokenizer(b.model, *(f"<{i}>" for i in range(20))),
         ["model: the tokenizer knows 277 ids, the model has 264 rows; use the model's own tokenizer"],
@@ -133,7 +189,10 @@ MODELS: dict[str, tuple[Callable[[Bench], Any], list[str]]] = {
         lambda b: (b.model / "tokenizer.json").write_text("{"),
         ["tokenizer.json: not a tokenizer.json", "copy the file again"],
     ),
-    "no tokenizer": (lambda b: (b.model / "tokenizer.json").unlink(), ["model: no tokenizer.json, tokenizer.model or *.tiktoken; copy"]),
+    "no tokenizer": (
+        lambda b: (b.model / "tokenizer.json").unlink(),
+        ["model: no tokenizer.json, tokenizer.model or *.tiktoken; copy"],
+    ),
 }
 
 
@@ -148,14 +207,23 @@ def test_model(bench: Bench, name: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["layout.tensor=4", "--ranks", "4"], "2 key/value heads are not divisible by layout.tensor=4; set layout.head_multiple=4"),
+        (
+            ["layout.tensor=4", "--ranks", "4"],
+            "2 key/value heads are not divisible by layout.tensor=4; set layout.head_multiple=4",
+        ),
         (["layout.pipeline=3"], "2 layers cannot fill layout.pipeline=3 stages; use layout.pipeline=1 to 2"),
-        (["layout.pipeline=2", "layout.split=[1,2]"], "layout.split=[1, 2] must give every stage a layer and add up to 2 layers"),
+        (
+            ["layout.pipeline=2", "layout.split=[1,2]"],
+            "layout.split=[1, 2] must give every stage a layer and add up to 2 layers",
+        ),
         (
             ["batch.total=3", "--ranks", "2"],
             "batch.total=3 rows cannot be dealt to 2 data-parallel replicas in micro-batches of 1",
         ),
-        (["layout.tensor=2", "--ranks", "3"], "layout.tensor=2 x layout.pipeline=1 needs a multiple of 2 ranks, 3 were started"),
+        (
+            ["layout.tensor=2", "--ranks", "3"],
+            "layout.tensor=2 x layout.pipeline=1 needs a multiple of 2 ranks, 3 were started",
+        ),
         (["layout.tensor=2"], "needs a multiple of 2 ranks, 1 were started; start with --ranks 2 or change the layout"),
         (["batch.micro=3"], "batch.total (4) must be a multiple of batch.micro (3)"),
     ],
@@ -170,7 +238,11 @@ def question(**changes: Any) -> dict[str, Any]:
 
 
 EVALUATIONS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
-    "choice without keys": ("choice", [{"question": "q"}], "asked.jsonl:1: a multiple-choice line is {question, choices, answer}"),
+    "choice without keys": (
+        "choice",
+        [{"question": "q"}],
+        "asked.jsonl:1: a multiple-choice line is {question, choices, answer}",
+    ),
     "choice beyond": (
         "choice",
         [{"question": "q", "choices": ["a", "b"], "answer": 2}],
@@ -210,7 +282,10 @@ def test_evaluate(bench: Bench, name: str) -> None:
     [
         (["evaluate.text=nowhere.txt"], "evaluate.text=nowhere.txt: no such file or folder"),
         (["evaluate.base=nowhere"], "evaluate.base=nowhere: no such file or folder"),
-        (["evaluate.nl2sql=data.jsonl"], "evaluate.databases='': not a folder; nl2sql needs the folder of <db_id>.sqlite files"),
+        (
+            ["evaluate.nl2sql=data.jsonl"],
+            "evaluate.databases='': not a folder; nl2sql needs the folder of <db_id>.sqlite files",
+        ),
         (["evaluate.nl2sql=data.jsonl", "evaluate.databases=nowhere"], "evaluate.databases='nowhere': not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -225,5 +300,9 @@ def test_the_installed_program_says_it_once() -> None:
         (["train", "model=nowhere", "train.loss=full", "device=cpu"], "nowhere: no such folder"),
         (["collect", "model=nowhere", "collect.store=s", "device=cpu", "--ranks", "2"], "nowhere: no such folder"),
     ]:
-        done = subprocess.run([sys.executable, "-m", "megatron_replay", *argv], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_replay", *argv], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and says in done.stderr, (
+            done.stderr
+        )

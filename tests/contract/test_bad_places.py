@@ -1,4 +1,5 @@
-"""Stores, checkpoints and folders that cannot be used: one line that names file and way out; exit code 2; nothing written, nothing lost."""
+"""Stores, checkpoints and folders that cannot be used: one line that names file and way out; exit code 2; nothing
+written, nothing lost."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ def test_store_of_another_model(bench: Bench) -> None:
     write_model(bench.folder / "other", QWEN3, seed=7)
     for more in ([], ["--ranks", "2"]):
         line = bench.refused("train", "model=other", *more)
-        assert "store: collected with base model " in line and "but this run has " in line and "use the same, or collect again" in line
+        assert (
+            "store: collected with base model " in line
+            and "but this run has " in line
+            and "use the same, or collect again" in line
+        )
 
 
 def test_store_of_another_tokenizer(bench: Bench) -> None:
@@ -38,7 +43,9 @@ def test_a_sample_whose_tokens_changed(bench: Bench, more: list[str]) -> None:
     lines[4] = lines[4].replace("count", "Count")
     bench.data.write_text("\n".join(lines))
     line = bench.refused("train", *more)
-    assert "data.jsonl:5: this sample is not in store (its tokens changed, or it was not collected); collect again" in line
+    assert (
+        "data.jsonl:5: this sample is not in store (its tokens changed, or it was not collected); collect again" in line
+    )
 
 
 def test_a_store_that_is_missing_or_unfinished(bench: Bench) -> None:
@@ -47,13 +54,19 @@ def test_a_store_that_is_missing_or_unfinished(bench: Bench) -> None:
     )
     (bench.store / "manifest.json").unlink()
     for verb in (["train"], ["store", "stats", "store"], ["store", "export", "store", "--output", "rows.jsonl"]):
-        assert "store: this store is unfinished; run collect again with the same settings to finish it" in bench.refused(*verb)
+        assert (
+            "store: this store is unfinished; run collect again with the same settings to finish it"
+            in bench.refused(*verb)
+        )
 
 
 def test_a_damaged_store(bench: Bench) -> None:
     flip(bench.segment(), 200)
     name = bench.segment().relative_to(bench.folder)
-    says = f"{name}: byte 64: the block (3648 bytes) does not match its checksum; run `store repair` and then collect again"
+    says = (
+        f"{name}: byte 64: the block (3648 bytes) does not match its checksum; run `store repair` and then collect "
+        "again"
+    )
     assert says in bench.refused("store", "export", "store", "--output", "rows.jsonl")
     before = snapshot(bench.store)
     for more in ([], ["--ranks", "2"]):  # found before the first step
@@ -69,7 +82,10 @@ def test_a_damaged_store(bench: Bench) -> None:
 @pytest.mark.parametrize("more", [[], ["--ranks", "2"]], ids=["1 rank", "2 ranks"])
 def test_collecting_into_a_store_begun_otherwise(bench: Bench, more: list[str]) -> None:
     line = bench.refused("collect", "collect.store=store", "collect.tau=0.5", *more, out=True)
-    assert "store: begun with tau 0.95, but this run has tau 0.5; use the same setting, or collect into another folder" in line
+    assert (
+        "store: begun with tau 0.95, but this run has tau 0.5; use the same setting, or collect into another folder"
+        in line
+    )
     write_lines(bench.data, [{"prompt": "a", "completion": "b"}])
     assert "store: begun with dataset " in bench.refused("collect", "collect.store=store", *more, out=True)
 
@@ -78,9 +94,15 @@ def test_collecting_into_a_store_begun_otherwise(bench: Bench, more: list[str]) 
     ("argv", "says"),
     [
         (["store", "verify", "nowhere"], "nowhere: no candidate store here"),
-        (["store", "repair", "nowhere"], "nowhere/manifest.json: cannot read: No such file or directory; check the path"),
+        (
+            ["store", "repair", "nowhere"],
+            "nowhere/manifest.json: cannot read: No such file or directory; check the path",
+        ),
         (["store", "export", "store"], "export needs --output FILE.jsonl or FILE.parquet"),
-        (["store", "export", "store", "--output", "rows.csv"], "rows.csv: export writes .jsonl or .parquet; name the file so"),
+        (
+            ["store", "export", "store", "--output", "rows.csv"],
+            "rows.csv: export writes .jsonl or .parquet; name the file so",
+        ),
         (
             ["store", "export", "store", "--output", "no/rows.jsonl"],
             "no/rows.jsonl: cannot write: No such file or directory; check",
@@ -97,10 +119,16 @@ def test_the_store_verb(bench: Bench, argv: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["collect", "collect.store=afile"], "afile: cannot create the store: Not a directory; a file stands where a folder should be"),
+        (
+            ["collect", "collect.store=afile"],
+            "afile: cannot create the store: Not a directory; a file stands where a folder should be",
+        ),
         (["collect", "collect.store=afile/s", "--ranks", "2"], "afile/s: cannot create the store: Not a directory"),
         (["train", "train.save=afile"], "train.save=afile: "),
-        (["train", "train.save=afile/deep/er", "--ranks", "2"], "afile is a file, so there can be no folder; choose another place"),
+        (
+            ["train", "train.save=afile/deep/er", "--ranks", "2"],
+            "afile is a file, so there can be no folder; choose another place",
+        ),
         (["train", "output=afile"], "output=afile: "),
         (["convert", "model", "afile/x"], "afile is a file, so there can be no folder; choose another place"),
         (["evaluate", "evaluate.targets=data.jsonl", "evaluate.output=afile/x.json"], "evaluate.output"),
@@ -148,7 +176,12 @@ def test_a_torn_checkpoint(bench: Bench, checkpoint: Path) -> None:
     file.write_bytes(content[:-3000])
     for verb in (["generate", "model=checkpoint", "hello"], ["convert", "checkpoint", "back"]):
         line = bench.refused(*verb)
-        assert "__0_0.distcp" in line and "damaged" in line and line.endswith("; use another checkpoint") and len(line) < 400
+        assert (
+            "__0_0.distcp" in line
+            and "damaged" in line
+            and line.endswith("; use another checkpoint")
+            and len(line) < 400
+        )
     file.unlink()
     assert "__0_0.distcp" in bench.refused("generate", "model=checkpoint", "hello")
 
@@ -160,7 +193,11 @@ def test_a_checkpoint_never_runs_code(bench: Bench, checkpoint: Path, name: str)
         file.write_bytes(pickle.dumps(Evil()))
     else:
         torch.save([Evil()], file)  # over the first object of the .distcp file too
-    for verb in (["generate", "model=checkpoint", "hello"], ["train", "train.load=checkpoint"], ["convert", "checkpoint", "back"]):
+    for verb in (
+        ["generate", "model=checkpoint", "hello"],
+        ["train", "train.load=checkpoint"],
+        ["convert", "checkpoint", "back"],
+    ):
         line = bench.refused(*verb)
         assert name in line and line.endswith(("do not use this checkpoint", "use another checkpoint"))
         assert name == "__0_0.distcp" or "loading it would run code: it names posix.system" in line
@@ -168,7 +205,10 @@ def test_a_checkpoint_never_runs_code(bench: Bench, checkpoint: Path, name: str)
     assert name in line
 
 
-FULL = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); from megatron_replay.cli import main; sys.exit(main())"
+FULL = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); from megatron_replay.cli import "
+    "main; sys.exit(main())"
+)
 """A process for which every disk is full after so many bytes of a file."""
 
 
@@ -185,15 +225,21 @@ def full_disk(bench: Bench, size: int, verb: str, *argv: str) -> str:
 
 
 def test_a_full_disk_keeps_what_is_there(bench: Bench) -> None:
-    """A checkpoint that cannot be written leaves the one before it the latest; resuming from that ends where an undisturbed run does."""
+    """A checkpoint that cannot be written leaves the one before it the latest; resuming from that ends where an
+    undisturbed run does."""
     done = bench.served(*bench.command("train", "train.save=saved", "train.iters=1"), cwd=bench.folder)
     assert done.code == 0, done.err
     before = snapshot(bench.folder / "saved")
     line = full_disk(bench, 20_000, "train", "train.save=saved", "train.load=saved", "train.iters=2")
-    assert "saved/iter_0000002: cannot be written" in line and "make room and resume, earlier checkpoints are intact" in line
+    assert (
+        "saved/iter_0000002: cannot be written" in line
+        and "make room and resume, earlier checkpoints are intact" in line
+    )
     after = snapshot(bench.folder / "saved")
     assert {name: content for name, content in after.items() if "iter_0000002" not in name} == before
-    done = bench.served(*bench.command("train", "train.save=saved", "train.load=saved", "train.iters=2"), cwd=bench.folder)
+    done = bench.served(
+        *bench.command("train", "train.save=saved", "train.load=saved", "train.iters=2"), cwd=bench.folder
+    )
     assert done.code == 0 and "resumed from saved at iteration 1" in done.out, done.err
 
 

@@ -85,7 +85,9 @@ def test_help_lists_every_verb_key_and_spelling(capsys: pytest.CaptureFixture[st
 
 
 def test_the_installed_command_and_python_m_are_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_replay", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_replay", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "megatron-replay 0.1.0\n"
 
 
@@ -146,7 +148,12 @@ def test_file_then_overrides_then_flags_the_last_one_wins(stage: Stage, tmp_path
     file = tmp_path / "run.yaml"
     file.write_text("seed: 1\nlayout: {tensor: 2, pipeline: 2}\nbatch: {total: 8}\n")
     cli.main(["collect", str(file), "layout.tensor=4", "--global-batch-size", "64", "batch.total=32"])
-    assert (stage.config.seed, stage.config.layout.tensor, stage.config.layout.pipeline, stage.config.batch.total) == (1, 4, 2, 32)
+    assert (stage.config.seed, stage.config.layout.tensor, stage.config.layout.pipeline, stage.config.batch.total) == (
+        1,
+        4,
+        2,
+        32,
+    )
 
 
 def test_optimizer_options_pass_through(stage: Stage) -> None:
@@ -167,8 +174,16 @@ def test_each_verb_calls_its_function_as_agreed(stage: Stage) -> None:
     ]:
         assert cli.main(argv) == 0
         assert stage.args == (RunConfig(), *positional) and stage.kwargs == kwargs, argv
-    assert cli.main(["launch", "--ssh", "--node-rank=1", "c.yaml", "devices=2", "train", "seed=7", "--dry-run", "--bf16"]) == 0
-    assert stage.args == (RunConfig(seed=7, precision="bf16"), ["train", "seed=7", "--dry-run", "--bf16"], "c.yaml", ["devices=2"])
+    assert (
+        cli.main(["launch", "--ssh", "--node-rank=1", "c.yaml", "devices=2", "train", "seed=7", "--dry-run", "--bf16"])
+        == 0
+    )
+    assert stage.args == (
+        RunConfig(seed=7, precision="bf16"),
+        ["train", "seed=7", "--dry-run", "--bf16"],
+        "c.yaml",
+        ["devices=2"],
+    )
     assert stage.kwargs == {"dry_run": False, "rank": "1", "ssh": True, "slurm": None}
     cli.main(["store", "export", "a", "b", "--output", "c.jsonl", "--json"])
     assert stage.args == ("export", ["a", "b"]) and stage.kwargs == {"output": "c.jsonl", "as_json": True}
@@ -242,7 +257,9 @@ def test_one_rank_is_this_process(stage: Stage) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+def test_wrong_input_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
     line = wrong(capsys, *argv)
     assert says in line
     assert line.startswith(f"megatron-replay {argv[0]}: " if argv and argv[0] in VERBS else "megatron-replay: ")

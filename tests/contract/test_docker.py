@@ -1,4 +1,5 @@
-"""The images' files, as far as they can be checked without a container engine: hadolint, and the rules that must not depend on it."""
+"""The images' files, as far as they can be checked without a container engine: hadolint, and the rules that must not
+depend on it."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ def instructions(text: str) -> list[tuple[str, str]]:
     """(keyword, the rest) of each instruction, continued lines joined, comments left out."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
+    return [
+        (word.upper(), rest.strip())
+        for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
+    ]
 
 
 def offences(text: str) -> Iterator[str]:
-    """What breaks a rule: a pinned base that is not `latest`, a user other than root at the end, every package of pip pinned."""
+    """What breaks a rule: a pinned base that is not `latest`, a user other than root at the end, every package of pip
+    pinned."""
     found = instructions(text)
     defaults = dict(rest.split("=", 1) for word, rest in found if word == "ARG" and "=" in rest)
     for word, rest in found:

@@ -1,4 +1,5 @@
-"""A user's whole way through the command line on a tiny model: convert, collect, train, resume, measure, generate, export."""
+"""A user's whole way through the command line on a tiny model: convert, collect, train, resume, measure, generate,
+export."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ STEPS = 6
 TWO = ["--ranks", "2"]
 NUMBER = r"\d\.\d{6}E[+-]\d\d"
 LINE = re.compile(
-    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/ +(?P<total>\d+) \| consumed samples: +(?P<samples>\d+) \|"
+    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(?P<iteration>\d+)/ +(?P<total>\d+) \| consumed samples: "
+    r"+(?P<samples>\d+) \|"
     rf" elapsed time per iteration \(ms\): (?P<ms>\d+\.\d) \| learning rate: (?P<rate>{NUMBER}) \|"
-    rf" global batch size: +(?P<batch>\d+) \| lm loss: (?P<loss>{NUMBER}) \| loss scale: 1\.0 \| grad norm: (?P<norm>\d+\.\d{{3}}) \|"
+    rf" global batch size: +(?P<batch>\d+) \| lm loss: (?P<loss>{NUMBER}) \| loss scale: 1\.0 \| grad norm: "
+    r"(?P<norm>\d+\.\d{3}) \|"
     r" number of skipped iterations: +(?P<skipped>\d+) \| number of nan iterations: +(?P<nan>\d+) \|"
 )
 """The line of Megatron's training_log, field for field."""
@@ -42,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(served: Served, tiny: Tiny, folder: Path) -> Run:
-    """`run("train", "train.store=s", code=0)`: the command with model, data and SETTINGS filled in, which must end with that exit code."""
+    """`run("train", "train.store=s", code=0)`: the command with model, data and SETTINGS filled in, which must end with
+    that exit code."""
 
     def go(verb: str, *argv: str, code: int = 0) -> Done:
         plain = () if verb in ("store", "convert") else (f"model={tiny.model}", f"data.path={tiny.data}", *SETTINGS)
@@ -81,7 +85,10 @@ def test_collect_on_two_ranks_gives_the_same_store(run: Run, tiny: Tiny, ranks: 
 
 def test_collect_again_has_nothing_to_do(run: Run, tiny: Tiny) -> None:
     before = content(tiny.store)
-    assert "complete already, with these settings and this data; nothing to do" in run("collect", f"collect.store={tiny.store}").out
+    assert (
+        "complete already, with these settings and this data; nothing to do"
+        in run("collect", f"collect.store={tiny.store}").out
+    )
     assert content(tiny.store) == before
 
 
@@ -156,7 +163,11 @@ def test_train_speaks_megatrons_language(trained: Done, folder: Path) -> None:
     written = metrics(folder / "run")
     assert [row["iteration"] for row in written] == list(range(1, STEPS + 1))
     for line, row in zip(lines, written, strict=True):
-        assert int(line["total"]) == STEPS and int(line["samples"]) == 4 * row["iteration"] and line["skipped"] == line["nan"] == "0"
+        assert (
+            int(line["total"]) == STEPS
+            and int(line["samples"]) == 4 * row["iteration"]
+            and line["skipped"] == line["nan"] == "0"
+        )
         assert float(line["loss"]) == pytest.approx(row["lm loss"], rel=1e-6)
         assert float(line["rate"]) == pytest.approx(row["learning-rate"], rel=1e-6)
         assert float(line["norm"]) == pytest.approx(row["grad-norm"], abs=1e-3)
@@ -190,9 +201,13 @@ def test_the_configuration_beside_the_logs_is_the_run(trained: Done, folder: Pat
 
 
 @pytest.mark.parametrize("ranks", [[], TWO, [*TWO, "layout.tensor=2"]], ids=["1 rank", "2 replicas", "2 tensor ranks"])
-def test_resume_ends_where_the_uninterrupted_run_ends(run: Run, trained: Done, tiny: Tiny, folder: Path, ranks: list[str]) -> None:
+def test_resume_ends_where_the_uninterrupted_run_ends(
+    run: Run, trained: Done, tiny: Tiny, folder: Path, ranks: list[str]
+) -> None:
     name = f"resumed-{'-'.join(ranks).strip('-')}"
-    (Path(shutil.copytree(folder / "saved", folder / name)) / "latest_checkpointed_iteration.txt").write_text(str(STEPS // 2))
+    (Path(shutil.copytree(folder / "saved", folder / name)) / "latest_checkpointed_iteration.txt").write_text(
+        str(STEPS // 2)
+    )
     shutil.rmtree(folder / name / f"iter_{STEPS:07d}")
     places = [f"output={name}/log", f"train.load={name}", f"train.save={name}"]
     done = run("train", f"train.store={tiny.store}", f"train.iters={STEPS}", *places, *ranks)
@@ -221,15 +236,28 @@ def test_train_with_the_full_loss(run: Run, tiny: Tiny, folder: Path) -> None:
 def questions(folder: Path, tiny: Tiny) -> list[str]:
     """Every measure that evaluate has, as overrides."""
     (folder / "text.txt").write_text("one two three four five six seven " * 10)
-    write_lines(folder / "choice.jsonl", [{"question": "count", "choices": ["0 1 2", "zzz"], "answer": i % 2} for i in range(4)])
+    write_lines(
+        folder / "choice.jsonl", [{"question": "count", "choices": ["0 1 2", "zzz"], "answer": i % 2} for i in range(4)]
+    )
     (folder / "databases").mkdir()
     with sqlite3.connect(folder / "databases" / "shop.sqlite") as database:
         database.executescript("create table t (a integer); insert into t values (1), (2);")
     queries = {"how many?": "select count(*) from t", "all": "select a from t"}
     asked = [{"prompt": prompt, "query": query, "db_id": "shop"} for prompt, query in queries.items()]
     write_lines(folder / "nl2sql.jsonl", asked)
-    files = ["evaluate.text=text.txt", f"evaluate.targets={tiny.data}", "evaluate.choice=choice.jsonl", "evaluate.nl2sql=nl2sql.jsonl"]
-    return [*files, "evaluate.databases=databases", f"evaluate.base={tiny.model}", "evaluate.window=64", "evaluate.max_new_tokens=8"]
+    files = [
+        "evaluate.text=text.txt",
+        f"evaluate.targets={tiny.data}",
+        "evaluate.choice=choice.jsonl",
+        "evaluate.nl2sql=nl2sql.jsonl",
+    ]
+    return [
+        *files,
+        "evaluate.databases=databases",
+        f"evaluate.base={tiny.model}",
+        "evaluate.window=64",
+        "evaluate.max_new_tokens=8",
+    ]
 
 
 def test_evaluate_everything(run: Run, trained: Done, questions: list[str], folder: Path) -> None:
@@ -267,7 +295,9 @@ def test_the_export_is_a_model_of_transformers(run: Run, trained: Done, tiny: Ti
     assert json.loads((folder / "export.json").read_text())["targets"]["nll"] == pytest.approx(total / count, rel=1e-5)
     prompt = torch.tensor([tokenizer.encode("count from 3")])
     with torch.no_grad():
-        answer = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=256, pad_token_id=256)[0, prompt.shape[1] :]
+        answer = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=256, pad_token_id=256)[
+            0, prompt.shape[1] :
+        ]
     asked = ["count from 3", "generate.raw=true", "generate.max_new_tokens=12"]
     told = run("generate", "model=saved", *asked).out
     assert told == f"count from 3{tokenizer.decode([i for i in answer.tolist() if i < 256])}\n"
@@ -288,13 +318,22 @@ def alike(run: Run, tiny: Tiny, folder: Path) -> list[str]:
 def test_collect_with_shared_prefixes_gives_the_same_sets(run: Run, alike: list[str], ranks: list[str]) -> None:
     name = f"together-{'-'.join(ranks).strip('-')}"
     done = run("collect", *alike, f"collect.store={name}", "data.share_prefixes=true", *ranks)
-    total, shared = map(int, re.search(r"(\d+) tokens \((\d+) of them shared\)", done.out).groups())  # type: ignore[union-attr]
+    total, shared = map(
+        int,
+        re.search(
+            r"(\d+) tokens \((\d+) of them "
+            r"shared\)",
+            done.out,
+        ).groups(),
+    )  # type: ignore[union-attr]
     assert shared > 0.4 * total
     assert json.loads(run("store", "compare", "apart", name, "--json").out)["same"] is True
 
 
 @pytest.mark.parametrize("loss", [["train.store=apart"], ["train.loss=full"]], ids=["restricted", "full"])
-def test_train_with_shared_prefixes_takes_the_same_steps(run: Run, alike: list[str], folder: Path, loss: list[str]) -> None:
+def test_train_with_shared_prefixes_takes_the_same_steps(
+    run: Run, alike: list[str], folder: Path, loss: list[str]
+) -> None:
     """The rows as they are: the same samples a step, so the same losses, and fewer tokens."""
     job = [*alike, *loss, "train.iters=4", "batch.total=2", "optimizer.lr=1e-4", "data.seq_length=256"]
     name = loss[0].partition("=")[2]
@@ -303,14 +342,23 @@ def test_train_with_shared_prefixes_takes_the_same_steps(run: Run, alike: list[s
     apart, shared = metrics(folder / f"apart-{name}"), metrics(folder / f"shared-{name}")
     for key in ("lm loss", "grad-norm", "replay/positions", "replay/tokens"):
         assert [row[key] for row in shared] == pytest.approx([row[key] for row in apart], rel=1e-5), key
-    assert all(row["replay/shared_tokens"] == 0 for row in apart) and sum(row["replay/shared_tokens"] for row in shared) > 100
+    assert (
+        all(row["replay/shared_tokens"] == 0 for row in apart)
+        and sum(row["replay/shared_tokens"] for row in shared) > 100
+    )
 
 
 def test_grouped_rows_take_more_samples_and_resume(run: Run, alike: list[str], folder: Path) -> None:
     job = [*alike, "train.loss=full", "batch.total=1", "optimizer.lr=1e-4", "data.share_prefixes=true"]
     assert re.search(r"12 samples in 6 rows", run("train", *job, "--dry-run").out)
     grouped = [*job, "data.group_prefixes=true"]
-    rows = int(re.search(r"12 samples in (\d+) rows", run("train", *grouped, "--dry-run").out)[1])  # type: ignore[index]
+    rows = int(
+        re.search(
+            r"12 samples in (\d+) "
+            r"rows",
+            run("train", *grouped, "--dry-run").out,
+        )[1]
+    )  # type: ignore[index]
     assert rows <= 4
     run("train", *grouped, "train.iters=4", "output=grouped", "train.save=grouped-saved", "train.save_interval=2")
     whole = metrics(folder / "grouped")
@@ -330,4 +378,7 @@ def test_evaluate_with_shared_prefixes(run: Run, alike: list[str], questions: li
         for part in ("choice", "targets"):
             assert shared[part].keys() == apart[part].keys()
             for key, value in apart[part].items():
-                assert shared[part][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), (part, key)
+                assert shared[part][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), (
+                    part,
+                    key,
+                )

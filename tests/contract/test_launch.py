@@ -1,4 +1,5 @@
-"""`launch`, and the scripts of examples/qwen3: what each node would run, and the whole way on two nodes that are torchruns on loopback."""
+"""`launch`, and the scripts of examples/qwen3: what each node would run, and the whole way on two nodes that are
+torchruns on loopback."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ Say = Callable[..., str]
 
 @pytest.fixture
 def say(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
-    """`say("--dry-run", ..., code=0)`: what launch and what it starts print, in an empty folder and a shell with none of the variables."""
+    """`say("--dry-run", ..., code=0)`: what launch and what it starts print, in an empty folder and a shell with none
+    of the variables."""
     for name in ("NODE_RANK", *(variable.name for variable in VARIABLES)):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -76,17 +78,34 @@ def test_a_dry_run_says_what_each_node_would_run(say: Say) -> None:
     out = say("--dry-run", CLUSTER, "python=python3", "train", EIGHT_B, "--train-iters", "2", "data.path=a b.jsonl")
     assert out.startswith("nodes 2 x npu devices 8, on node0, node1\ntensor 4 x pipeline 2 x data 2\n")
     assert "predicted memory per device: " in out
-    assert "environment: HCCL_CONNECT_TIMEOUT is missing: 3600 (" in out and "environment: HCCL_SOCKET_IFNAME=eth0\n" in out
+    assert (
+        "environment: HCCL_CONNECT_TIMEOUT is missing: 3600 (" in out
+        and "environment: HCCL_SOCKET_IFNAME=eth0\n" in out
+    )
     lines = out.splitlines()
     nodes = [shlex.split(lines[lines.index(f"node{rank} (NODE_RANK={rank}):") + 1]) for rank in (0, 1)]
     at = nodes[0].index("python3")
-    assert nodes[0][0] == "env" and {"CUDA_DEVICE_MAX_CONNECTIONS=1", "HCCL_CONNECT_TIMEOUT=3600", "GLOO_SOCKET_IFNAME=eth0"} < set(
-        nodes[0][1:at]
-    )
-    where = ["--nnodes", "2", "--nproc-per-node", "8", "--node-rank", "0", "--master-addr", "node0", "--master-port", "29500"]
+    assert nodes[0][0] == "env" and {
+        "CUDA_DEVICE_MAX_CONNECTIONS=1",
+        "HCCL_CONNECT_TIMEOUT=3600",
+        "GLOO_SOCKET_IFNAME=eth0",
+    } < set(nodes[0][1:at])
+    where = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "8",
+        "--node-rank",
+        "0",
+        "--master-addr",
+        "node0",
+        "--master-port",
+        "29500",
+    ]
     told = ["train", EIGHT_B, "--train-iters", "2", "data.path=a b.jsonl", "device=npu"]
     assert nodes[0][at + 1 :] == ["-m", "torch.distributed.run", *where, "-m", "megatron_replay", *told]
-    assert [(a, b) for a, b in zip(*nodes, strict=True) if a != b] == [("0", "1")]  # the node's rank is the only difference
+    # the node's rank is the only difference
+    assert [(a, b) for a, b in zip(*nodes, strict=True) if a != b] == [("0", "1")]
 
 
 @pytest.mark.parametrize(
@@ -99,9 +118,17 @@ def test_a_dry_run_says_what_each_node_would_run(say: Say) -> None:
         ("8b", 4, "nodes 4 x npu devices 8\ntensor 4 x pipeline 2 x data 4"),
     ],
 )
-def test_the_scripts_start_the_layouts_they_promise(say: Say, tmp_path: Path, model: str, nodes: int, says: str) -> None:
+def test_the_scripts_start_the_layouts_they_promise(
+    say: Say, tmp_path: Path, model: str, nodes: int, says: str
+) -> None:
     program(tmp_path / "bin", "megatron-replay", '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')  # says what it was given
-    asked = {"MODEL": model, "NODES": str(nodes), "MASTER_ADDR": "node0", "START": "--dry-run", "PATH": f"{tmp_path / 'bin'}:{path()}"}
+    asked = {
+        "MODEL": model,
+        "NODES": str(nodes),
+        "MASTER_ADDR": "node0",
+        "START": "--dry-run",
+        "PATH": f"{tmp_path / 'bin'}:{path()}",
+    }
     verb, *argv = script("4_train.sh", ROOT, asked).splitlines()
     assert verb == "launch"
     argv[argv.index(f"examples/qwen3/{model}.yaml")] = str(ROOT / "examples" / "qwen3" / f"{model}.yaml")
@@ -116,7 +143,12 @@ def test_the_environment_of_the_cluster_file_wins(say: Say, tmp_path: Path, monk
     file = tmp_path / "cluster.yaml"
     file.write_text("environment: {HCCL_EXEC_TIMEOUT: 1800, HCCL_DETERMINISTIC: true, MINE: 7}\n")
     out = say("--dry-run", str(file), "device=npu", "devices=1", "train")
-    assert "HCCL_EXEC_TIMEOUT=1800 " in out and "HCCL_DETERMINISTIC=true " in out and "TASK_QUEUE_ENABLE=1 " in out and "MINE=7 " in out
+    assert (
+        "HCCL_EXEC_TIMEOUT=1800 " in out
+        and "HCCL_DETERMINISTIC=true " in out
+        and "TASK_QUEUE_ENABLE=1 " in out
+        and "MINE=7 " in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,8 +164,14 @@ def test_the_environment_of_the_cluster_file_wins(say: Say, tmp_path: Path, monk
         (["train", "layuot.tensor=2"], "layuot: unknown key; did you mean 'layout'?"),
         (["train", "--ranks", "2"], "--ranks 2: launch starts as many ranks as the nodes have devices"),
         (["devices=0", "train"], "devices must be above 0, got 0"),
-        (["devices=4", "train", EIGHT_B], "1 nodes x 4 devices are 4 ranks, but layout.tensor=4 x layout.pipeline=2 needs a multiple of 8"),
-        (["nodes=2", "--node-rank", "0", "train"], "nodes=2 need the address of the first one: set master=ADDRESS, hosts or hostfile"),
+        (
+            ["devices=4", "train", EIGHT_B],
+            "1 nodes x 4 devices are 4 ranks, but layout.tensor=4 x layout.pipeline=2 needs a multiple of 8",
+        ),
+        (
+            ["nodes=2", "--node-rank", "0", "train"],
+            "nodes=2 need the address of the first one: set master=ADDRESS, hosts or hostfile",
+        ),
         (["hosts=[a, b]", "train"], "NODE_RANK is not set: which of 2 nodes is this?"),
         (["hosts=[a, b]", "--node-rank", "2", "train"], "this is node 2, but there are 2, counted from 0"),
         (["hosts=[a, b]", "--node-rank", "x", "train"], "--node-rank is a number from 0 to 1, got 'x'"),
@@ -142,7 +180,10 @@ def test_the_environment_of_the_cluster_file_wins(say: Say, tmp_path: Path, monk
         (["hostfile=nowhere", "train"], "hostfile=nowhere: cannot be read: No such file"),
         (["--ssh", "train"], "--ssh needs the nodes' names: set hosts or hostfile"),
         (["device=cpu", "train", "device=cuda"], "the run says device=cuda, the cluster device=cpu"),
-        (["environment.HCCL_CONNECT_TIMEOUT=60", "train"], "HCCL_CONNECT_TIMEOUT=60 is wrong: 3600 (seconds (120..7200)"),
+        (
+            ["environment.HCCL_CONNECT_TIMEOUT=60", "train"],
+            "HCCL_CONNECT_TIMEOUT=60 is wrong: 3600 (seconds (120..7200)",
+        ),
         (["--slurm", "/dev/null/x", "train"], "--slurm=/dev/null/x: cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -161,7 +202,8 @@ def test_a_hostfile_as_mpi_and_deepspeed_write_it(say: Say, tmp_path: Path) -> N
 
 def test_node_rank_is_that_of_the_environment_or_the_flag(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr(launch.os, "execvp", lambda file, argv: ran.append(argv))  # it does not return, were it left as it is
+    # it does not return, were it left as it is
+    monkeypatch.setattr(launch.os, "execvp", lambda file, argv: ran.append(argv))
     monkeypatch.setenv("NODE_RANK", "1")
     for flags, rank in (([], "1"), (["--node-rank", "0"], "0")):
         say("hosts=[a, b]", "devices=1", *flags, "train")
@@ -197,7 +239,10 @@ def test_a_slurm_file_starts_torchrun_on_every_node(say: Say, tmp_path: Path) ->
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --partition=npu\n" in text
     environ = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[0-1]"}
     done = subprocess.run(["bash", "job.sbatch"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
-    where = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank {} --master-addr 127.0.0.1 --master-port 29500"
+    where = (
+        "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank {} --master-addr 127.0.0.1 "
+        "--master-port 29500"
+    )
     told = "-m megatron_replay train output=a $b device=npu"
     assert done.stdout == "".join(f"3600 {tmp_path} {where.format(rank)} {told}\n" for rank in (0, 1))
 
@@ -221,12 +266,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TINY = {"MODEL": "0.6b", "DEVICE": "cpu", "GBS": "4", "SEQ_LEN": "1024", "TRAIN": "12", "TEST": "2", "MASTER_ADDR": "127.0.0.1"}
+TINY = {
+    "MODEL": "0.6b",
+    "DEVICE": "cpu",
+    "GBS": "4",
+    "SEQ_LEN": "1024",
+    "TRAIN": "12",
+    "TEST": "2",
+    "MASTER_ADDR": "127.0.0.1",
+}
 
 
 @pytest.mark.slow
 def test_the_whole_way_on_two_nodes(place: Path, served: Served) -> None:
-    """Convert, data, collect, train on two nodes that differ in NODE_RANK alone, evaluate, convert back; trained as with --ranks 2."""
+    """Convert, data, collect, train on two nodes that differ in NODE_RANK alone, evaluate, convert back; trained as
+    with --ranks 2."""
     one = {**TINY, "MASTER_PORT": str(free_port())}
     two = {**TINY, "MASTER_PORT": str(free_port()), "NODES": "2", "DEVICES": "1"}
     assert "models/Qwen3-0.6B -> runs/qwen3-0.6b/base" in script("1_convert.sh", place, TINY)
@@ -239,7 +293,14 @@ def test_the_whole_way_on_two_nodes(place: Path, served: Served) -> None:
     assert all("\ntensor 1 x pipeline 1 x data 2\n" in text for text in said)
     assert [text.count("iteration        2/       2 |") for text in said] == [1, 0]
     ours = metrics(place / "runs" / "qwen3-0.6b")
-    keys = ["model=runs/qwen3-0.6b/base", "output=whole", "train.save=", "data.seq_length=1024", "batch.total=4", "device=cpu"]
+    keys = [
+        "model=runs/qwen3-0.6b/base",
+        "output=whole",
+        "train.save=",
+        "data.seq_length=1024",
+        "batch.total=4",
+        "device=cpu",
+    ]
     done = served("train", "examples/qwen3/0.6b.yaml", *keys, *flags, "--ranks", "2", cwd=place)
     assert done.code == 0, done.err
     assert len(ours) == 2 and [m["lm loss"] for m in ours] == [m["lm loss"] for m in metrics(place / "whole")]
@@ -248,7 +309,11 @@ def test_the_whole_way_on_two_nodes(place: Path, served: Served) -> None:
     flags = ["evaluate.max_new_tokens=8", "evaluate.text_tokens=512"]
     script("5_evaluate.sh", place, one, *flags)
     result = json.loads((place / "runs" / "qwen3-0.6b" / "evaluation.json").read_text())
-    assert result["nl2sql"]["questions"] == 2 and 0 < result["base"]["relative_l2"] < 0.1 and result["text"]["perplexity"] > 1
+    assert (
+        result["nl2sql"]["questions"] == 2
+        and 0 < result["base"]["relative_l2"] < 0.1
+        and result["text"]["perplexity"] > 1
+    )
     assert "verified: 24 tensors" in script("6_convert_back.sh", place, TINY)
     assert (place / "models" / "Qwen3-0.6B-sql" / "model.safetensors").is_file()
 
@@ -262,7 +327,11 @@ def path() -> str:
 
 
 def environment(more: dict[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HCCL_", "NODE_RANK", "RANK", "WORLD_SIZE"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HCCL_", "NODE_RANK", "RANK", "WORLD_SIZE"))
+    }
     search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**kept, "PATH": path(), "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **more}
 
@@ -270,7 +339,13 @@ def environment(more: dict[str, str]) -> dict[str, str]:
 def start(name: str, folder: Path, asked: dict[str, str], *argv: str) -> subprocess.Popen[str]:
     words = ["bash", f"examples/qwen3/{name}", *argv]
     return subprocess.Popen(
-        words, cwd=folder, env=environment(asked), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words,
+        cwd=folder,
+        env=environment(asked),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

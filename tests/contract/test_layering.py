@@ -1,4 +1,5 @@
-"""Who may import whom, and what may happen at import: read from the source, so that nothing has to be imported to know it."""
+"""Who may import whom, and what may happen at import: read from the source, so that nothing has to be imported to know
+it."""
 
 from __future__ import annotations
 
@@ -102,7 +103,9 @@ def state_offences(root: Path) -> Iterator[Offence]:
                 yield f"{inner}:{node.lineno}: reads the environment"
         if inner not in READS_ENVIRONMENT:
             yield from (
-                f"{inner}:{line}: reads the environment" for line, name in imported(root, path) if name in ("os.environ", "os.getenv")
+                f"{inner}:{line}: reads the environment"
+                for line, name in imported(root, path)
+                if name in ("os.environ", "os.getenv")
             )
 
 
@@ -128,7 +131,8 @@ def root_name(node: ast.expr) -> str | None:
 def import_time_offences(root: Path) -> Iterator[Offence]:
     """Assigning into an imported module, or a bare call, while being imported.
 
-    The one bare call there is room for is `LIBRARY.define(...)` and its like in ops/: torch has to know an operator before it is called.
+    The one bare call there is room for is `LIBRARY.define(...)` and its like in ops/: torch has to know an operator
+    before it is called.
     """
     for path in files(root):
         inner = inside(root, path)
@@ -140,12 +144,23 @@ def import_time_offences(root: Path) -> Iterator[Offence]:
         }
         for node in at_import(parsed(path).body):
             targets = (
-                node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [node.target] if isinstance(node, ast.AugAssign) else []
+                node.targets
+                if isinstance(node, (ast.Assign, ast.Delete))
+                else [node.target]
+                if isinstance(node, ast.AugAssign)
+                else []
             )
-            if any(isinstance(target, (ast.Attribute, ast.Subscript)) and root_name(target) in foreign for target in targets):
+            if any(
+                isinstance(target, (ast.Attribute, ast.Subscript)) and root_name(target) in foreign
+                for target in targets
+            ):
                 yield f"{inner}:{node.lineno}: changes another module at import"
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                operator = part(inner) == "ops" and isinstance(node.value.func, ast.Attribute) and root_name(node.value.func) not in foreign
+                operator = (
+                    part(inner) == "ops"
+                    and isinstance(node.value.func, ast.Attribute)
+                    and root_name(node.value.func) not in foreign
+                )
                 if not operator:
                     yield f"{inner}:{node.lineno}: {ast.unparse(node.value.func)}() is work at import"
 
@@ -175,7 +190,12 @@ def test_the_package_keeps_to_the_layers(rule: object) -> None:
         (state_offences, "ops/a.py", "def f():\n    global x\n    x = 1", "a.py:2: a global statement"),
         (state_offences, "cli.py", "import os\nx = os.environ['A']", "cli.py:2: reads"),
         (state_offences, "cli.py", "from os import environ", "reads"),
-        (import_time_offences, "ops/a.py", "import torch\ntry:\n    torch.add = None\nexcept ValueError:\n    pass", "a.py:3: changes"),
+        (
+            import_time_offences,
+            "ops/a.py",
+            "import torch\ntry:\n    torch.add = None\nexcept ValueError:\n    pass",
+            "a.py:3: changes",
+        ),
         (import_time_offences, "parallel/a.py", "install()", "install() is work at import"),
         (import_time_offences, "ops/a.py", "import torch\nsetattr(torch, 'add', None)", "setattr() is work"),
     ],
@@ -191,11 +211,15 @@ def test_each_rule_sees_its_offence(tmp_path: Path, rule: object, inner: str, te
 @pytest.mark.parametrize(
     ("inner", "text"),
     [
-        ("parallel/a.py", "from megatron.core import parallel_state\nfrom megatron_replay.ops import VocabShard\nfrom . import world"),
+        (
+            "parallel/a.py",
+            "from megatron.core import parallel_state\nfrom megatron_replay.ops import VocabShard\nfrom . import world",
+        ),
         ("stages/a.py", "from megatron_replay.parallel import launch\nfrom megatron_replay.errors import DataError"),
         (
             "ops/a.py",
-            "import torch\nfrom .shard import VocabShard\nLIBRARY = torch.library.Library('x', 'DEF')\nLIBRARY.define('y() -> ()')",
+            "import torch\nfrom .shard import VocabShard\nLIBRARY = torch.library.Library('x', "
+            "'DEF')\nLIBRARY.define('y() -> ()')",
         ),
         ("parallel/world.py", "import os\n\n\ndef ranks():\n    return os.environ['RANK']"),
         ("__main__.py", "import sys\nif __name__ == '__main__':\n    sys.exit(0)"),

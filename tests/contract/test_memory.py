@@ -29,7 +29,8 @@ print("held at most", CPU.peak_memory())
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
 """Freed memory goes back to the system, so that resident memory is what is held."""
 COMPILED = 40e6
-"""What oneDNN keeps for the bfloat16 products that it compiled, one for every shape: much beside a model as small as this one."""
+"""What oneDNN keeps for the bfloat16 products that it compiled, one for every shape: much beside a model as small as
+this one."""
 ROW = re.compile(r"^ +(\d+)((?: +[\d,]+){8})  (\w+)$", re.MULTILINE)
 
 
@@ -41,7 +42,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory, served: Served) -> list[s
     given = [f"model={model}", f"data.path={data}", "device=cpu", "data.seq_length=256", "batch.total=2"]
     done = served("collect", *given, f"collect.store={folder / 'store'}", cwd=folder)
     assert done.code == 0, done.err
-    return [*given, f"train.store={folder / 'store'}", "train.iters=2", "train.tensorboard=false", f"output={folder / 'out'}"]
+    return [
+        *given,
+        f"train.store={folder / 'store'}",
+        "train.iters=2",
+        "train.tensorboard=false",
+        f"output={folder / 'out'}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory, served: Served) -> list[s
     ids=["restricted fp32", "full bf16 without ZeRO-1"],
 )
 def test_the_dry_run_predicts_the_peak(settings: list[str], changes: list[str]) -> None:
-    env = {**os.environ, **RETURNED, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        **RETURNED,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", RUN, *settings, *changes]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     found = ROW.search(out)

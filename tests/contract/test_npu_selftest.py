@@ -38,7 +38,12 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, "DEVICE": "cpu", "BUILD": "no", "PATH": path}  # `make venv` built them
     done = subprocess.run(
-        ["bash", ROOT / "tools" / "npu_selftest.sh", report], env=environ, capture_output=True, text=True, timeout=280, cwd=tmp_path
+        ["bash", ROOT / "tools" / "npu_selftest.sh", report],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
     )
     text = report.read_text()
     assert done.returncode == 0, text
@@ -56,7 +61,9 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(library.EXTENSION != "loaded", reason="the compiled kernels are not built")
-def test_a_wrong_kernel_is_noticed(selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_kernel_is_noticed(
+    selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours, calls = library.kernels(), itertools.count()
 
     def rows(*args: Any) -> Any:
@@ -69,7 +76,12 @@ def test_a_wrong_kernel_is_noticed(selftest: ModuleType, monkeypatch: pytest.Mon
         values, columns, lse = ours.topk_rows(logits, k)
         return values, columns, lse * (1 + 1e-15 * next(calls))
 
-    broken = {"restricted_bwd_dh": refuses, "restricted_bwd_dw": lambda *_: None, "restricted_bwd_rows": rows, "topk_rows": restless}
+    broken = {
+        "restricted_bwd_dh": refuses,
+        "restricted_bwd_dw": lambda *_: None,
+        "restricted_bwd_rows": rows,
+        "topk_rows": restless,
+    }
     monkeypatch.setattr(selftest.operators, "kernels", lambda mode: dataclasses.replace(ours, **broken))
     assert selftest.kernels(CPU) == 1
     wrong = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
@@ -80,7 +92,9 @@ def test_a_wrong_kernel_is_noticed(selftest: ModuleType, monkeypatch: pytest.Mon
     assert other.endswith("5000 columns: other bits the second time")
 
 
-def test_other_losses_are_noticed(selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_losses_are_noticed(
+    selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(selftest, "train", lambda *args: [(2.85146136, 3.20509927)] * 10)
     assert selftest.golden(CPU) == 1
     assert capsys.readouterr().out.count("WRONG") == 4

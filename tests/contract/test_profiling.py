@@ -39,7 +39,8 @@ def test_the_phases_add_up_to_the_step(trained: Any, tmp_path: Path) -> None:
         assert (saved is not None) is (row["iteration"] in (3, 5)), "the save after step 2 is told with step 3"
         assert set(told) == {"data", "forward", "head", "loss", "backward", "reduce", "optimizer"}
         left.append((row["iteration-time"] - sum(told.values())) / max(row["iteration-time"], 0.05))
-    assert min(left) >= 0 and min(left) <= 0.1, left  # a busy machine may stop any step between two phases, but not all of them
+    # a busy machine may stop any step between two phases, but not all of them
+    assert min(left) >= 0 and min(left) <= 0.1, left
 
 
 @pytest.mark.parametrize(("layout", "more"), [("layout.tensor=2", set()), ("layout.pipeline=2", {"pipeline"})])
@@ -65,20 +66,33 @@ def test_profile_writes_a_chrome_trace_of_every_rank(trained: Any, tmp_path: Pat
     assert "wrote a trace of steps 2 to 4 to out/trace, one file a rank" in done.out
     for rank in range(2):
         events = json.loads((tmp_path / "out" / "trace" / f"rank{rank}.json").read_text())["traceEvents"]
-        spans = [event["name"] for event in events if event.get("cat") == "user_annotation" and event["name"].startswith("time/")]
+        spans = [
+            event["name"]
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"].startswith("time/")
+        ]
         assert (spans.count("time/data"), spans.count("time/head")) == (3, 6), "three steps of two micro-batches"
         assert {f"time/{name}" for name in ("forward", "loss", "backward", "reduce", "optimizer")} <= set(spans)
-        assert any(event["name"].startswith("megatron_replay::restricted_fwd") for event in events), "the operators are in it too"
+        assert any(event["name"].startswith("megatron_replay::restricted_fwd") for event in events), (
+            "the operators are in it too"
+        )
 
 
 def test_a_window_to_the_last_step(trained: Any, tmp_path: Path) -> None:
     done = trained("train.iters=2", "train.profile=[2,2]")
-    assert "wrote a trace of steps 2 to 2 to out/trace" in done.out and (tmp_path / "out" / "trace" / "rank0.json").is_file()
+    assert (
+        "wrote a trace of steps 2 to 2 to out/trace" in done.out
+        and (tmp_path / "out" / "trace" / "rank0.json").is_file()
+    )
 
 
 @pytest.mark.parametrize(
     ("window", "says"),
-    [("[2,4]", "train.profile=[2, 4]: this run has 3 steps"), ("[3]", "such as [2, 4], got [3]"), ("[3,2]", "such as [2, 4], got [3, 2]")],
+    [
+        ("[2,4]", "train.profile=[2, 4]: this run has 3 steps"),
+        ("[3]", "such as [2, 4], got [3]"),
+        ("[3,2]", "such as [2, 4], got [3, 2]"),
+    ],
 )
 def test_a_window_that_cannot_be_is_refused(trained: Any, window: str, says: str) -> None:
     assert says in trained("train.iters=3", f"train.profile={window}", code=2).err

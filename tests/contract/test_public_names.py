@@ -19,10 +19,28 @@ NAMES = {
         "restricted_linear_cross_entropy",
         "restricted_cross_entropy",
     ],
-    "megatron_replay.optim": ["AdamW", "AdamAtan2", "MoClip", "MoFO", "TAM", "Muon", "AdaMuon", "MuonClip", "build_optimizer"],
+    "megatron_replay.optim": [
+        "AdamW",
+        "AdamAtan2",
+        "MoClip",
+        "MoFO",
+        "TAM",
+        "Muon",
+        "AdaMuon",
+        "MuonClip",
+        "build_optimizer",
+    ],
     "megatron_replay.store": ["CandidateStore"],
     "megatron_replay.config": ["RunConfig"],
-    "megatron_replay.errors": ["ReplayError", "ConfigError", "DataError", "StoreError", "CheckpointError", "LayoutError", "DeviceError"],
+    "megatron_replay.errors": [
+        "ReplayError",
+        "ConfigError",
+        "DataError",
+        "StoreError",
+        "CheckpointError",
+        "LayoutError",
+        "DeviceError",
+    ],
 }
 
 
@@ -43,7 +61,10 @@ def test_the_package_says_its_version_and_denies_a_wrong_name() -> None:
 
 
 def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
-    code = "import sys, megatron_replay; print([m for m in ('torch', 'numpy', 'megatron.core', 'yaml') if m in sys.modules])"
+    code = (
+        "import sys, megatron_replay; print([m for m in ('torch', 'numpy', 'megatron.core', 'yaml') if m in "
+        "sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -52,7 +73,14 @@ SIGNATURES = {
     "ops:dynamic_topk": {"logits": ..., "gold": ..., "tau": 0.95, "k_max": 200, "vocab_size": None, "shard": None},
     "ops:restricted_linear_cross_entropy": {"hidden": ..., "weight": ..., "sets": ..., "shard": None},
     "ops:restricted_cross_entropy": {"logits": ..., "sets": ..., "shard": None},
-    "ops:select_positions": {"confidence": ..., "loss_mask": ..., "strategy": ..., "fraction": ..., "buckets": ..., "generator": ...},
+    "ops:select_positions": {
+        "confidence": ...,
+        "loss_mask": ...,
+        "strategy": ...,
+        "fraction": ...,
+        "buckets": ...,
+        "generator": ...,
+    },
     "ops:VocabShard": {"start": ..., "stop": ..., "group": None},
     "optim:MoClip": {
         "params": ...,
@@ -78,13 +106,24 @@ def test_a_signature_takes_what_is_documented(where: str) -> None:
     for parameter, default in promised.items():
         if default is not ...:
             assert parameters[parameter].default == default, parameter
-    extra = [p for p in parameters.values() if p.name not in promised and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    extra = [
+        p
+        for p in parameters.values()
+        if p.name not in promised and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     assert not extra, "a call as documented would not pass"
 
 
 def test_candidate_sets_have_the_documented_fields() -> None:
     ops = importlib.import_module("megatron_replay.ops")
-    assert [f.name for f in dataclasses.fields(ops.CandidateSets)] == ["offsets", "ids", "gold_slot", "logits", "lse", "outside_mass"]
+    assert [f.name for f in dataclasses.fields(ops.CandidateSets)] == [
+        "offsets",
+        "ids",
+        "gold_slot",
+        "logits",
+        "lse",
+        "outside_mass",
+    ]
 
 
 def test_a_candidate_store_offers_the_documented_methods() -> None:

@@ -20,7 +20,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].split(" # ")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()
+    ]
     return [line for line in lines if line]
 
 
@@ -78,7 +80,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_of_a_kind_that_is_run_here() -> None:
-    assert [line.split()[1] for line in MAKE] == ["demo-tiny", "test", "venv"]  # run by .ci/run and tests/unit/stages/test_demo*.py
+    # run by .ci/run and tests/unit/stages/test_demo*.py
+    assert [line.split()[1] for line in MAKE] == ["demo-tiny", "test", "venv"]
     assert len(OURS) >= 6
 
 
@@ -91,5 +94,7 @@ def test_make_targets_exist(line: str) -> None:
 def test_commands_run_as_written(line: str, project: Path) -> None:
     """In the order of the page: later commands use what earlier ones made."""
     search = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(shlex.split(line), cwd=project, env=os.environ | search, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        shlex.split(line), cwd=project, env=os.environ | search, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

@@ -32,7 +32,14 @@ QWEN3: dict[str, Any] = {
     "hidden_act": "silu",
     "torch_dtype": "float32",
 }
-SETTINGS = ("device=cpu", "data.seq_length=128", "collect.k_max=20", "collect.fraction=1", "batch.total=4", "optimizer.lr=1e-2")
+SETTINGS = (
+    "device=cpu",
+    "data.seq_length=128",
+    "collect.k_max=20",
+    "collect.fraction=1",
+    "batch.total=4",
+    "optimizer.lr=1e-2",
+)
 
 
 @dataclass(frozen=True)

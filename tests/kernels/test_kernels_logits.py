@@ -1,4 +1,5 @@
-"""The compiled loss from logits against the plain one, at its edges; and what must not change a bit: threads and instruction sets."""
+"""The compiled loss from logits against the plain one, at its edges; and what must not change a bit: threads and
+instruction sets."""
 
 from __future__ import annotations
 
@@ -100,7 +101,11 @@ def test_a_shard_that_lacks_candidates_or_the_gold_id(shard: tuple[int, int], dt
     _, stats, _ = check(logits[:, slice(*shard)], here)
     empty = here.offsets.diff() == 0
     assert bool(empty.any()) is (shard != (0, 300))
-    assert stats[0, empty].eq(torch.tensor(-3e38, dtype=stats.dtype)).all() and stats[1:, empty].eq(0).all() and stats.isfinite().all()
+    assert (
+        stats[0, empty].eq(torch.tensor(-3e38, dtype=stats.dtype)).all()
+        and stats[1:, empty].eq(0).all()
+        and stats.isfinite().all()
+    )
 
 
 @dtypes
@@ -186,7 +191,9 @@ def test_the_whole_vocabulary_is_ordinary_cross_entropy(dtype: torch.dtype) -> N
 def test_gradcheck() -> None:
     logits, sets = problem("odd vocabulary", torch.float64)
     some = logits[:3].clone().requires_grad_()
-    three = CandidateSets.from_lists([row.tolist() for row in sets.ids[:49].split([7, 30, 12])], sets.gold()[:3].tolist())
+    three = CandidateSets.from_lists(
+        [row.tolist() for row in sets.ids[:49].split([7, 30, 12])], sets.gold()[:3].tolist()
+    )
     assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, three), (some,))
 
 

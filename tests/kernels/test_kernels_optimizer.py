@@ -1,7 +1,8 @@
 """The compiled passes against the plain ones, and what must not change a bit: threads, cuts, instruction sets.
 
-The kernel does the reference's operations in their order, each rounded once, so the moments have the same bits. Directions differ in the
-last place: torch's float32 square root (MKL's) is not always the nearest number, and the arctangents are two approximations.
+The kernel does the reference's operations in their order, each rounded once, so the moments have the same bits.
+Directions differ in the last place: torch's float32 square root (MKL's) is not always the nearest number, and the
+arctangents are two approximations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.optim import TAM, AdamAtan2, AdamW, MoClip, MoFO, Muon, MuonClip, ObservedLogits, ReplayOptimizer, kernels
+from megatron_replay.optim import (
+    TAM,
+    AdamAtan2,
+    AdamW,
+    MoClip,
+    MoFO,
+    Muon,
+    MuonClip,
+    ObservedLogits,
+    ReplayOptimizer,
+    kernels,
+)
 from megatron_replay.optim.adam import AdamFamily
 from megatron_replay.optim.stats import tensor_sums
 
@@ -35,7 +47,9 @@ ROOT: dict[str, Make] = {
 ARCTANGENT: dict[str, Make] = {
     "adam_atan2": partial(AdamAtan2, lr=LR, clip_grad=1.0),
     **{
-        f"moclip-{scope}-{obtuse}-{source}": partial(MoClip, lr=LR, scope=scope, obtuse=obtuse, v_source=source, max_angle=30.0)
+        f"moclip-{scope}-{obtuse}-{source}": partial(
+            MoClip, lr=LR, scope=scope, obtuse=obtuse, v_source=source, max_angle=30.0
+        )
         for scope in ("global", "tensor")
         for obtuse in ("signed", "restart", "project")
         for source in ("raw", "clipped")
@@ -85,7 +99,9 @@ def test_without_an_arctangent_the_weights_agree_to_a_roots_error(make: Make, dt
     for a, b in zip(held(fused), held(plain), strict=True):
         # 4 steps of lr times a few ulp of a direction below 4; and bfloat16 may round the other way
         torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 1e-2, atol=4 * LR * 2.4e-7 * 4)
-    assert fused.metrics == pytest.approx(plain.metrics, rel=1e-6) and fused.grad_norm == pytest.approx(plain.grad_norm, rel=1e-12)
+    assert fused.metrics == pytest.approx(plain.metrics, rel=1e-6) and fused.grad_norm == pytest.approx(
+        plain.grad_norm, rel=1e-12
+    )
 
 
 @compiled_only
@@ -214,7 +230,9 @@ def test_modes_are_checked_and_told() -> None:
     with pytest.raises(ConfigError, match="unknown kernels 'referense'; did you mean 'reference'"):
         AdamW(parameters(), LR, kernels="referense")  # type: ignore[arg-type]
     assert set(kernels.live("cpu", "reference").values()) == {"reference"} == set(kernels.live("npu").values())
-    assert kernels.live() == dict.fromkeys(kernels.OPERATORS, "compiled" if kernels.EXTENSION == "loaded" else "reference")
+    assert kernels.live() == dict.fromkeys(
+        kernels.OPERATORS, "compiled" if kernels.EXTENSION == "loaded" else "reference"
+    )
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference"])
@@ -279,7 +297,9 @@ def test_the_operators_keep_torchs_rules() -> None:
         p, g, m = ([t.clone() for t in tensors(seed, [(5,), (3, 4)])] for seed in (0, 1, 2))
         return p, g, m, [t.square() for t in m], [t.bfloat16() for t in p] if low else []
 
-    scalars = torch.tensor([[0.9, 0.1, 0.2, 0.0, 0.95, 1.0, 1.0, 1e-8, 0.999, 1e-3, kind] for kind in (0, 1)], dtype=torch.float64)
+    scalars = torch.tensor(
+        [[0.9, 0.1, 0.2, 0.0, 0.95, 1.0, 1.0, 1e-8, 0.999, 1e-3, kind] for kind in (0, 1)], dtype=torch.float64
+    )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     _, g, m, *_ = inputs(False)
     torch.library.opcheck(torch.ops.megatron_replay.optimizer_sums.default, (g, [m[0], None]), test_utils=checks)

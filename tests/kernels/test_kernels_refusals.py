@@ -1,4 +1,5 @@
-"""What the compiled operators refuse with an error, whoever calls them: wrong dtypes, shapes, bounds and strides, never a crash.
+"""What the compiled operators refuse with an error, whoever calls them: wrong dtypes, shapes, bounds and strides, never
+a crash.
 
 `restricted_fwd` and `topk_rows` have theirs beside their other tests.
 """
@@ -16,7 +17,11 @@ pytestmark = pytest.mark.usefixtures("compiled")
 OPS = getattr(torch.ops, NAMESPACE)
 N, H, V = 3, 5, 7
 HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
-OFFSETS, COLUMNS, GOLD = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 6, 0, 2], dtype=torch.int32), torch.tensor([1, -1, 2])
+OFFSETS, COLUMNS, GOLD = (
+    torch.tensor([0, 2, 2, 4]),
+    torch.tensor([1, 6, 0, 2], dtype=torch.int32),
+    torch.tensor([1, -1, 2]),
+)
 FACTORS, SCALE = torch.ones(4), torch.ones(2, N)
 TOUCHED, BEGINS, TOKENS = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 1, 3, 4], [2, 0, 2, 0]))
 LOGITS, SCALARS_OF_SETS = torch.ones(N, V), torch.ones(3, N)
@@ -33,7 +38,10 @@ def dh(**changed: object) -> Callable[[], object]:
 def gradient(**changed: object) -> list[Callable[[], object]]:
     """Both operators of the weight's gradient."""
     given = dict(zip(("hidden", "touched", "begins", "tokens", "coefficient"), ENTRIES, strict=True)) | changed
-    return [lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)), lambda: OPS.restricted_bwd_rows(*given.values())]
+    return [
+        lambda: OPS.restricted_bwd_dw(*given.values(), torch.ones(V, H)),
+        lambda: OPS.restricted_bwd_rows(*given.values()),
+    ]
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -44,7 +52,10 @@ def logits(**changed: object) -> list[Callable[[], object]]:
     """Both operators of the loss from logits."""
     given = {"matrix": LOGITS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, **changed}
     matrix, *table = given.values()
-    return [lambda: OPS.restricted_logits_fwd(matrix, *table), lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix)]
+    return [
+        lambda: OPS.restricted_logits_fwd(matrix, *table),
+        lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix),
+    ]
 
 
 def into_logits(**changed: object) -> Callable[[], object]:
@@ -63,7 +74,11 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         dh(mixture=torch.ones(H, N).t()),
         dh(mixture=torch.ones(N, H, dtype=torch.float64)),
     ],
-    "scale must be contiguous": [dh(scale=torch.ones(2, N - 1)), dh(scale=torch.ones(N, 2).t()), dh(scale=SCALE.double())],
+    "scale must be contiguous": [
+        dh(scale=torch.ones(2, N - 1)),
+        dh(scale=torch.ones(N, 2).t()),
+        dh(scale=SCALE.double()),
+    ],
     "gold of position 0 points outside": [
         dh(gold=torch.tensor([4, 0, 0])),
         dh(gold=torch.tensor([-2, 0, 0])),
@@ -71,7 +86,10 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         *logits(gold=torch.tensor([-2, -1, 2])),
         *logits(gold=torch.tensor([2, -1, 2])),
     ],
-    "gold of position 1 points outside its set": [*logits(gold=torch.tensor([0, 2, 2])), *logits(gold=torch.tensor([0, 0, 2]))],
+    "gold of position 1 points outside its set": [
+        *logits(gold=torch.tensor([0, 2, 2])),
+        *logits(gold=torch.tensor([0, 0, 2])),
+    ],
     "gold must be contiguous": [
         dh(gold=GOLD.int()),
         dh(gold=GOLD[:2]),
@@ -95,7 +113,11 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         dh(columns=torch.tensor([0, -1, 0, 0], dtype=torch.int32)),
     ],
     "touched rows must ascend within the 7 rows": gradient(touched=ints(0, 2, 7))[:1],
-    "touched rows must ascend": [*gradient(touched=ints(0, 6, 2)), *gradient(touched=ints(2, 2, 6)), *gradient(touched=ints(-1, 2, 6))],
+    "touched rows must ascend": [
+        *gradient(touched=ints(0, 6, 2)),
+        *gradient(touched=ints(2, 2, 6)),
+        *gradient(touched=ints(-1, 2, 6)),
+    ],
     "begins must be \\[4\\]": gradient(begins=BEGINS[:3]),
     "begins must rise from 0 to the 4 entries": [
         *gradient(begins=ints(0, 3, 2, 4)),
@@ -103,7 +125,10 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         *gradient(begins=ints(0, 1, 3, 5)),
         *gradient(begins=ints(-1, 1, 3, 4)),
     ],
-    "position lies outside the 3 hidden states": [*gradient(tokens=ints(2, 0, 3, 0)), *gradient(tokens=ints(2, 0, -1, 0))],
+    "position lies outside the 3 hidden states": [
+        *gradient(tokens=ints(2, 0, 3, 0)),
+        *gradient(tokens=ints(2, 0, -1, 0)),
+    ],
     "position lies outside the 2 hidden states": gradient(hidden=HIDDEN[:2]),
     "offsets must rise from 0 to the 4 columns": [
         *logits(offsets=torch.tensor([0, 3, 2, 4])),
@@ -115,7 +140,11 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         *logits(offsets=OFFSETS.repeat(2)[::2]),
     ],
     "sets for 2 rows of logits": logits(matrix=LOGITS[:2]),
-    "z must be contiguous": [into_logits(z=FACTORS[:3]), into_logits(z=FACTORS.double()), into_logits(z=torch.ones(8)[::2])],
+    "z must be contiguous": [
+        into_logits(z=FACTORS[:3]),
+        into_logits(z=FACTORS.double()),
+        into_logits(z=torch.ones(8)[::2]),
+    ],
     "scalars must be contiguous .3, 3. Float": [
         into_logits(scalars=SCALARS_OF_SETS[:2]),
         into_logits(scalars=SCALARS_OF_SETS.t()),
@@ -138,16 +167,29 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         lambda: OPS.optimizer_sums([HIDDEN], [HIDDEN.double()]),
         lambda: OPS.optimizer_sums([HIDDEN], [torch.ones(H, N).t()]),
     ],
-    "parameters and gradients are float32 or bfloat16": [update(params=[torch.ones(4).double()]), update(grads=[torch.ones(4).half()])],
-    "parameters and gradients must be contiguous and of one size": [update(grads=[torch.ones(3)]), update(params=[torch.ones(8)[::2]])],
+    "parameters and gradients are float32 or bfloat16": [
+        update(params=[torch.ones(4).double()]),
+        update(grads=[torch.ones(4).half()]),
+    ],
+    "parameters and gradients must be contiguous and of one size": [
+        update(grads=[torch.ones(3)]),
+        update(params=[torch.ones(8)[::2]]),
+    ],
     "must be contiguous float32 of the parameter's size": [
         update(exp_avgs=[torch.ones(3)]),
         update(exp_avg_sqs=[torch.ones(4).bfloat16()]),
         update(exp_avgs=[torch.ones(8)[::2]]),
     ],
-    "rounded copies are contiguous bfloat16": [update(rounded=[torch.ones(4)]), update(rounded=[torch.ones(3).bfloat16()])],
+    "rounded copies are contiguous bfloat16": [
+        update(rounded=[torch.ones(4)]),
+        update(rounded=[torch.ones(3).bfloat16()]),
+    ],
     "lists of different lengths": [update(grads=[]), update(rounded=[torch.ones(4).bfloat16()] * 2)],
-    "scalars must be": [update(scalars=SCALARS[:, :10]), update(scalars=SCALARS.float()), update(scalars=SCALARS.expand(2, 11))],
+    "scalars must be": [
+        update(scalars=SCALARS[:, :10]),
+        update(scalars=SCALARS.float()),
+        update(scalars=SCALARS.expand(2, 11)),
+    ],
 }
 
 

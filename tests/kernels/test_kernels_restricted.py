@@ -1,4 +1,5 @@
-"""The compiled restricted loss against the plain one, at its edges; and what must not change a bit: threads and instruction sets."""
+"""The compiled restricted loss against the plain one, at its edges; and what must not change a bit: threads and
+instruction sets."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_every_operator_is_the_references(case: str, zipf: bool, dtype: torch.dt
     for ours, plain in zip(found, wanted, strict=True):
         close(ours, plain, dtype)
     alone = OURS.restricted_fwd(hidden, weight, offsets, columns, gold, False)
-    assert torch.equal(alone[0], found[0]) and torch.equal(alone[1], found[1]) and alone[2].shape == (0, hidden.shape[1])
+    assert (
+        torch.equal(alone[0], found[0]) and torch.equal(alone[1], found[1]) and alone[2].shape == (0, hidden.shape[1])
+    )
     scale = wanted[1][:2].contiguous()
     both = [t.clone() for t in (found[2], wanted[2])]
     OURS.restricted_bwd_dh(both[0], weight, columns, gold, scale)
@@ -92,7 +95,9 @@ def test_the_weight_gradient_is_added_into_any_matrix(dtype: torch.dtype, kept: 
     OURS.restricted_bwd_dw(hidden, *entries, ours)
     PLAIN.restricted_bwd_dw(hidden, *entries, plain)
     step = torch.finfo(kept).eps
-    torch.testing.assert_close(ours, plain, rtol=max(step, TOLERANCE[dtype]), atol=max(step, TOLERANCE[dtype]) * float(plain.abs().max()))
+    torch.testing.assert_close(
+        ours, plain, rtol=max(step, TOLERANCE[dtype]), atol=max(step, TOLERANCE[dtype]) * float(plain.abs().max())
+    )
     touched = columns.long().unique()
     untouched = torch.ones(weight.shape[0], dtype=torch.bool).index_fill(0, touched, False)
     assert torch.equal(ours[untouched], before[untouched])
@@ -123,8 +128,12 @@ def test_threads_and_instruction_sets_give_the_same_bits(
 @dtypes
 def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype) -> None:
     hidden, weight, sets = inputs("random", dtype)
-    for ours, plain in zip(results(hidden, weight, sets), results(hidden, weight, sets, kernels="reference"), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
+    for ours, plain in zip(
+        results(hidden, weight, sets), results(hidden, weight, sets, kernels="reference"), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype]
+        )
 
 
 def test_gradcheck() -> None:
@@ -151,7 +160,9 @@ def test_the_whole_vocabulary_is_ordinary_cross_entropy(dtype: torch.dtype) -> N
     truth = cross_entropy(h @ w.t(), gold, reduction="none")
     wanted = (truth.detach(), *torch.autograd.grad((truth * torch.linspace(0.5, 1, 6, dtype=wide)).sum(), (h, w)))
     for ours, right in zip(results(hidden, weight, sets), wanted, strict=True):
-        torch.testing.assert_close(ours, right.to(ours.dtype), rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ours, right.to(ours.dtype), rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5
+        )
 
 
 def test_sets_of_65535_ids() -> None:
@@ -182,7 +193,10 @@ def test_tensors_that_are_not_contiguous(dtype: torch.dtype) -> None:
     hidden, weight, sets = inputs("random", dtype)
     wanted = results(hidden, weight, sets)
     wide = torch.cat([weight, weight], 1)[:, : weight.shape[1]]
-    for h, w in ((hidden.t().contiguous().t(), weight.t().contiguous().t()), (torch.stack([hidden, hidden], 1)[:, 1], wide)):
+    for h, w in (
+        (hidden.t().contiguous().t(), weight.t().contiguous().t()),
+        (torch.stack([hidden, hidden], 1)[:, 1], wide),
+    ):
         leaves = h.detach().requires_grad_(), w.detach().requires_grad_()
         loss = restricted_linear_cross_entropy(*leaves, sets)
         assert torch.equal(loss, wanted[0])

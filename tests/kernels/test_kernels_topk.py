@@ -12,7 +12,19 @@ from megatron_replay.ops import kernels
 
 pytestmark = pytest.mark.usefixtures("compiled")
 OURS, PLAIN = kernels("auto").topk_rows, kernels("reference").topk_rows
-KINDS = ["normal", "peaked", "bf16", "integer", "few", "equal", "signed zeros", "double", "mostly forbidden", "one block", "rising"]
+KINDS = [
+    "normal",
+    "peaked",
+    "bf16",
+    "integer",
+    "few",
+    "equal",
+    "signed zeros",
+    "double",
+    "mostly forbidden",
+    "one block",
+    "rising",
+]
 
 
 def rows(kind: str, n: int, width: int, seed: int = 0) -> Tensor:
@@ -87,7 +99,12 @@ def test_a_broken_row_has_no_log_sum_exp(at: int, dtype: torch.dtype) -> None:
     logits = rows("peaked", 5, 700).to(dtype)
     logits[1, at], logits[2, at], logits[3] = torch.nan, torch.inf, -torch.inf
     lse = OURS(logits, 20)[2]
-    assert lse.isfinite().tolist() == [True, False, False, False, True] and lse[1].isnan() and lse[2].isnan() and lse[3] == -torch.inf
+    assert (
+        lse.isfinite().tolist() == [True, False, False, False, True]
+        and lse[1].isnan()
+        and lse[2].isnan()
+        and lse[3] == -torch.inf
+    )
 
 
 def test_what_does_not_fit_is_an_error() -> None:

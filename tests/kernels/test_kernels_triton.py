@@ -1,4 +1,5 @@
-"""Triton's kernels without a GPU: their results under its interpreter, that they compile for one, and what happens where Triton is not."""
+"""Triton's kernels without a GPU: their results under its interpreter, that they compile for one, and what happens
+where Triton is not."""
 
 from __future__ import annotations
 
@@ -23,9 +24,18 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def run(*command: str, **variables: str) -> str:
     """What a Python process of its own says; it must succeed."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # 3.9 warns that its default for fused multiply-add will change; and with one thread the children of two workers fit two cores
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600)
+    # 3.9 warns that its default for fused multiply-add will change; and with one thread the children of two workers fit
+    # two cores
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -33,7 +43,9 @@ def run(*command: str, **variables: str) -> str:
 @needs_triton
 @pytest.mark.slow
 def test_the_kernels_are_the_references_under_the_interpreter() -> None:
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / "triton_interpreted.py"), TRITON_INTERPRET="1")
+    said = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / "triton_interpreted.py"), TRITON_INTERPRET="1"
+    )
     assert " passed" in said and "skipped" not in said
 
 
@@ -48,7 +60,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 def test_importing_the_operators_leaves_triton_alone() -> None:
     run(
         "-c",
-        "import sys, megatron_replay.ops as o; o.live(); o.kernels('auto'); assert 'megatron_replay.ops.triton_launch' not in sys.modules",
+        "import sys, megatron_replay.ops as o; o.live(); o.kernels('auto'); assert "
+        "'megatron_replay.ops.triton_launch' not in sys.modules",
     )
 
 
@@ -67,11 +80,20 @@ def test_without_triton_plain_torch_answers_and_says_so_once(
 ) -> None:
     monkeypatch.setattr(on_cuda.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     hidden, weight = torch.randn(2, 4), torch.randn(6, 4)
-    args = (hidden, weight, torch.tensor([0, 2, 3]), torch.tensor([1, 5, 2], dtype=torch.int32), torch.tensor([1, -1]), True)
+    args = (
+        hidden,
+        weight,
+        torch.tensor([0, 2, 3]),
+        torch.tensor([1, 5, 2], dtype=torch.int32),
+        torch.tensor([1, -1]),
+        True,
+    )
     with caplog.at_level(logging.WARNING):
         found = [on_cuda.call("restricted_fwd", *args) for _ in range(2)]
     assert all(map(torch.equal, found[1], torch_kernels.restricted_fwd(*args)))
-    assert [r.message for r in caplog.records] == ["triton not installed: the restricted loss runs in plain torch on cuda"]
+    assert [r.message for r in caplog.records] == [
+        "triton not installed: the restricted loss runs in plain torch on cuda"
+    ]
     assert set(library.live("cuda").values()) == {"reference"}
 
 

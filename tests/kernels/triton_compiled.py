@@ -1,4 +1,5 @@
-"""Compile every Triton kernel to machine code for two generations of GPUs, having none; `test_kernels_triton.py` runs it by itself."""
+"""Compile every Triton kernel to machine code for two generations of GPUs, having none; `test_kernels_triton.py` runs
+it by itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Triton's kernels against plain torch, under Triton's interpreter on CPU tensors; `test_kernels_triton.py` runs this by itself.
+"""Triton's kernels against plain torch, under Triton's interpreter on CPU tensors; `test_kernels_triton.py` runs this
+by itself.
 
-Triton reads TRITON_INTERPRET when it is imported, so that has to be set before. A program takes about 10 ms here: there are few positions
-and ids, and the pieces into which long runs are cut are made small instead.
+Triton reads TRITON_INTERPRET when it is imported, so that has to be set before. A program takes about 10 ms here: there
+are few positions and ids, and the pieces into which long runs are cut are made small instead.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sets_of(sizes: Sequence[int], vocab: int, zipf: bool = False) -> CandidateSets:
-    """Sets of these sizes; by Zipf's law the low ids are in most of them. Golds stand at their beginning, middle and end."""
+    """Sets of these sizes; by Zipf's law the low ids are in most of them. Golds stand at their beginning, middle and
+    end."""
     gen = torch.Generator().manual_seed(0)
     odds = 1 / torch.arange(1.0, vocab + 1) if zipf else torch.ones(vocab)
     rows = [sorted(torch.multinomial(odds, size, generator=gen).tolist()) for size in sizes]
@@ -66,7 +68,8 @@ CASES = {
 
 @pytest.fixture(params=[256, 8], ids=["uncut", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with the pieces as they are, and once with runs cut into pieces of 8 whose rows a program holds 4 at a time."""
+    """Once with the pieces as they are, and once with runs cut into pieces of 8 whose rows a program holds 4 at a
+    time."""
     monkeypatch.setattr(triton_launch, "SPLIT", request.param)
     if request.param == 8:
         tile = triton_launch._tile
@@ -105,7 +108,9 @@ def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
         close(found, right, dtype)
     step = max(torch.finfo(dtype).eps, TOLERANCE[dtype])  # the plain form rounds a low gradient of the weight twice
     for found, right in zip(ours[-2:], plain[-2:], strict=True):
-        torch.testing.assert_close(found, right, rtol=2 * step, atol=step * float(right.abs().max()) if right.numel() else 0)
+        torch.testing.assert_close(
+            found, right, rtol=2 * step, atol=step * float(right.abs().max()) if right.numel() else 0
+        )
     return ours
 
 
@@ -131,7 +136,11 @@ def test_the_same_bits_again_and_for_a_position_alone(cut: None) -> None:
     begin, end = here.offsets[4:6]
     alone = LocalSets(here.offsets[4:6] - begin, here.columns[begin:end], here.gold[4:5] - begin)
     z, stats, mixture = OURS.restricted_fwd(hidden[4:5], weight, alone.offsets, alone.columns, alone.gold, True)
-    assert torch.equal(z, first[0][begin:end]) and torch.equal(stats, first[1][:, 4:5]) and torch.equal(mixture, first[2][4:5])
+    assert (
+        torch.equal(z, first[0][begin:end])
+        and torch.equal(stats, first[1][:, 4:5])
+        and torch.equal(mixture, first[2][4:5])
+    )
 
 
 def test_sets_of_the_cap() -> None:
@@ -149,8 +158,12 @@ def test_without_the_mixture(cut: None) -> None:
     sets, vocab, width = CASES["zipf"]
     hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
     here = sets.local(VocabShard(0, vocab))
-    with_it, without = (OURS.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix) for mix in (True, False))
-    assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1]) and without[2].shape == (0, width)
+    with_it, without = (
+        OURS.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix) for mix in (True, False)
+    )
+    assert (
+        torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1]) and without[2].shape == (0, width)
+    )
 
 
 @pytest.mark.parametrize("shard", [(0, 12), (12, 14), (40, 40), (2, 30)])
@@ -181,16 +194,24 @@ def ours_live(monkeypatch: pytest.MonkeyPatch) -> None:
 @dtypes
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("cut", [8], indirect=True)
-def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype, sparse: bool, cut: None, ours_live: None) -> None:
+def test_the_loss_and_its_gradients_are_the_references(
+    dtype: torch.dtype, sparse: bool, cut: None, ours_live: None
+) -> None:
     sets, vocab, width = CASES["zipf"]
     hidden, weight = matrices(sets.num_positions, vocab, width, dtype)
-    for ours, plain in zip(results(hidden, weight, sets, "auto", sparse=sparse), results(hidden, weight, sets, "reference"), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
+    for ours, plain in zip(
+        results(hidden, weight, sets, "auto", sparse=sparse), results(hidden, weight, sets, "reference"), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype]
+        )
 
 
 @dtypes
 @pytest.mark.parametrize("cut", [8], indirect=True)
-def test_the_loss_from_logits_and_its_gradient_are_the_references(dtype: torch.dtype, cut: None, ours_live: None) -> None:
+def test_the_loss_from_logits_and_its_gradient_are_the_references(
+    dtype: torch.dtype, cut: None, ours_live: None
+) -> None:
     sets, vocab, _ = CASES["zipf"]
     whole = torch.randn(sets.num_positions, 2 * vocab, generator=torch.Generator().manual_seed(3)).to(dtype)
     for logits in (whole[:, :vocab], whole[:, ::2], whole[:, vocab:].t().contiguous().t()):
@@ -201,7 +222,9 @@ def test_the_loss_from_logits_and_its_gradient_are_the_references(dtype: torch.d
             factors = torch.linspace(0.5, 1, len(loss), dtype=loss.dtype)
             found.append((loss.detach(), *torch.autograd.grad((loss * factors).sum(), leaf)))
         for ours, plain in zip(*found, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype])
+            torch.testing.assert_close(
+                ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype]
+            )
 
 
 def test_gradcheck(ours_live: None) -> None:
@@ -249,7 +272,11 @@ def test_tensors_that_are_not_contiguous() -> None:
     wanted = check_all(hidden, weight, here)
     turned = check_all(hidden.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :width], here)
     assert all(map(torch.equal, wanted[:3], turned[:3]))
-    grads = [torch.ones(weight.shape), torch.ones(weight.shape).t().contiguous().t(), torch.ones(vocab, 2 * width)[:, ::2]]
+    grads = [
+        torch.ones(weight.shape),
+        torch.ones(weight.shape).t().contiguous().t(),
+        torch.ones(vocab, 2 * width)[:, ::2],
+    ]
     for grad in grads:
         OURS.restricted_bwd_dw(hidden, *ByColumn.of(here.offsets, here.columns).entries(wanted[0]), grad)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
@@ -282,7 +309,12 @@ def test_what_does_not_fit_is_an_error() -> None:
     hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
     here = sets.local(VocabShard(0, vocab))
     offsets, columns, gold = here.offsets, here.columns, here.gold
-    fwd, dw, of_logits, bwd = OURS.restricted_fwd, OURS.restricted_bwd_dw, OURS.restricted_logits_fwd, OURS.restricted_logits_bwd
+    fwd, dw, of_logits, bwd = (
+        OURS.restricted_fwd,
+        OURS.restricted_bwd_dw,
+        OURS.restricted_logits_fwd,
+        OURS.restricted_logits_bwd,
+    )
     touched, begins, tokens, factors = ByColumn.of(offsets, columns).entries(torch.zeros(len(columns)))
     grad = torch.zeros_like(weight)
     logits, scalars = torch.zeros(len(hidden), vocab), torch.zeros(3, len(hidden))
@@ -292,11 +324,15 @@ def test_what_does_not_fit_is_an_error() -> None:
         beyond: lambda: fwd(hidden, weight, offsets, columns - 300, gold, True),
         f"fwd.*{beyond}": lambda: fwd(hidden, weight, offsets.flip(0), columns, gold, True),
         f"restricted_fwd: .*{beyond}": lambda: fwd(hidden, weight, offsets, columns, gold + 10_000, True),
-        f"bwd_dh.*{beyond}": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight[:9], columns, gold, torch.ones(2, 5)),
+        f"bwd_dh.*{beyond}": lambda: OURS.restricted_bwd_dh(
+            hidden.clone(), weight[:9], columns, gold, torch.ones(2, 5)
+        ),
         f"bwd_dw.*{beyond} the 9 rows": lambda: dw(hidden, touched, begins, tokens, factors, grad[:9]),
         f"bwd_dw: .*{beyond}": lambda: dw(hidden, touched.flip(0), begins, tokens, factors, grad),
         f"bwd_rows.*{beyond}": lambda: OURS.restricted_bwd_rows(hidden, touched, begins.flip(0), tokens, factors),
-        f"bwd_rows.*{beyond} .* or 3 positions": lambda: OURS.restricted_bwd_rows(hidden[:3], touched, begins, tokens, factors),
+        f"bwd_rows.*{beyond} .* or 3 positions": lambda: OURS.restricted_bwd_rows(
+            hidden[:3], touched, begins, tokens, factors
+        ),
         "tokens must be contiguous": lambda: dw(hidden, touched, begins, tokens.long(), factors, grad),
         "offsets must be contiguous": lambda: fwd(hidden, weight, offsets.int(), columns, gold, True),
         "columns must be contiguous": lambda: fwd(hidden, weight, offsets, columns.long(), gold, True),
@@ -305,13 +341,17 @@ def test_what_does_not_fit_is_an_error() -> None:
         "kernels=reference takes others": lambda: fwd(hidden.int(), weight.int(), offsets, columns, gold, True),
         r"offsets must be contiguous \[5\]": lambda: fwd(hidden[:4], weight, offsets, columns, gold, True),
         "hidden must be a matrix": lambda: fwd(hidden[0], weight, offsets, columns, gold, True),
-        "scale must be contiguous": lambda: OURS.restricted_bwd_dh(hidden.clone(), weight, columns, gold, torch.ones(5, 2).t()),
+        "scale must be contiguous": lambda: OURS.restricted_bwd_dh(
+            hidden.clone(), weight, columns, gold, torch.ones(5, 2).t()
+        ),
         "coefficient must be": lambda: dw(hidden, touched, begins, tokens, factors[:3], grad),
         f"logits_fwd.*{beyond} the 9 rows": lambda: of_logits(logits[:, :9], offsets, columns, gold),
         f"logits_bwd.*{beyond}": lambda: bwd(factors, offsets, columns, gold + 10_000, scalars, logits),
         "restricted_logits_fwd: gold must be contiguous": lambda: of_logits(logits, offsets, columns, gold.int()),
         "logits must be a matrix": lambda: of_logits(logits[0], offsets, columns, gold),
-        "logits is torch.int32; .*kernels=reference takes others": lambda: of_logits(logits.int(), offsets, columns, gold),
+        "logits is torch.int32; .*kernels=reference takes others": lambda: of_logits(
+            logits.int(), offsets, columns, gold
+        ),
         "z must be contiguous": lambda: bwd(factors.double(), offsets, columns, gold, scalars, logits),
         "scalars must be contiguous": lambda: bwd(factors, offsets, columns, gold, scalars[:2], logits),
         "grad_weight is": lambda: dw(hidden, touched, begins, tokens, factors, grad[:, :3]),

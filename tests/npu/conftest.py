@@ -1,4 +1,5 @@
-"""The real torch-npu over a runtime that has memory only (csrc/ascend/sim), in child processes: level L2 of docs/ascend.md."""
+"""The real torch-npu over a runtime that has memory only (csrc/ascend/sim), in child processes: level L2 of
+docs/ascend.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Plain-torch forms of the NPU's fused operators, written from torch-npu's documentation. NOT the operators: no test here runs those.
+"""Plain-torch forms of the NPU's fused operators, written from torch-npu's documentation. NOT the operators: no test
+here runs those.
 
-They answer whether our arguments say what we mean; that the device does what its documentation says can only be seen on a device. What
-the documentation leaves out (the order of roundings) is done in float32.
+They answer whether our arguments say what we mean; that the device does what its documentation says can only be seen on
+a device. What the documentation leaves out (the order of roundings) is done in float32.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ def npu_fusion_attention(
     atten_mask: Tensor, scale: float, sparse_mode: int, actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
     **others: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Groups of query heads share a key head. TND layout: [T, heads, D], samples after each other up to the cumulative lengths; BSND:
-    [B, S, heads, D].
+    """Groups of query heads share a key head. TND layout: [T, heads, D], samples after each other up to the cumulative
+    lengths; BSND: [B, S, heads, D].
 
-    True is masked. sparse_mode 1 (allMask): the mask is [Sq, Sk], for the whole batch; a row that is all True loses precision.
-    sparse_mode 3 (rightDownCausal): it is the compressed 2048 x 2048 upper triangle and stands for the one that ends at the lower right
-    corner. Both ignore pre_tockens and next_tockens.
+    True is masked. sparse_mode 1 (allMask): the mask is [Sq, Sk], for the whole batch; a row that is all True loses
+    precision. sparse_mode 3 (rightDownCausal): it is the compressed 2048 x 2048 upper triangle and stands for the one
+    that ends at the lower right corner. Both ignore pre_tockens and next_tockens.
     """
     assert all(_is_default(name, value) for name, value in others.items()), others
     cut = partial(_samples, layout=input_layout, heads=head_num)
     parts = []
-    for each in zip(cut(query, ends=actual_seq_qlen), *(cut(x, ends=actual_seq_kvlen) for x in (key, value)), strict=True):
+    for each in zip(
+        cut(query, ends=actual_seq_qlen), *(cut(x, ends=actual_seq_kvlen) for x in (key, value)), strict=True
+    ):
         q, k, v = (_heads(x, head_num) for x in each)
         parts.append((_weights(q, k, scale, atten_mask, sparse_mode) @ v).transpose(0, 1).to(query.dtype))
     out = torch.cat(parts).view(query.shape)
@@ -42,7 +45,8 @@ def npu_fusion_attention(
 
 def npu_fusion_attention_grad(
     query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor, scale_value: float, sparse_mode: int, actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
+    atten_mask: Tensor, scale_value: float, sparse_mode: int,
+    actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
     **others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
@@ -98,14 +102,23 @@ def npu_rms_norm_backward(dy: Tensor, input: Tensor, gamma: Tensor, rstd: Tensor
 
 
 def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: None = None) -> Tensor:
-    """x1, x2 = halves of the last dimension: r1 x + r2 (-x2, x1). SBND: r1 and r2 are [S, 1, 1, D]; D is even and below 896."""
-    assert rotary_mode == "half" and rotate is None and input.dim() == 4 and input.shape[3] % 2 == 0 and input.shape[3] < 896
+    """x1, x2 = halves of the last dimension: r1 x + r2 (-x2, x1). SBND: r1 and r2 are [S, 1, 1, D]; D is even and below
+    896."""
+    assert (
+        rotary_mode == "half"
+        and rotate is None
+        and input.dim() == 4
+        and input.shape[3] % 2 == 0
+        and input.shape[3] < 896
+    )
     assert r1.shape == r2.shape == (input.shape[0], 1, 1, input.shape[3]) and r1.dtype == input.dtype
     first, second = input.chunk(2, -1)
     return r1 * input + r2 * torch.cat((-second, first), -1)
 
 
-def npu_rotary_mul_backward(grad: Tensor, input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half") -> tuple[Tensor, ...]:
+def npu_rotary_mul_backward(
+    grad: Tensor, input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
+) -> tuple[Tensor, ...]:
     (g1, g2), (a1, a2), (b1, b2) = (x.chunk(2, -1) for x in (grad, r1, r2))
     return torch.cat((a1 * g1 + b2 * g2, a2 * g2 - b1 * g1), -1), torch.zeros_like(r1), torch.zeros_like(r2)
 
@@ -124,6 +137,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def _is_default(name: str, value: Any) -> bool:
-    return value in {"keep_prob": (1.0,), "pre_tockens": (2147483647,), "next_tockens": (2147483647,), "gen_mask_parallel": (True,)}.get(
-        name, (None, 0, False, "")
-    )
+    return value in {
+        "keep_prob": (1.0,),
+        "pre_tockens": (2147483647,),
+        "next_tockens": (2147483647,),
+        "gen_mask_parallel": (True,),
+    }.get(name, (None, 0, False, ""))

@@ -1,9 +1,10 @@
-"""torch's operators on npu:0 tensors of the memory-only runtime, computed by torch's own CPU kernels on the same memory.
+"""torch's operators on npu:0 tensors of the memory-only runtime, computed by torch's own CPU kernels on the same
+memory.
 
-CANN's operators (aclnn) are not here, and our kernels stand between ordinary torch operators. Inside `HostMath` those are run by the CPU
-on a view of the same bytes, and torch-npu's fused operators by their plain forms (documented.py). Nothing else changes: tensors are npu:0
-tensors of the real torch-npu; views, autograd and dispatch are its own; our operators go to what is registered for the NPU, or where
-nothing is, to plain torch operators that are seen here again.
+CANN's operators (aclnn) are not here, and our kernels stand between ordinary torch operators. Inside `HostMath` those
+are run by the CPU on a view of the same bytes, and torch-npu's fused operators by their plain forms (documented.py).
+Nothing else changes: tensors are npu:0 tensors of the real torch-npu; views, autograd and dispatch are its own; our
+operators go to what is registered for the NPU, or where nothing is, to plain torch operators that are seen here again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from torch.utils._pytree import tree_map
 from megatron_replay.stages.operators import Seen, device_type
 
 NPU = torch.device("npu", 0)
-MAKES_TENSORS = ("aten::empty.memory_format", "aten::empty_strided", "aten::set_.source_Storage_storage_offset", "aten::detach")
+MAKES_TENSORS = (
+    "aten::empty.memory_format",
+    "aten::empty_strided",
+    "aten::set_.source_Storage_storage_offset",
+    "aten::detach",
+)
 """What torch-npu does without CANN's operators, besides views."""
 FOR_THE_BINDING = (
     "clone",
-    "sort.stable", "sort", "unique_consecutive", "diff", "repeat_interleave.Tensor", "cat", "cumsum", "index_select", "arange", "ge.Tensor",
-    "masked_fill.Scalar", "gather", "eq.Scalar", "zeros", "zero_", "_to_copy", "fill_.Scalar",
+    "sort.stable", "sort", "unique_consecutive", "diff", "repeat_interleave.Tensor", "cat", "cumsum", "index_select",
+    "arange", "ge.Tensor", "masked_fill.Scalar", "gather", "eq.Scalar", "zeros", "zero_", "_to_copy", "fill_.Scalar",
 )  # fmt: skip
 """Operators that csrc/ascend/torch_binding.cpp calls from C++, where no mode sees them."""
 
@@ -80,10 +86,13 @@ def host_view(x: Tensor) -> Tensor:
 
 
 def serve_the_binding() -> torch.library.Library:
-    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++; they last as long as what is returned."""
+    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++; they last as long as what is
+    returned."""
     library = torch.library.Library("aten", "IMPL")
     for name in FOR_THE_BINDING:
         base, _, overload = name.partition(".")
         func = getattr(getattr(torch.ops.aten, base), overload or "default")
-        library.impl(name, lambda *args, _func=func, **kwargs: on_host(_func, args, kwargs), "PrivateUse1", allow_override=True)
+        library.impl(
+            name, lambda *args, _func=func, **kwargs: on_host(_func, args, kwargs), "PrivateUse1", allow_override=True
+        )
     return library

@@ -1,7 +1,8 @@
-"""A child process with the real torch-npu wheel and no CANN: the memory-only runtime stands for every CANN library the wheel links to.
+"""A child process with the real torch-npu wheel and no CANN: the memory-only runtime stands for every CANN library the
+wheel links to.
 
-The wheel lies in a folder of its own, where `make test-npu` puts it, or where MEGATRON_REPLAY_TORCH_NPU says: with it on the path a plain
-`import torch` fails on a machine without CANN.
+The wheel lies in a folder of its own, where `make test-npu` puts it, or where MEGATRON_REPLAY_TORCH_NPU says: with it
+on the path a plain `import torch` fails on a machine without CANN.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Runtime:
         }
         command = [sys.executable, str(HERE / "children" / f"{child}.py"), *words]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, f"{child} {words} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, (
+            f"{child} {words} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -69,7 +72,8 @@ def make(folder: Path) -> Runtime:
 
 
 def make_binding(runtime: Runtime, folder: Path) -> Path:
-    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in; returns the module's file."""
+    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in; returns the module's
+    file."""
     if shutil.which("cmake") is None:
         pytest.skip("no cmake here")
     settings = {
@@ -96,7 +100,10 @@ def build(*command: str) -> None:
 def require_wheel() -> None:
     found = sorted(WHEEL.glob("torch_npu-*.dist-info"))
     if not found:
-        pytest.skip(f"torch-npu {VERSION} is not in {WHEEL}; make test-npu installs it (a wheel for Linux and Python 3.9 to 3.13)")
+        pytest.skip(
+            f"torch-npu {VERSION} is not in {WHEEL}; make test-npu installs it (a wheel for Linux and Python 3.9 to "
+            "3.13)"
+        )
     if found[0].name != f"torch_npu-{VERSION}.dist-info":
         pytest.skip(f"{found[0].name} lies in {WHEEL}, these tests are for torch-npu {VERSION}")
     if not torch.__version__.startswith(VERSION):

@@ -1,6 +1,6 @@
-"""The adapter between megatron-core and the NPU is chosen by probing. FAKE packages stand for MindSpeed, MegatronAdaptor and torch-npu:
-they only note how they were imported. Nothing of the real ones is run (they need CANN); what they ask of a trainer was read in their
-sources (docs/ascend.md).
+"""The adapter between megatron-core and the NPU is chosen by probing. FAKE packages stand for MindSpeed,
+MegatronAdaptor and torch-npu: they only note how they were imported. Nothing of the real ones is run (they need CANN);
+what they ask of a trainer was read in their sources (docs/ascend.md).
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def here(tmp_path: Path) -> Path:
 
 
 def probe(folder: Path, *words: str) -> Any:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(HERE.parents[1])]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(HERE.parents[1])]),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
     command = [sys.executable, str(HERE / "children" / "adapter.py"), "--tensor-model-parallel-size", "4", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -115,14 +119,17 @@ def test_an_adapter_without_metadata_is_told(here: Path) -> None:
     mindspeed(here, None)
     found = probe(here)
     assert found["chosen"] == "none"
-    assert found["notes"] == ["mindspeed is here and not used: pip does not know its version; install it with pip install -e"]
+    assert found["notes"] == [
+        "mindspeed is here and not used: pip does not know its version; install it with pip install -e"
+    ]
 
 
 def test_an_adapter_that_cannot_be_imported_is_an_error(here: Path) -> None:
     mindspeed(here, CORE, text="raise ImportError('libhccl.so: cannot open')\n")
     found = probe(here, "install")
     assert found["error"] == (
-        "mindspeed.megatron_adaptor cannot be imported (ImportError: libhccl.so: cannot open); repair or uninstall mindspeed"
+        "mindspeed.megatron_adaptor cannot be imported (ImportError: libhccl.so: cannot open); repair or uninstall "
+        "mindspeed"
     )
     assert found["argv_restored"]
 

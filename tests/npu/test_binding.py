@@ -1,4 +1,5 @@
-"""The binding of our kernels, through the real torch-npu's dispatch on npu:0 tensors: forward, backward and an optimizer's steps.
+"""The binding of our kernels, through the real torch-npu's dispatch on npu:0 tensors: forward, backward and an
+optimizer's steps.
 
 It is linked with the host stand-in's launchers, so the AscendC kernels themselves compute.
 """
@@ -32,7 +33,8 @@ def test_every_operator_is_served(found: Any) -> None:
 @pytest.mark.parametrize("how", ["loss", "into main_grad"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: str, tolerance: float) -> None:
-    """Loss, gradient of the hidden states, gradient of the weight; a bfloat16 gradient is rounded once more than its tolerance."""
+    """Loss, gradient of the hidden states, gradient of the weight; a bfloat16 gradient is rounded once more than its
+    tolerance."""
     loss, *gradients = found[how][precision]
     assert loss <= 2e-6 and all(far <= tolerance for far in gradients), found[how][precision]
 
@@ -46,7 +48,11 @@ def test_the_loss_from_logits_and_its_gradient(found: Any, precision: str, toler
 
 
 def test_a_shard_without_candidates(found: Any) -> None:
-    assert found["empty"] == {"stats": [[-3e38, -3e38], [0.0, 0.0], [0.0, 0.0]], "grad": 0.0, "no positions": [0, [3, 0]]}
+    assert found["empty"] == {
+        "stats": [[-3e38, -3e38], [0.0, 0.0], [0.0, 0.0]],
+        "grad": 0.0,
+        "no positions": [0, [3, 0]],
+    }
 
 
 def test_the_gradient_as_touched_rows(found: Any) -> None:
@@ -65,7 +71,9 @@ def test_moclip(found: Any, run: str) -> None:
     said = found["main weights"] if run == "main weights" else found["moclip"][run]
     low = run != "fp32"
     assert said["params"] <= (1e-2 if low else 1e-5) and said["norm"] <= 1e-6 and said["metrics"] <= 1e-4
-    assert {"exp_avg", "exp_avg_sq"} <= said["state"].keys() and all(far <= 1e-5 for far in said["state"].values()), said
+    assert {"exp_avg", "exp_avg_sq"} <= said["state"].keys() and all(far <= 1e-5 for far in said["state"].values()), (
+        said
+    )
     assert ("main" in said["state"]) is (run == "main weights")
 
 

@@ -1,4 +1,5 @@
-"""Our arguments to the NPU's fused operators, against our torch forms: the operators' documented meaning in plain torch (documented.py)."""
+"""Our arguments to the NPU's fused operators, against our torch forms: the operators' documented meaning in plain torch
+(documented.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from megatron_replay.parallel import attention, fused, layers
 
 @pytest.fixture
 def on_npu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """After the call our modules find the operators' documented forms, whatever the device, and may not ask torch for attention."""
+    """After the call our modules find the operators' documented forms, whatever the device, and may not ask torch for
+    attention."""
     find = lambda name, device_type: documented.OPERATORS[name]  # noqa: E731
 
     def switch() -> None:
@@ -27,7 +29,9 @@ def on_npu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return switch
 
 
-def both_ways(function: Callable[..., Tensor], inputs: list[Tensor], on_npu: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
+def both_ways(
+    function: Callable[..., Tensor], inputs: list[Tensor], on_npu: Callable[[], None]
+) -> list[tuple[Tensor, Tensor]]:
     """(torch form, fused form) of the result and of each input's gradient."""
     found = []
     for change in (lambda: None, on_npu):
@@ -47,7 +51,9 @@ def close(pairs: list[tuple[Tensor, Tensor]], tolerance: float = 2e-6) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize("lengths", [[7], [3, 3, 5], [1, 6, 2], [4, 4]], ids=str)
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_within_segments(lengths: list[int], heads: tuple[int, int], scale: float | None, on_npu: Callable[[], None]) -> None:
+def test_attention_within_segments(
+    lengths: list[int], heads: tuple[int, int], scale: float | None, on_npu: Callable[[], None]
+) -> None:
     torch.manual_seed(0)
     padding = 2
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
@@ -80,7 +86,9 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     attention._blocks.cache_clear()
 
 
-def in_a_tree(name: str, heads: tuple[int, int], scale: float | None, on_npu: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
+def in_a_tree(
+    name: str, heads: tuple[int, int], scale: float | None, on_npu: Callable[[], None]
+) -> list[tuple[Tensor, Tensor]]:
     """`both_ways` of attention in a row that ends with two tokens of padding."""
     torch.manual_seed(4)
     segments = torch.tensor(TREES[name])
@@ -146,7 +154,11 @@ def test_norm(shape: tuple[int, ...], on_npu: Callable[[], None]) -> None:
 
 
 def plain_rotation(
-    t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, multi_latent_attention: bool = False, mscale: float = 1.0
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
 ) -> Tensor:
     from megatron_replay.parallel import shims
 

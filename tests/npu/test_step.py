@@ -1,7 +1,9 @@
-"""Stage 0 and training on npu:0, through the real torch-npu, megatron-core and our seam between them, against the same on the cpu.
+"""Stage 0 and training on npu:0, through the real torch-npu, megatron-core and our seam between them, against the same
+on the cpu.
 
-What is real: torch-npu's Python, its dispatch, autograd, allocator and `transfer_to_npu`; megatron-core; our shims. What is not: the
-arithmetic of torch's operators (the host's), of the fused operators (documented.py) and of HCCL (one process, over gloo).
+What is real: torch-npu's Python, its dispatch, autograd, allocator and `transfer_to_npu`; megatron-core; our shims.
+What is not: the arithmetic of torch's operators (the host's), of the fused operators (documented.py) and of HCCL (one
+process, over gloo).
 """
 
 from __future__ import annotations
@@ -41,14 +43,23 @@ def test_no_operator_is_left_to_the_cpu(on_npu: Any, on_cpu: Any) -> None:
     assert list(on_npu["places"]) == ["cpu", "npu"], on_npu["places"]
     assert list(on_cpu["places"]) == ["cpu"]
     asked = on_npu["places"]["npu"]
-    for fused in ("npu_fusion_attention", "npu_fusion_attention_grad", "npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul"):
+    for fused in (
+        "npu_fusion_attention",
+        "npu_fusion_attention_grad",
+        "npu_rms_norm",
+        "npu_rms_norm_backward",
+        "npu_rotary_mul",
+    ):
         assert asked[f"npu::{fused}"] >= 2, fused
     assert not any("scaled_dot_product" in name for name in asked)
 
 
 @pytest.mark.parametrize(
     ("shim", "failure"),
-    [("tensor_type", "Wrapped parameters must be one of torch.cuda.FloatTensor"), ("capability", "object is not subscriptable")],
+    [
+        ("tensor_type", "Wrapped parameters must be one of torch.cuda.FloatTensor"),
+        ("capability", "object is not subscriptable"),
+    ],
 )
 def test_without_the_shim_the_step_fails(runtime: Runtime, shim: str, failure: str) -> None:
     with pytest.raises(AssertionError, match=failure):

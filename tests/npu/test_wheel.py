@@ -28,7 +28,8 @@ def operators() -> set[str]:
 
 
 def attributes() -> set[str]:
-    """Of the device's module: `.module.NAME` in device.py, and what shims.py takes of the module that stands in for CUDA's."""
+    """Of the device's module: `.module.NAME` in device.py, and what shims.py takes of the module that stands in for
+    CUDA's."""
     found = set()
     for path, tree in modules():
         for node in ast.walk(tree):
@@ -44,14 +45,21 @@ def attributes() -> set[str]:
 
 def torch_npu_modules() -> set[str]:
     literals = {
-        node.value for _, tree in modules() for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        node.value
+        for _, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     return {text for text in literals if re.fullmatch(r"torch_npu(\.\w+)*", text)}
 
 
 @pytest.fixture(scope="module")
 def found(runtime: Runtime) -> Any:
-    asked = {"operators": sorted(operators()), "attributes": sorted(attributes()), "modules": sorted(torch_npu_modules())}
+    asked = {
+        "operators": sorted(operators()),
+        "attributes": sorted(attributes()),
+        "modules": sorted(torch_npu_modules()),
+    }
     return runtime.run("wheel", json.dumps(asked))
 
 

@@ -18,9 +18,18 @@ NAMES = ("restricted", "logits", "logits, plain torch", "full")
 
 
 def each_loss(
-    hidden: Tensor, weight: Tensor, sets: CandidateSets, gold: Tensor, shard: VocabShard, scale: Tensor, *, real: int, chunk_rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    sets: CandidateSets,
+    gold: Tensor,
+    shard: VocabShard,
+    scale: Tensor,
+    *,
+    real: int,
+    chunk_rows: int,
 ) -> dict[str, tuple[Tensor, ...]]:
-    """On a rank: loss, hidden gradient summed over the ranks, and gradient of this rank's rows `weight`, of the losses times `scale`."""
+    """On a rank: loss, hidden gradient summed over the ranks, and gradient of this rank's rows `weight`, of the losses
+    times `scale`."""
     weight = weight.clone().requires_grad_()
     out: dict[str, tuple[Tensor, ...]] = {}
     for name in NAMES:

@@ -1,4 +1,5 @@
-"""What the rank tests have their forked ranks do: build, fill and train a model; and how the ranks' answers are joined and compared."""
+"""What the rank tests have their forked ranks do: build, fill and train a model; and how the ranks' answers are joined
+and compared."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class Whole:
 def batch_of(model: Model, step: int, micro: int) -> list[MicroBatch]:
     """This replica's micro-batches of a step: two samples a row, other lengths and numbers of positions in each.
 
-    Every other row is the same in all steps, so that gradients stand at some 60 degrees to the momentum: cut by the cap, but not all away.
+    Every other row is the same in all steps, so that gradients stand at some 60 degrees to the momentum: cut by the
+    cap, but not all away.
     """
     vocab, ours = model.spec.vocab_size, model.world
     rows = [_row(step * (index % 2), index, vocab) for index in range(ROWS)]
@@ -115,7 +117,9 @@ def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.n
     return ids, [np.arange(2, len(sample) - 1) for sample in ids]
 
 
-def _flatten(rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device) -> MicroBatch:
+def _flatten(
+    rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device
+) -> MicroBatch:
     samples = [(ids, chosen) for row in rows for ids, chosen in zip(*row, strict=True)]
     sets = CandidateSets.cat([candidates(ids, chosen) for ids, chosen in samples])
     return flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, device, {"sets": sets})
@@ -142,7 +146,9 @@ def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcom
     """On a rank: do the job's steps with a trainer that exists."""
     model = trainer.model
     task_of = task_of or task(model, job.loss)
-    steps = [trainer.step(batch_of(model, step, job.micro), task_of, LR) for step in range(job.first, job.first + job.steps)]
+    steps = [
+        trainer.step(batch_of(model, step, job.micro), task_of, LR) for step in range(job.first, job.first + job.steps)
+    ]
     return Outcome(steps, model.world.tensor_rank, model.spec.tied, parts(model))
 
 
@@ -151,7 +157,8 @@ def parts(model: Model) -> dict[str, tuple[Weight, np.ndarray]]:
 
 
 def whole(outcomes: Sequence[Outcome]) -> Whole:
-    """Join the ranks' answers, after a check that whatever several ranks hold is the same on all of them, bit for bit."""
+    """Join the ranks' answers, after a check that whatever several ranks hold is the same on all of them, bit for
+    bit."""
     held: dict[str, dict[int, tuple[Weight, np.ndarray]]] = {}
     for outcome in outcomes:
         assert outcome.steps == outcomes[0].steps, "ranks disagree about loss, norm or metrics"
@@ -180,21 +187,26 @@ def run(job: Job, function: Callable[..., Outcome] = train, *args: Any) -> Whole
 
 
 def differences(ours: Whole, truth: Whole, strays: int = 0) -> dict[str, float]:
-    """Largest difference of the losses, the gradient norms, the optimizer's metrics (both relative) and the final weights.
+    """Largest difference of the losses, the gradient norms, the optimizer's metrics (both relative) and the final
+    weights.
 
-    strays: this many weights are left out, the farthest. Where a first gradient is nothing but rounding, arctan2 still moves the weight by
-    lr pi / 4, one way or the other.
+    strays: this many weights are left out, the farthest. Where a first gradient is nothing but rounding, arctan2 still
+    moves the weight by lr pi / 4, one way or the other.
     """
     assert ours.weights.keys() == truth.weights.keys()
     pairs = list(zip(ours.steps, truth.steps, strict=True))
-    assert all(a.positions == b.positions and a.applied == b.applied and a.metrics.keys() == b.metrics.keys() for a, b in pairs)
+    assert all(
+        a.positions == b.positions and a.applied == b.applied and a.metrics.keys() == b.metrics.keys() for a, b in pairs
+    )
     weights = torch.cat([(ours.weights[name] - truth.weights[name]).abs().flatten() for name in truth.weights])
     farthest = weights.topk(strays + 1).values
     assert not strays or farthest[0] <= 2 * len(pairs) * LR, "no weight can have moved as far"
     return {
         "loss": max(abs(a.loss - b.loss) for a, b in pairs),
         "norm": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs),
-        "metrics": max(abs(a.metrics[key] - b.metrics[key]) / max(1.0, abs(b.metrics[key])) for a, b in pairs for key in b.metrics),
+        "metrics": max(
+            abs(a.metrics[key] - b.metrics[key]) / max(1.0, abs(b.metrics[key])) for a, b in pairs for key in b.metrics
+        ),
         "weights": float(farthest[-1]),
     }
 

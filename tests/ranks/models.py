@@ -1,4 +1,5 @@
-"""Tiny models and inputs for tests, the same numbers on every machine: they come from PCG64's raw stream, whose bits numpy guarantees."""
+"""Tiny models and inputs for tests, the same numbers on every machine: they come from PCG64's raw stream, whose bits
+numpy guarantees."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def draw(count: int, below: int, *words: int | str) -> np.ndarray:
 
 
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A weight that depends on its name: vectors (norms) in 0.5..1.5, matrices uniform with standard deviation 0.1; exact in fp32."""
+    """A weight that depends on its name: vectors (norms) in 0.5..1.5, matrices uniform with standard deviation 0.1;
+    exact in fp32."""
     unit = torch.from_numpy((raw(math.prod(shape), name) >> np.uint64(40)).astype(np.float64) / 2**24).view(shape)
     return (0.5 + unit if len(shape) == 1 else (unit - 0.5) * 0.34375).float()
 
@@ -70,14 +72,19 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 def tied_and_untied(root: Path, config: dict[str, Any]) -> dict[bool, str]:
     """Whether the output layer is the embedding -> a folder of such a model."""
-    return {tied: str(write_folder(root / str(tied), {**config, "tie_word_embeddings": tied})) for tied in (True, False)}
+    return {
+        tied: str(write_folder(root / str(tied), {**config, "tie_word_embeddings": tied})) for tied in (True, False)
+    }
 
 
 def with_transformers(folder: Path, config: dict[str, Any]) -> Any:
-    """transformers' own model of a configuration, filled by name and saved; the test is skipped where transformers is missing."""
+    """transformers' own model of a configuration, filled by name and saved; the test is skipped where transformers is
+    missing."""
     transformers = pytest.importorskip("transformers")
     name = config["architectures"][0]
-    settings = getattr(transformers, name.replace("ForCausalLM", "Config"))(**{k: v for k, v in config.items() if k != "architectures"})
+    settings = getattr(transformers, name.replace("ForCausalLM", "Config"))(
+        **{k: v for k, v in config.items() if k != "architectures"}
+    )
     model = getattr(transformers, name)(settings).float().eval()
     with torch.no_grad():
         for parameter, tensor in model.named_parameters():

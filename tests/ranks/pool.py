@@ -26,7 +26,9 @@ def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
     while (job := inbox.get()) is not None:
         function, args = job
         try:
@@ -36,7 +38,9 @@ def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
     dist.destroy_process_group()
 
 
-def _once(rank: int, size: int, port: int, outbox: Any, quiet: bool, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _once(
+    rank: int, size: int, port: int, outbox: Any, quiet: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
 
     world.set_rank(rank, size, port)
@@ -55,13 +59,17 @@ def _once(rank: int, size: int, port: int, outbox: Any, quiet: bool, function: C
 
 
 def fresh(size: int, function: Callable[..., Any], *args: Any, within: float = 120.0, quiet: bool = True) -> list[Any]:
-    """Fork `size` ranks for one call of `function`; their results in rank order. AssertionError names the ranks that failed."""
+    """Fork `size` ranks for one call of `function`; their results in rank order. AssertionError names the ranks that
+    failed."""
     shims.import_megatron()
     importlib.import_module("torch._dynamo")  # torch's optimizers import it when made: a second in every rank
     context = mp.get_context("fork")
     outbox = context.Queue()
     port = world.free_port()
-    processes = [context.Process(target=_once, args=(r, size, port, outbox, quiet, function, args), daemon=True) for r in range(size)]
+    processes = [
+        context.Process(target=_once, args=(r, size, port, outbox, quiet, function, args), daemon=True)
+        for r in range(size)
+    ]
     for process in processes:
         process.start()
     try:
@@ -106,7 +114,9 @@ class Pool:
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self.size)]
         self._processes = [
-            context.Process(target=_serve, args=(r, self.size, f"{self._folder.name}/store", box, self._outbox), daemon=True)
+            context.Process(
+                target=_serve, args=(r, self.size, f"{self._folder.name}/store", box, self._outbox), daemon=True
+            )
             for r, box in enumerate(self._inboxes)
         ]
         for process in self._processes:

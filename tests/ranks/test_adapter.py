@@ -84,7 +84,9 @@ def truth(folders: dict[Any, str], loss: str, model: Any) -> Whole:
     ],
     ids=str,
 )
-def test_ten_steps_are_those_of_one_process(folders: dict[Any, str], loss: str, tied: bool, layout: dict[str, Any]) -> None:
+def test_ten_steps_are_those_of_one_process(
+    folders: dict[Any, str], loss: str, tied: bool, layout: dict[str, Any]
+) -> None:
     same(run(Job(folder=folders[tied], loss=loss).on(**layout), train, FOUR), truth(folders, loss, tied))
 
 
@@ -100,7 +102,8 @@ def test_what_is_compared_is_not_trivial(folders: dict[Any, str]) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "mofo", "adamuon", "adamw", "tam"])
 def test_other_optimizers_train_adapters_too(folders: dict[Any, str], name: str) -> None:
-    """In float64, as in test_optimizers: a sign or a threshold turns a rounding error of float32 into a whole step of one weight."""
+    """In float64, as in test_optimizers: a sign or a threshold turns a rounding error of float32 into a whole step of
+    one weight."""
     job = Job(folder=folders["llama"], steps=3, dtype=torch.float64, optimizer=Optimizer(name=name, lr=LR))
     same(run(job.on(tensor=3, sequence_parallel=True), train, FOUR), run(job, train, FOUR), 1e-9)
     assert_bits(run(job.on(replicas=2), train, FOUR), run(job.on(replicas=2, zero1=False), train, FOUR))
@@ -149,7 +152,11 @@ def stop(job: Job, adapter: Adapter, root: str) -> Outcome:
         trainer = make_trainer(model, job.optimizer)
         outcome = advance(job, trainer)
         if model.world.is_main:
-            facts = {"head_multiple": job.layout.head_multiple, "dtype": "float32", "adapter": checkpoint.adapter_facts(model.adapter)}
+            facts = {
+                "head_multiple": job.layout.head_multiple,
+                "dtype": "float32",
+                "adapter": checkpoint.adapter_facts(model.adapter),
+            }
             checkpoint.write_side_files(Path(root), Path(job.folder), facts)
         checkpoint.save(Path(root), job.first + job.steps, trainer, {"iteration": job.first + job.steps, "seed": 7})
         return outcome
@@ -178,7 +185,9 @@ def go_on(job: Job, adapter: Adapter, root: str) -> Outcome:
     ],
     ids=str,
 )
-def test_a_run_goes_on_on_any_layout(folders: dict[Any, str], tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def test_a_run_goes_on_on_any_layout(
+    folders: dict[Any, str], tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
     job = Job(folder=folders[True], steps=2 * HALF)
     first = run(dataclasses.replace(job, steps=HALF).on(**before), stop, FOUR, str(tmp_path))
     second = run(dataclasses.replace(job, first=HALF, steps=HALF).on(**after), go_on, FOUR, str(tmp_path))
@@ -211,17 +220,25 @@ def saved(folders: dict[Any, str], tmp_path_factory: pytest.TempPathFactory) -> 
     return root
 
 
-@pytest.mark.parametrize("other", [None, dataclasses.replace(FOUR, rank=8), ATTENTION, dataclasses.replace(FOUR, alpha=16.0)], ids=str)
+@pytest.mark.parametrize(
+    "other", [None, dataclasses.replace(FOUR, rank=8), ATTENTION, dataclasses.replace(FOUR, alpha=16.0)], ids=str
+)
 def test_another_adapter_is_refused(folders: dict[Any, str], saved: Path, other: Adapter | None) -> None:
     (said,) = fresh(1, refusal, Job(folder=folders[True]), other, str(saved))
-    assert "was written with adapter={'rank': 4, 'alpha': 8.0" in said and "resume with the same setting" in said and "\n" not in said
+    assert (
+        "was written with adapter={'rank': 4, 'alpha': 8.0" in said
+        and "resume with the same setting" in said
+        and "\n" not in said
+    )
 
 
 def logits(model: Model) -> np.ndarray:
     """Of a batch, [N, V]: only without tensor parallelism."""
     (batch,) = batch_of(model, 0, 4)
     found: list[Tensor] = []
-    forward(model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out))
+    forward(
+        model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
+    )
     return found[0].double().numpy()
 
 
@@ -234,7 +251,8 @@ def unmerged(job: Job, adapter: Adapter, root: str) -> tuple[np.ndarray, tuple[f
 
 
 def filled(path: str, base: str, layout: Layout) -> tuple[np.ndarray | None, tuple[float, float], int]:
-    """On a rank: logits of what `evaluate` would see of a model, its distance from the base, and how many parameters it has."""
+    """On a rank: logits of what `evaluate` would see of a model, its distance from the base, and how many parameters it
+    has."""
     with world.running(layout, CPU) as ours:
         source = Source.open(path)
         model = build(source.spec, source.layout(layout), ours, torch.float32, seq_length=128)
@@ -262,7 +280,9 @@ def test_merged_it_is_the_model_that_was_trained(folders: dict[Any, str], tmp_pa
 
     fresh(1, convert_verified, str(root), str(exported))
     ((back, back_distance, _),) = fresh(1, filled, str(exported), folders[model], Layout())
-    assert np.abs(back - merged_).max() < 1e-6 * np.abs(truth_).max() and back_distance == pytest.approx(distance, rel=1e-6)
+    assert np.abs(back - merged_).max() < 1e-6 * np.abs(truth_).max() and back_distance == pytest.approx(
+        distance, rel=1e-6
+    )
     assert not (exported / "source.json").exists()
 
 
@@ -273,9 +293,15 @@ def convert_verified(given: str, made: str) -> None:
 def test_a_checkpoint_whose_adapter_is_not_described_is_refused(saved: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(saved, tmp_path / "root"))
     facts = json.loads((root / "hf" / "source.json").read_text())
-    assert facts["adapter"] == {"rank": 4, "alpha": 8.0, "targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]}
+    assert facts["adapter"] == {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+    }
     (root / "hf" / "source.json").write_text(json.dumps({**facts, "adapter": None}))
-    with pytest.raises(CheckpointError, match=r"holds an adapter that .*source\.json does not describe; restore that file"):
+    with pytest.raises(
+        CheckpointError, match=r"holds an adapter that .*source\.json does not describe; restore that file"
+    ):
         _ = Source(root).adapter
     (root / "hf" / "source.json").write_text(json.dumps({**facts, "adapter": {"rank": 8}}))
     with pytest.raises(CheckpointError, match=r"lora_a' is \[2, 4, 48\], expected \[2, 8, 48\]"):
@@ -335,7 +361,9 @@ def test_a_missing_reduction_would_be_seen(folders: dict[Any, str], what: str, l
 
 def refusals(job: Job) -> None:
     with opened(job.folder, job.layout) as model:
-        with pytest.raises(ConfigError, match=r"adapter\.rank=65 is too large: linear_proj is \[48, 64\]; give at most 48"):
+        with pytest.raises(
+            ConfigError, match=r"adapter\.rank=65 is too large: linear_proj is \[48, 64\]; give at most 48"
+        ):
             attach(model, Adapter(rank=65, targets=("linear_proj",)), SEED)
         attach(model, FOUR, SEED)
         with pytest.raises(ConfigError, match=r"muonclip' scales attention's weights .* use another optimizer"):

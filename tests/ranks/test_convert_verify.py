@@ -1,4 +1,5 @@
-"""`convert --verify`: equal models pass, each kind of difference is found; and what training saves on four ranks becomes a folder again."""
+"""`convert --verify`: equal models pass, each kind of difference is found; and what training saves on four ranks
+becomes a folder again."""
 
 from __future__ import annotations
 
@@ -98,7 +99,9 @@ def saves(folder: str, root: str, layout: Layout) -> None:
         load_hf(model, source)
         trainer = make_trainer(model, Optimizer())
         if ours.is_main:
-            checkpoint.write_side_files(Path(root), source.path, {"head_multiple": layout.head_multiple, "dtype": "float32"})
+            checkpoint.write_side_files(
+                Path(root), source.path, {"head_multiple": layout.head_multiple, "dtype": "float32"}
+            )
         checkpoint.save(Path(root), 12, trainer, {"iteration": 12})
 
 

@@ -120,7 +120,9 @@ def go_on(job: Job, root: str) -> Outcome:
     ],
     ids=str,
 )
-def test_a_run_goes_on(folders: dict[Any, str], tmp_path: Path, before: dict[str, Any], after: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_run_goes_on(
+    folders: dict[Any, str], tmp_path: Path, before: dict[str, Any], after: dict[str, Any], dtype: torch.dtype
+) -> None:
     job = Job(folder=folders[True], steps=2 * HALF, dtype=dtype)
     first = run(dataclasses.replace(job, steps=HALF).on(**before), stop, str(tmp_path))
     second = run(dataclasses.replace(job, first=HALF, steps=HALF).on(**after), go_on, str(tmp_path))
@@ -147,7 +149,10 @@ def test_another_choice_is_refused(folders: dict[Any, str], tmp_path: Path) -> N
     run(Job(folder=folders[True], steps=1), stop, str(tmp_path))
     for share, seed in [(0.25, SEED), (0.5, SEED + 1)]:
         (said,) = fresh(1, refusal, Job(folder=folders[True]), str(tmp_path), share, seed)
-        assert f"(train.freeze_share, seed)=[0.5, {SEED}], this run has (train.freeze_share, seed)=[{share}, {seed}]" in said
+        assert (
+            f"(train.freeze_share, seed)=[0.5, {SEED}], this run has (train.freeze_share, seed)=[{share}, {seed}]"
+            in said
+        )
 
 
 def test_a_stage_with_nothing_to_train_is_refused(folders: dict[Any, str]) -> None:
@@ -155,7 +160,10 @@ def test_a_stage_with_nothing_to_train_is_refused(folders: dict[Any, str]) -> No
     said = fresh(4, refusal, job, "", 0.999, SEED)
     assert all("train.freeze_share=0.999 leaves rank 2 nothing to train; lower it" in line for line in said)
     qk = dataclasses.replace(Job(folder=folders[True]), optimizer=Optimizer(name="muonclip"))
-    assert "adapter.rank or train.freeze_share freezes some of them; use another optimizer" in fresh(1, refusal, qk, "", 0.5, SEED)[0]
+    assert (
+        "adapter.rank or train.freeze_share freezes some of them; use another optimizer"
+        in fresh(1, refusal, qk, "", 0.5, SEED)[0]
+    )
 
 
 def buffers(job: Job) -> tuple[int, int, int]:

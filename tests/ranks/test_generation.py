@@ -1,4 +1,5 @@
-"""Greedy generation with a key/value cache against transformers, and likelihoods against ordinary cross-entropy, on several layouts."""
+"""Greedy generation with a key/value cache against transformers, and likelihoods against ordinary cross-entropy, on
+several layouts."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], stops: tuple[int, ...], vocab: int = VOCAB) -> list[int]:
-    """transformers' continuation by the likeliest of the first `vocab` ids, computed anew for every token: no cache to share a mistake."""
+    """transformers' continuation by the likeliest of the first `vocab` ids, computed anew for every token: no cache to
+    share a mistake."""
     ids = list(prompt)
     for _ in range(NEW):
         token = int(model(torch.tensor([ids])).logits[0, -1, :vocab].argmax())
@@ -65,7 +67,8 @@ def test_greedy_tokens_are_those_of_transformers(qwen3: tuple[str, Any], layout:
 
 
 def test_unknown_ids_are_never_generated(qwen3: tuple[str, Any]) -> None:
-    """Rows beyond the tokenizer's ids have logits like any other; on the second tensor rank they are all there is of some shards."""
+    """Rows beyond the tokenizer's ids have logits like any other; on the second tensor rank they are all there is of
+    some shards."""
     folder, model = qwen3
     expected = [greedy(model, prompt, (), vocab=100) for prompt in PROMPTS]
     assert expected != [greedy(model, prompt, ()) for prompt in PROMPTS]

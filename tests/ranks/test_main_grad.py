@@ -1,4 +1,5 @@
-"""The head's gradient goes straight into megatron's main gradient: the same as autograd's, over micro-batches, ranks and a tied head."""
+"""The head's gradient goes straight into megatron's main gradient: the same as autograd's, over micro-batches, ranks
+and a tied head."""
 
 from __future__ import annotations
 
@@ -31,23 +32,31 @@ def by_autograd(model: Model) -> TaskOf:
 
 
 def gradients(job: Job, direct: bool) -> Outcome:
-    """On a rank: every parameter's main gradient after the micro-batches of a step, and again after those of another one."""
+    """On a rank: every parameter's main gradient after the micro-batches of a step, and again after those of another
+    one."""
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         task_of = restricted_task(model) if direct else by_autograd(model)
         for step in (3, 0):  # the second one begins with the first one's gradients in the buffers
             trainer.wrapped.zero_grad_buffer()
             forward_backward(model, trainer.wrapped, batch_of(model, step, job.micro), task_of, trainer.timers)
-        grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+        grads = {
+            name: (weight, parameter.main_grad.detach().double().numpy())
+            for name, weight, parameter in model.parameters()
+        }
         return Outcome([StepResult(0.0, 0, 0.0, True)], model.world.tensor_rank, model.spec.tied, grads)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "replicas": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "replicas": 2}], ids=str
+)
 def test_the_head_s_gradient_is_autograd_s(tmp_path: Any, tied: bool, layout: dict[str, Any]) -> None:
     folder = write_folder(tmp_path, {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": tied})
     job = Job(folder=str(folder), dtype=torch.float64).on(**layout, zero1=False)
     direct, autograd = (whole(fresh(job.ranks, gradients, job, way)) for way in (True, False))
     for name, grad in autograd.weights.items():
         assert grad.abs().max() > 0, name
-        torch.testing.assert_close(direct.weights[name], grad, rtol=1e-10, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            direct.weights[name], grad, rtol=1e-10, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -33,8 +33,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def kept(job: Job, counted: int | None) -> int:
-    """On a rank: bytes of the distinct tensors that autograd keeps of the first layer, or of the last one with so many rows that count; its
-    parameters aside."""
+    """On a rank: bytes of the distinct tensors that autograd keeps of the first layer, or of the last one with so many
+    rows that count; its parameters aside."""
     with opened(job.folder, job.layout, job.dtype) as model:
         layer = model.module.decoder.layers[0 if counted is None else -1]
         own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -45,7 +45,9 @@ def kept(job: Job, counted: int | None) -> int:
             return tensor
 
         model.module.rotary_pos_emb.positions = torch.arange(TOKENS)[None]
-        x = torch.randn(activations.tokens_here(job.layout, TOKENS), 1, model.spec.hidden_size, dtype=job.dtype, requires_grad=True)
+        x = torch.randn(
+            activations.tokens_here(job.layout, TOKENS), 1, model.spec.hidden_size, dtype=job.dtype, requires_grad=True
+        )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             table = pack(torch.tensor([[0, TOKENS, -1]]), torch.arange(counted or 0))
             layer(x, attention_mask=table, rotary_pos_emb=model.module.rotary_pos_emb())
@@ -74,9 +76,12 @@ def test_activations_are_what_autograd_keeps(
     shims.import_megatron()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    if not hasattr(TransformerConfig, "glu_linear_offset"):  # megatron's SwiGLU adds nothing to its linear half: that is one tensor less
+    # megatron's SwiGLU adds nothing to its linear half: that is one tensor less
+    if not hasattr(TransformerConfig, "glu_linear_offset"):
         wanted -= (counted or TOKENS) * spec.ffn_size // layout.tensor * dtype.itemsize
-    assert all(0 <= size - wanted <= 160 for size in found), "a checkpointed attention keeps its table of segments and rows too"
+    assert all(0 <= size - wanted <= 160 for size in found), (
+        "a checkpointed attention keeps its table of segments and rows too"
+    )
 
 
 def held(job: Job, config: RunConfig) -> tuple[int, int, int, int]:
@@ -91,7 +96,9 @@ def held(job: Job, config: RunConfig) -> tuple[int, int, int, int]:
         weights = sum(parameter.nbytes for parameter in model.module.parameters())
         gradients = sum(buffer.grad_data.nbytes for buffer in trainer.wrapped.buffers)
         state: Any = [tensor for each in trainer.inner.state.values() for tensor in each.values()]
-        mains = [p for group in trainer.inner.param_groups for p in group["params"]] if job.dtype == torch.bfloat16 else []
+        mains = (
+            [p for group in trainer.inner.param_groups for p in group["params"]] if job.dtype == torch.bfloat16 else []
+        )
         return model.world.pipeline_rank, weights, gradients, sum(tensor.nbytes for tensor in [*state, *mains])
 
 
@@ -124,7 +131,9 @@ def test_what_is_always_held(
     for peak in peaks:
         ranks = [sizes for stage, *sizes in found if stage == peak.stage]
         assert {weights for weights, _, _ in ranks} == {peak.weights}
-        assert all(0 <= gradients - peak.gradients <= 0.03 * peak.gradients for _, gradients, _ in ranks), "buffers are padded"
+        assert all(0 <= gradients - peak.gradients <= 0.03 * peak.gradients for _, gradients, _ in ranks), (
+            "buffers are padded"
+        )
         assert sum(state for *_, state in ranks) / len(ranks) == pytest.approx(peak.optimizer, rel=1e-3)
 
 
@@ -142,7 +151,8 @@ def test_restricted_training_does_not_grow_with_the_logits() -> None:
     load = activations.Load(tokens=1024, positions=512, candidates=51_200, micro_batches=1)
     assert activations.restricted_head(small, load, 2) == activations.restricted_head(large, load, 2)
     full = [
-        activations.full_head(spec, load, 2, spec.padded_vocab(), trained=True, cpu=False) - activations.restricted_head(spec, load, 2)
+        activations.full_head(spec, load, 2, spec.padded_vocab(), trained=True, cpu=False)
+        - activations.restricted_head(spec, load, 2)
         for spec in (small, large)
     ]
     assert full[1] > 2 * full[0]

@@ -43,19 +43,29 @@ ROPE = {
 }
 
 
-def logits(folder: str, layout: Layout, rows: list[list[np.ndarray]], dtype: torch.dtype = torch.float32) -> list[np.ndarray] | None:
-    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row; None before the last stage."""
+def logits(
+    folder: str, layout: Layout, rows: list[list[np.ndarray]], dtype: torch.dtype = torch.float32
+) -> list[np.ndarray] | None:
+    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row; None before the last
+    stage."""
     with opened(folder, layout, dtype) as model:
         length = row_length([sum(map(len, row)) for row in rows], layout.tensor)
-        batches = [flatten(row, [np.arange(len(ids) - 1) for ids in row], length, model.world.torch_device) for row in rows]
+        batches = [
+            flatten(row, [np.arange(len(ids) - 1) for ids in row], length, model.world.torch_device) for row in rows
+        ]
         found: list[np.ndarray] = []
         forward(
-            model, batches, lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out.float().numpy())
+            model,
+            batches,
+            lambda _: lambda hidden, weight: hidden @ weight.t(),
+            consume=lambda _, out: found.append(out.float().numpy()),
         )
         return found if model.world.last_stage else None
 
 
-def sharded(folder: Path, layout: Layout, rows: list[list[np.ndarray]], vocab: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def sharded(
+    folder: Path, layout: Layout, rows: list[list[np.ndarray]], vocab: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """The logits [N, vocab] of each row, whole."""
     answers = fresh(layout.tensor * layout.pipeline, logits, str(folder), layout, rows, dtype)
     last = [answer for answer in answers if answer is not None]
@@ -96,7 +106,8 @@ class Old:
 
 
 @pytest.mark.parametrize(
-    ("split", "first", "last"), [([3, 1], 3, None), ([2, 3, 1], 2, 1), ([1, 2, 2, 1], 1, 1), ([2, 1, 1], 2, 1), ([2, 2, 2, 1], 2, 1)]
+    ("split", "first", "last"),
+    [([3, 1], 3, None), ([2, 3, 1], 2, 1), ([1, 2, 2, 1], 1, 1), ([2, 1, 1], 2, 1), ([2, 2, 2, 1], 2, 1)],
 )
 def test_uneven_stages_where_megatron_knows_no_layout_of_them(split: list[int], first: int, last: int | None) -> None:
     expected = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
@@ -108,7 +119,9 @@ def test_uneven_stages_where_megatron_knows_no_layout_of_them(split: list[int], 
 )
 def test_a_split_megatron_cannot_make_is_refused_with_one_it_can(split: list[int], near: list[int]) -> None:
     shims.import_megatron()
-    with pytest.raises(LayoutError, match=f"{re.escape(str(split))}: megatron-core .*use layout.split={re.escape(str(near))} or") as caught:
+    with pytest.raises(
+        LayoutError, match=f"{re.escape(str(split))}: megatron-core .*use layout.split={re.escape(str(near))} or"
+    ) as caught:
         uneven_stages(split, Old)
     assert shims.megatron_version() in str(caught.value)
     assert sum(near) == sum(split) and uneven_stages(near, Old), "what is offered is taken"

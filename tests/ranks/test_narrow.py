@@ -1,4 +1,5 @@
-"""The last layer behind its attention, and every sample behind its last position, are computed only where that counts; nothing changes."""
+"""The last layer behind its attention, and every sample behind its last position, are computed only where that counts;
+nothing changes."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def samples_of(index: int, vocab: int) -> tuple[list[np.ndarray], list[np.ndarra
 
 
 def batches_of(model: Model, micro: int, *, narrow: bool) -> list[MicroBatch]:
-    """This replica's part of four rows: cut where that is possible, or whole and every position going through all of the last layer."""
+    """This replica's part of four rows: cut where that is possible, or whole and every position going through all of
+    the last layer."""
     ours, each = model.world, ROWS // model.world.data_size
     rows = [samples_of(i, model.spec.vocab_size) for i in range(ours.data_rank * each, (ours.data_rank + 1) * each)]
     parts = [rows[i : i + micro] for i in range(0, each, micro)]
@@ -49,7 +51,9 @@ def batches_of(model: Model, micro: int, *, narrow: bool) -> list[MicroBatch]:
         return micro_batches(ids, chosen, notes, ours.torch_device, multiple=ours.tensor_size, share=False)
     found = []
     for some, wanted in zip(ids, chosen, strict=True):
-        counts = torch.cat([torch.isin(torch.arange(len(s) - 1), torch.from_numpy(at)) for s, at in zip(some, wanted, strict=True)])
+        counts = torch.cat(
+            [torch.isin(torch.arange(len(s) - 1), torch.from_numpy(at)) for s, at in zip(some, wanted, strict=True)]
+        )
         everything = [np.arange(len(sample) - 1) for sample in some]
         found.append(flatten(some, everything, 4 * 32 * micro, ours.torch_device, {"counts": counts}))
     return found
@@ -71,16 +75,25 @@ def gradients(job: Job, narrow: bool) -> Outcome:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         trainer.wrapped.zero_grad_buffer()
         task_of = masked(full_task(model, model.spec.vocab_size))
-        loss, positions = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, narrow=narrow), task_of, trainer.timers)
+        loss, positions = forward_backward(
+            model, trainer.wrapped, batches_of(model, job.micro, narrow=narrow), task_of, trainer.timers
+        )
         total, count = model.world.total(loss, positions)
         assert int(count) == 12
-        grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+        grads = {
+            name: (weight, parameter.main_grad.detach().double().numpy())
+            for name, weight, parameter in model.parameters()
+        }
         return Outcome([StepResult(total, 12, 0.0, True)], model.world.tensor_rank, model.spec.tied, grads)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_folder(tmp_path_factory.mktemp("tiny") / "model", {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": False}))
+    return str(
+        write_folder(
+            tmp_path_factory.mktemp("tiny") / "model", {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": False}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +132,14 @@ def rows_seen(job: Job) -> tuple[list[int], list[int], int]:
 def test_the_last_layer_gets_only_the_rows_that_count(folder: str) -> None:
     mlp, projection, length = fresh(1, rows_seen, Job(folder=folder))[0]
     assert mlp == projection == [length, 12]
-    assert length == sum(6 + index + 22 + index for index in range(4))  # each sample up to its last position, the one without left out
-    job = dataclasses.replace(Job(folder=folder), layout=dataclasses.replace(Job(folder=folder).layout, tensor=4, sequence_parallel=True))
+    # each sample up to its last position, the one without left out
+    assert length == sum(6 + index + 22 + index for index in range(4))
+    job = dataclasses.replace(
+        Job(folder=folder), layout=dataclasses.replace(Job(folder=folder).layout, tensor=4, sequence_parallel=True)
+    )
     mlp, projection, length = fresh(4, rows_seen, job)[0]
-    assert (mlp, projection) == ([length // 4, 3], [length, 12])  # the projection's input is whole, its output is scattered
+    # the projection's input is whole, its output is scattered
+    assert (mlp, projection) == ([length // 4, 3], [length, 12])
 
 
 def nothing_counts(job: Job) -> list[tuple[int, ...]]:
@@ -133,9 +150,14 @@ def nothing_counts(job: Job) -> list[tuple[int, ...]]:
 
     with opened(job.folder, job.layout, job.dtype) as model:
         none = np.zeros(0, dtype=np.int64)
-        ids = [[draw(9, model.spec.vocab_size, "a"), draw(5, model.spec.vocab_size, "b")], [draw(7, model.spec.vocab_size, "c")]]
+        ids = [
+            [draw(9, model.spec.vocab_size, "a"), draw(5, model.spec.vocab_size, "b")],
+            [draw(7, model.spec.vocab_size, "c")],
+        ]
         for positions in ([[none, np.array([3])], [none]], [[none, none], [none]]):
-            batches = micro_batches(ids, positions, [{}, {}], model.world.torch_device, multiple=model.world.tensor_size, share=False)
+            batches = micro_batches(
+                ids, positions, [{}, {}], model.world.torch_device, multiple=model.world.tensor_size, share=False
+            )
             forward(model, batches, full_task(model, model.spec.vocab_size), consume=keep)
     return shapes
 

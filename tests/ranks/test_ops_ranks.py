@@ -47,7 +47,9 @@ ALWAYS = (3, REAL - 1)
 def collect(kind: str, tau: float, k_max: int) -> list[Tensor | None]:
     hidden, weight, gold = problem(kind)
     logits, shard = hidden @ weight.t(), mine()
-    sets = dynamic_topk(logits[:, shard.start : shard.stop], gold, tau, k_max, REAL, shard, always=ALWAYS, keep_logits=True)
+    sets = dynamic_topk(
+        logits[:, shard.start : shard.stop], gold, tau, k_max, REAL, shard, always=ALWAYS, keep_logits=True
+    )
     return [getattr(sets, name) for name in FIELDS]
 
 
@@ -76,7 +78,8 @@ def test_massive_ties_are_cut_at_the_same_id(ranks) -> None:
 
 
 def traffic() -> tuple[int, int]:
-    """Bytes that this rank received from the others in one selection from a vocabulary of Qwen's size, and if the logits were gathered."""
+    """Bytes that this rank received from the others in one selection from a vocabulary of Qwen's size, and if the
+    logits were gathered."""
     received = 0
     all_gather, all_to_all = dist.all_gather, dist.all_to_all_single
 
@@ -124,7 +127,10 @@ def whole_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
         sets = CandidateSets.from_lists([[0, 1 + t] for t in range(N)], [0] * N)
     hidden.requires_grad_(), weight.requires_grad_()
     scale = torch.arange(1.0, N + 1, dtype=torch.float64)
-    restricted, full = restricted_linear_cross_entropy(hidden, weight, sets), linear_cross_entropy(hidden, weight, gold, vocab_size=REAL)
+    restricted, full = (
+        restricted_linear_cross_entropy(hidden, weight, sets),
+        linear_cross_entropy(hidden, weight, gold, vocab_size=REAL),
+    )
     parts = {
         name: (x.detach(), *torch.autograd.grad((x * scale).sum(), (hidden, weight)))
         for name, x in (("restricted", restricted), ("full", full))

@@ -1,4 +1,5 @@
-"""Every optimizer, sharded every way, is the optimizer on one process; whole matrices are taken apart and put together exactly."""
+"""Every optimizer, sharded every way, is the optimizer on one process; whole matrices are taken apart and put together
+exactly."""
 
 from __future__ import annotations
 
@@ -53,7 +54,10 @@ def test_tensor_and_pipeline_ranks_change_nothing(folders: dict[str, str], confi
     """In float64: a sign or a threshold turns a rounding error of float32 into a whole step of one weight."""
     job = Job(folder=folders[model], steps=4, dtype=torch.float64, optimizer=settings(**config))
     truth = run(job)
-    layouts = {"qwen3": [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "replicas": 2, "sequence_parallel": True}], "llama": [{"tensor": 3}]}
+    layouts = {
+        "qwen3": [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "replicas": 2, "sequence_parallel": True}],
+        "llama": [{"tensor": 3}],
+    }
     for layout in layouts[model]:
         same(run(job.on(**layout)), truth, 1e-9)
 
@@ -94,7 +98,8 @@ def test_norms_do_not_decay(folders: dict[str, str], layout: dict[str, Any]) -> 
 
 
 def round_trip(job: Job) -> tuple[bool, Counter[tuple[int, ...]]]:
-    """On a rank: doubling of every hidden matrix through `each_whole`, and the shapes its function was called with here."""
+    """On a rank: doubling of every hidden matrix through `each_whole`, and the shapes its function was called with
+    here."""
     with opened(job.folder, job.layout, job.dtype) as model:
         inner = make_trainer(model, job.optimizer).inner
         _, place = inner.placed()
@@ -109,19 +114,30 @@ def round_trip(job: Job) -> tuple[bool, Counter[tuple[int, ...]]]:
             seen[tuple(values.shape)] += 1
             return 2 * values
 
-        pairs = inner.shards.each_whole(params, lambda i: torch.stack([params[i].detach(), params[i].detach() + 1]), double, 2)
+        pairs = inner.shards.each_whole(
+            params, lambda i: torch.stack([params[i].detach(), params[i].detach() + 1]), double, 2
+        )
         results = dict(pairs)
         # the rows and columns of padded heads are zero whatever is computed: they are no part of the model
         padded = job.layout.head_multiple > 1
         equal = all(
-            torch.equal(results[i][k], 2 * (p.detach() + k) * ((p != 0) if padded else 1)) for i, p in enumerate(params) for k in range(2)
+            torch.equal(results[i][k], 2 * (p.detach() + k) * ((p != 0) if padded else 1))
+            for i, p in enumerate(params)
+            for k in range(2)
         )
         return equal and len(results) == len(params), seen
 
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"tensor": 3}, {"replicas": 3}, {"tensor": 3, "replicas": 2}, {"tensor": 3, "pipeline": 2}, {"tensor": 4, "head_multiple": 4}],
+    [
+        {},
+        {"tensor": 3},
+        {"replicas": 3},
+        {"tensor": 3, "replicas": 2},
+        {"tensor": 3, "pipeline": 2},
+        {"tensor": 4, "head_multiple": 4},
+    ],
     ids=str,
 )
 def test_each_matrix_is_seen_whole_once_in_the_world(folders: dict[str, str], layout: dict[str, Any]) -> None:
@@ -129,7 +145,9 @@ def test_each_matrix_is_seen_whole_once_in_the_world(folders: dict[str, str], la
     answers = fresh(job.ranks, round_trip, job)
     assert all(equal for equal, _ in answers)
     seen = sum((shapes for _, shapes in answers), Counter())
-    hidden, ffn, heads, kv = (LLAMA[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    hidden, ffn, heads, kv = (
+        LLAMA[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
     dim = LLAMA.get("head_dim") or hidden // heads
     layer = Counter([(2, heads * dim, hidden), (2, hidden, heads * dim), (2, hidden, ffn)])
     layer += Counter({(2, kv * dim, hidden): 2}) + Counter({(2, ffn, hidden): 2})
@@ -144,7 +162,9 @@ def test_largest_logits_are_the_naive_ones() -> None:
     for path in ([*range(5)], [*range(5, 14)], [*range(5, 10), *range(14, 19)]):
         for head in range(6):
             logits = (query[path, head] @ key[path, head // 3].T) / 8**0.5
-            naive[head // 3] = torch.maximum(naive[head // 3], logits[torch.ones(len(path), len(path)).tril().bool()].max())
+            naive[head // 3] = torch.maximum(
+                naive[head // 3], logits[torch.ones(len(path), len(path)).tril().bool()].max()
+            )
     torch.testing.assert_close(largest_logits(query, key, segments, None), naive)
 
 
@@ -187,4 +207,9 @@ def test_kinds() -> None:
     spec = ModelSpec.from_hf(LLAMA)
     kinds = Counter(map(kind_of, weights(spec)))
     layers = spec.num_layers
-    assert kinds == {"embedding": 2 - spec.tied, "vector": 2 * layers + 1, "attention": 2 * layers, "matrix": 2 * layers}
+    assert kinds == {
+        "embedding": 2 - spec.tied,
+        "vector": 2 * layers + 1,
+        "attention": 2 * layers,
+        "matrix": 2 * layers,
+    }

@@ -1,4 +1,5 @@
-"""Samples that begin alike, computed as a tree and one by one: losses, gradients, likelihoods and candidate sets are the same."""
+"""Samples that begin alike, computed as a tree and one by one: losses, gradients, likelihoods and candidate sets are
+the same."""
 
 from __future__ import annotations
 
@@ -40,12 +41,16 @@ Truth = dict[str, Whole]
 
 
 def family(index: int, vocab: int) -> list[np.ndarray]:
-    """Samples of one row: two prefixes with three branches each, one of which goes on as two; one sample ends with the prefix, one is there
-    twice, one stands alone, and one goes on with the token that another one has there."""
-    first, second, middle = (draw(length, vocab, "prefix", index, name) for name, length in (("a", 30), ("b", 20), ("c", 17)))
+    """Samples of one row: two prefixes with three branches each, one of which goes on as two; one sample ends with the
+    prefix, one is there twice, one stands alone, and one goes on with the token that another one has there."""
+    first, second, middle = (
+        draw(length, vocab, "prefix", index, name) for name, length in (("a", 30), ("b", 20), ("c", 17))
+    )
     tails = [draw(5 + i, vocab, "tail", index, i) for i in range(6)]
     tails[1][0] = tails[0][0]
-    samples = [np.concatenate([first, tail]) for tail in tails[:3]] + [np.concatenate([first, middle, tail]) for tail in tails[3:5]]
+    samples = [np.concatenate([first, tail]) for tail in tails[:3]] + [
+        np.concatenate([first, middle, tail]) for tail in tails[3:5]
+    ]
     return [*samples, *(np.concatenate([second, tail]) for tail in tails[:2]), first, tails[5], samples[1]]
 
 
@@ -70,9 +75,14 @@ def gradients(job: Job, share: bool) -> dict[str, Outcome]:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         for loss in LOSSES:
             trainer.wrapped.zero_grad_buffer()
-            local = forward_backward(model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss), trainer.timers)
+            local = forward_backward(
+                model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss), trainer.timers
+            )
             total, count = model.world.total(*local)
-            grads = {name: (weight, parameter.main_grad.detach().double().numpy()) for name, weight, parameter in model.parameters()}
+            grads = {
+                name: (weight, parameter.main_grad.detach().double().numpy())
+                for name, weight, parameter in model.parameters()
+            }
             assert grads.keys() == parts(model).keys()
             steps = [StepResult(total / count, int(count), 0.0, True)]
             found[loss] = Outcome(steps, model.world.tensor_rank, model.spec.tied, grads)
@@ -97,7 +107,11 @@ def error(ours: Truth, truth: Truth) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_folder(tmp_path_factory.mktemp("tiny") / "model", {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}))
+    return str(
+        write_folder(
+            tmp_path_factory.mktemp("tiny") / "model", {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +131,9 @@ def test_loss_and_gradients_are_those_of_the_samples_one_by_one(
 
 
 def test_grouped_query_heads_that_need_padding(tmp_path: Path) -> None:
-    job = Job(folder=str(write_folder(tmp_path / "llama", LLAMA)), dtype=torch.float64).on(tensor=2, head_multiple=4, zero1=False)
+    job = Job(folder=str(write_folder(tmp_path / "llama", LLAMA)), dtype=torch.float64).on(
+        tensor=2, head_multiple=4, zero1=False
+    )
     assert error(both(job, True), both(job, False)) < 1e-12
 
 
@@ -131,7 +147,9 @@ def sees_siblings(above: int, siblings: Sequence[int], low: int, high: int) -> T
 
 def cuts_one_branch(each: Sequence[Tensor], block: attention.Block) -> Tensor:
     last = block.keys[-1] == len(each) - 1
-    return torch.cat([each[i].detach() if last and i == block.keys[0] else each[i] for i in block.keys])[: block.visible.shape[1]]
+    return torch.cat([each[i].detach() if last and i == block.keys[0] else each[i] for i in block.keys])[
+        : block.visible.shape[1]
+    ]
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
@@ -154,7 +172,8 @@ def test_a_wrong_tree_would_be_seen(folder: str, truths: dict[torch.dtype, Truth
 
 
 def collected(job: Job, share: bool) -> tuple[list[list[int]], list[np.ndarray]]:
-    """On a rank: the candidate sets of a batch (last stage; this replica's), and the likelihoods of all samples' tokens."""
+    """On a rank: the candidate sets of a batch (last stage; this replica's), and the likelihoods of all samples'
+    tokens."""
     with opened(job.folder, job.layout, job.dtype) as model:
         rule = SetRule(tau=0.3, k_max=100, min_set_size=2, vocab_size=model.spec.vocab_size, chunk_rows=64)
         sets: list[list[int]] = []
@@ -193,7 +212,9 @@ def naive(query: Tensor, key: Tensor, value: Tensor, where: Sequence[np.ndarray]
         rows = torch.from_numpy(path)
         q, k, v = (x[rows].transpose(0, 1) for x in (query, key, value))
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-        logits = (q @ k.transpose(1, 2) / q.shape[2] ** 0.5).masked_fill(torch.ones(len(rows), len(rows)).triu(1) > 0, -torch.inf)
+        logits = (q @ k.transpose(1, 2) / q.shape[2] ** 0.5).masked_fill(
+            torch.ones(len(rows), len(rows)).triu(1) > 0, -torch.inf
+        )
         out[rows] = (logits.softmax(-1) @ v).transpose(0, 1)
     return out
 
@@ -205,10 +226,15 @@ def test_attention_in_blocks_is_that_of_each_sample(monkeypatch: pytest.MonkeyPa
     tree = lay(family(0, 250), share=True)
     generator = torch.Generator().manual_seed(0)
     shapes = [(len(tree) + 3, heads, 8) for heads in (6, 2, 2)]
-    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    query, key, value = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
+    )
     weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
     answers = []
-    for out in (attention.attend(query, key, value, torch.from_numpy(tree.segments)), naive(query, key, value, tree.where)):
+    for out in (
+        attention.attend(query, key, value, torch.from_numpy(tree.segments)),
+        naive(query, key, value, tree.where),
+    ):
         answers.append([out, *torch.autograd.grad((out * weight).sum(), (query, key, value))])
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)

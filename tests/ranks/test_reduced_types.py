@@ -1,4 +1,5 @@
-"""No rank asks for a sum or a maximum in float64: HCCL has none on Atlas A2, where HcclAllReduce takes int8 to int64, fp16, bf16, fp32."""
+"""No rank asks for a sum or a maximum in float64: HCCL has none on Atlas A2, where HcclAllReduce takes int8 to int64,
+fp16, bf16, fp32."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class Reductions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and "reduce" in func._schema.name:
-            self.found |= {(func._schema.name, str(x.dtype)) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            self.found |= {
+                (func._schema.name, str(x.dtype)) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+            }
         return func(*args, **(kwargs or {}))
 
 

@@ -1,4 +1,5 @@
-"""A run that stops and goes on is the run that never stopped; whatever is wrong with a checkpoint is told in one line."""
+"""A run that stops and goes on is the run that never stopped; whatever is wrong with a checkpoint is told in one
+line."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def halves(before: Job, after: Job, root: Path, spoil: bool = True) -> Whole:
     ],
     ids=str,
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(job: Job, tmp_path: Path, layout: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    job: Job, tmp_path: Path, layout: dict[str, Any], dtype: torch.dtype
+) -> None:
     there = dataclasses.replace(job, dtype=dtype).on(**layout)
     straight, resumed = run(there), halves(there, there, tmp_path)
     assert resumed.steps == straight.steps
@@ -132,11 +135,15 @@ def test_their_states_reshard(job: Job, tmp_path: Path, config: dict[str, Any], 
 
 
 def test_checkpoints_move_between_adamw_and_moclip(job: Job, tmp_path: Path) -> None:
-    """The state is Adam's: what MoClip goes on from is AdamW's, to the bit, as at 90 degrees it goes on as Adam-atan2 does."""
+    """The state is Adam's: what MoClip goes on from is AdamW's, to the bit, as at 90 degrees it goes on as Adam-atan2
+    does."""
     adamw, atan2 = (dataclasses.replace(job, optimizer=other(name)) for name in ("adamw", "adam_atan2"))
     moclip = dataclasses.replace(job, optimizer=other("moclip", max_angle=90.0))
     run(dataclasses.replace(adamw, steps=HALF).on(**FOUR), stop, str(tmp_path))
-    on = [run(dataclasses.replace(kind, first=HALF, steps=HALF).on(**FOUR), go_on, str(tmp_path)) for kind in (atan2, moclip)]
+    on = [
+        run(dataclasses.replace(kind, first=HALF, steps=HALF).on(**FOUR), go_on, str(tmp_path))
+        for kind in (atan2, moclip)
+    ]
     assert all(torch.equal(on[0].weights[name], on[1].weights[name]) for name in on[0].weights)
 
 
@@ -184,20 +191,35 @@ def test_damage_is_told_in_one_line(job: Job, root: Path, name: str, damage: Cal
 
 
 def test_another_run_s_settings_are_refused(job: Job, root: Path) -> None:
-    refused(dataclasses.replace(job, optimizer=other("muon")), root, "written by MoClip", "Muon cannot go on", "iter_0000003")
+    refused(
+        dataclasses.replace(job, optimizer=other("muon")),
+        root,
+        "written by MoClip",
+        "Muon cannot go on",
+        "iter_0000003",
+    )
     refused(job.on(zero1=False), root, "layout.zero1=True", "layout.zero1=False")
 
 
 def test_another_model_is_refused(job: Job, root: Path, tmp_path: Path) -> None:
     wider = write_folder(tmp_path / "wider", {**CONFIG, "intermediate_size": 96})
-    refused(dataclasses.replace(job, folder=str(wider)), root, "iter_0000003", "mlp.linear_fc1", "[2, 128, 48]", "[2, 192, 48]")
+    refused(
+        dataclasses.replace(job, folder=str(wider)),
+        root,
+        "iter_0000003",
+        "mlp.linear_fc1",
+        "[2, 128, 48]",
+        "[2, 192, 48]",
+    )
     untied = write_folder(tmp_path / "untied", {**CONFIG, "tie_word_embeddings": False})
     refused(dataclasses.replace(job, folder=str(untied)), root, "iter_0000003", "output_layer.weight", "missing")
 
 
 def test_a_model_without_optimizer_state_is_refused(job: Job, tmp_path: Path) -> None:
     spec = ModelSpec.from_hf(CONFIG)
-    torch_dist.write_model(tmp_path / "iter_0000000", spec, lambda weight: torch.zeros(weight.shape), head_multiple=1, dtype=torch.float32)
+    torch_dist.write_model(
+        tmp_path / "iter_0000000", spec, lambda weight: torch.zeros(weight.shape), head_multiple=1, dtype=torch.float32
+    )
     (tmp_path / torch_dist.LATEST).write_text("0")
     refused(job, tmp_path, "without optimizer state", "model=")
 
@@ -227,13 +249,21 @@ def run_folder(path: Path) -> Path:
 
 
 def train_command(folder: Path, *options: str) -> list[str]:
-    keys = [f"model={folder}", f"data.path={folder / 'data.jsonl'}", "data.seq_length=48", "batch.total=4", "device=cpu", "train.loss=full"]
+    keys = [
+        f"model={folder}",
+        f"data.path={folder / 'data.jsonl'}",
+        "data.seq_length=48",
+        "batch.total=4",
+        "device=cpu",
+        "train.loss=full",
+    ]
     keys += ["train.iters=40", "optimizer.lr=1e-4", "train.tensorboard=false", "schedule.warmup_iters=5"]
     return [sys.executable, "-m", "megatron_replay", "train", *keys, *options, "--ranks", "2"]
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """Iteration, loss, gradient norm and learning rate of each line of metrics.jsonl; a line still being written is left out."""
+    """Iteration, loss, gradient norm and learning rate of each line of metrics.jsonl; a line still being written is
+    left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     kept = ("iteration", "lm loss", "grad-norm", "learning-rate", "moclip/angle_mean")

@@ -1,7 +1,9 @@
-"""Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind. One test a shim.
+"""Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind. One
+test a shim.
 
-When a test here says that a shim is not needed any more, delete the shim, or restrict it to the versions that need it. A shim that names
-other versions than the installed one is not applied, so the jobs that run with all shims show that this version does not need it.
+When a test here says that a shim is not needed any more, delete the shim, or restrict it to the versions that need it.
+A shim that names other versions than the installed one is not applied, so the jobs that run with all shims show that
+this version does not need it.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ def test_without_the_shim_the_job_fails(job: Job, shim: shims.Shim, tmp_path: Pa
 
 
 def forked_dropout(shimmed: bool) -> dict[str, Any]:
-    """On a rank: what dropout draws inside megatron's forked generator, and whether recomputation draws the same again."""
+    """On a rank: what dropout draws inside megatron's forked generator, and whether recomputation draws the same
+    again."""
     tp_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     plain = tp_random.CudaRNGStatesTracker.fork, tp_random._set_cuda_rng_state
     with world.running(Layout(tensor=2), CPU):
@@ -141,7 +144,9 @@ def test_dropout_is_forked_and_recomputed() -> None:
     assert ours["first"] != ours["second"]
     assert ours["unmoved"] and theirs["unmoved"] and ours["again"] and theirs["again"]
     ours, theirs = fresh(2, forked_dropout, False)
-    assert ours["first"] == theirs["first"] and not ours["unmoved"], "shim rng need not replace fork any more: simplify it"
+    assert ours["first"] == theirs["first"] and not ours["unmoved"], (
+        "shim rng need not replace fork any more: simplify it"
+    )
 
 
 @pytest.mark.parametrize(("module", "name", "versions"), PRIVATE)
@@ -167,12 +172,15 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys, types, torch, torch.distributed, torch.distributed.checkpoint
 def seen():
     modules = {"torch": torch, "torch.cuda": torch.cuda, "torch.distributed": torch.distributed}
-    found = {(place, name): value for place, owner in modules.items() for name, value in vars(owner).items() if callable(value)}
+    found = {}
+    for place, owner in modules.items():
+        found |= {(place, name): value for name, value in vars(owner).items() if callable(value)}
     inherited = {("Tensor", name): getattr(torch.Tensor, name) for name in dir(torch.Tensor)}
     return found | {key: value for key, value in inherited.items() if callable(value)}
 before = seen()
 import megatron_replay
-names = [m.name for m in pkgutil.walk_packages(megatron_replay.__path__, "megatron_replay.") if not m.name.endswith("__main__")]
+found = pkgutil.walk_packages(megatron_replay.__path__, "megatron_replay.")
+names = [m.name for m in found if not m.name.endswith("__main__")]
 for name in names:
     try:
         importlib.import_module(name)
@@ -182,7 +190,8 @@ after = seen()
 assert len(names) > 60, names
 changed = [key for key, value in before.items() if after.get(key) != value]
 assert not changed, f"changed by importing: {changed}"
-assert not any(name.split(".")[0] in ("megatron", "torch_npu") for name in sys.modules), "megatron was imported before its shims"
+early = [name for name in sys.modules if name.split(".")[0] in ("megatron", "torch_npu")]
+assert not early, "megatron was imported before its shims"
 from megatron_replay.device import CPU
 from megatron_replay.models.weights import EMBEDDING
 from megatron_replay.parallel import shims
@@ -193,7 +202,12 @@ print(sorted(".".join(key) for key, value in before.items() if now.get(key) != v
 
 
 def test_importing_patches_nothing_and_install_does() -> None:
-    """All modules of the package, in a process of their own; then, so that the comparison is known to see a patch, `install`."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL], capture_output=True, text=True, timeout=120)
+    """All modules of the package, in a process of their own; then, so that the comparison is known to see a patch,
+    `install`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_ALL], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert {"'Tensor.cuda'", "'Tensor.type'", "'torch.cuda.current_device'", "'torch.zeros'"} <= set(done.stdout.strip(" []\n").split(", "))
+    assert {"'Tensor.cuda'", "'Tensor.type'", "'torch.cuda.current_device'", "'torch.zeros'"} <= set(
+        done.stdout.strip(" []\n").split(", ")
+    )

@@ -68,7 +68,9 @@ def cut(weight: Tensor, shard: VocabShard) -> Tensor:
 def striped_sets(kind: str, tau: float, k_max: int) -> CandidateSets:
     hidden, weight, gold = problem(kind)
     shard = mine()
-    return dynamic_topk(hidden @ cut(weight, shard).t(), gold, tau, k_max, REAL, shard, always=(3, REAL - 1), keep_logits=True)
+    return dynamic_topk(
+        hidden @ cut(weight, shard).t(), gold, tau, k_max, REAL, shard, always=(3, REAL - 1), keep_logits=True
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -108,7 +110,9 @@ def test_losses_and_gradients_are_those_of_the_whole(ranks, world: int) -> None:
     for name in NAMES:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         full = name == "full"
-        loss = linear_cross_entropy(h, w, gold, vocab_size=REAL) if full else restricted_linear_cross_entropy(h, w, sets)
+        loss = (
+            linear_cross_entropy(h, w, gold, vocab_size=REAL) if full else restricted_linear_cross_entropy(h, w, sets)
+        )
         dh, dw = torch.autograd.grad((loss * torch.arange(1.0, N + 1)).sum(), (h, w))
         for answer in found:
             torch.testing.assert_close(answer[name][0], loss.detach(), **EXACT)
@@ -125,7 +129,10 @@ def likeliest(striped: bool) -> list[list[int]]:
     shard = mine() if striped else VocabShard.of_rank(V, dist.group.WORLD)
     part = cut(weight, shard) if striped else weight[shard.start : shard.stop]
     broken = torch.tensor([[torch.nan]])
-    return [_argmax(torch.tensor([[1.0], [-1.0]]), part, shard, REAL).tolist(), _argmax(broken, part, shard, REAL).tolist()]
+    return [
+        _argmax(torch.tensor([[1.0], [-1.0]]), part, shard, REAL).tolist(),
+        _argmax(broken, part, shard, REAL).tolist(),
+    ]
 
 
 @pytest.mark.parametrize("striped", [True, False])
@@ -144,7 +151,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 
 def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
-    """On a rank: the sets of a few samples, of a head whose rows have one number each, so that logits tie to the bit on any layout."""
+    """On a rank: the sets of a few samples, of a head whose rows have one number each, so that logits tie to the bit on
+    any layout."""
     with opened(folder, layout) as model:
         samples = tokens((13, 21, 7), model.spec.vocab_size, "sets")
         length = row_length([sum(map(len, samples))], layout.tensor)
@@ -162,7 +170,9 @@ def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
         return sets and [getattr(sets, name).numpy() for name in ("offsets", "ids", "gold_slot", "logits")]
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 4, "sequence_parallel": True}, BOTH, {"stripe": True}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"tensor": 4, "sequence_parallel": True}, BOTH, {"stripe": True}], ids=str
+)
 def test_stage_0_finds_real_ids_ties_included(folders: dict[bool, str], layout: dict[str, Any]) -> None:
     (truth,) = fresh(1, found_sets, folders[False], Layout())
     assert truth is not None
@@ -170,7 +180,11 @@ def test_stage_0_finds_real_ids_ties_included(folders: dict[bool, str], layout: 
     ties = sum(len(some) - len(np.unique(some)) for some in np.split(logits, offsets[1:-1]))
     assert ties > 100 and max(np.diff(offsets)) >= 60 and ids.max() < 240
     ours = [
-        sets for sets in fresh(Layout(**layout).tensor * Layout(**layout).pipeline, found_sets, folders[False], Layout(**layout)) if sets
+        sets
+        for sets in fresh(
+            Layout(**layout).tensor * Layout(**layout).pipeline, found_sets, folders[False], Layout(**layout)
+        )
+        if sets
     ]
     assert len(ours) == Layout(**layout).tensor
     for sets in ours:
@@ -187,7 +201,10 @@ def test_generation_writes_the_same_text(folders: dict[bool, str]) -> None:
     (truth,) = fresh(1, continued, folders[True], Layout())
     for layout in ({"tensor": 4}, BOTH, {"tensor": 2, "stripe": False}, {"stripe": True}):
         there = Layout(**layout)
-        assert fresh(there.tensor * there.pipeline, continued, folders[True], there) == [truth] * there.tensor * there.pipeline
+        assert (
+            fresh(there.tensor * there.pipeline, continued, folders[True], there)
+            == [truth] * there.tensor * there.pipeline
+        )
 
 
 def moved(job: Job) -> tuple[float, float]:
@@ -258,7 +275,8 @@ def test_bf16_and_its_main_weights_go_on_in_the_other_order(folders: dict[bool, 
 
 
 def there_and_back(job: Job) -> list[tuple[bool, bool]]:
-    """On a rank: for each vocabulary tensor of the optimizer, whether one restriping changes it, and a second undoes that."""
+    """On a rank: for each vocabulary tensor of the optimizer, whether one restriping changes it, and a second undoes
+    that."""
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, job.optimizer)
         advance(job, trainer)
@@ -274,7 +292,9 @@ def there_and_back(job: Job) -> list[tuple[bool, bool]]:
 
 @pytest.mark.parametrize("layout", [{**BOTH, "zero1": False}, {"tensor": 2, "replicas": 2}, {"replicas": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_restriping_there_and_back_changes_no_bit(folders: dict[bool, str], layout: dict[str, Any], dtype: torch.dtype) -> None:
+def test_restriping_there_and_back_changes_no_bit(
+    folders: dict[bool, str], layout: dict[str, Any], dtype: torch.dtype
+) -> None:
     job = Job(folder=folders[True], steps=2, dtype=dtype).on(**layout)
     answers = fresh(job.ranks, there_and_back, job)
     assert all(back for rank in answers for _, back in rank)
@@ -284,7 +304,11 @@ def test_restriping_there_and_back_changes_no_bit(folders: dict[bool, str], layo
 def exported(root: Path, spec: ModelSpec) -> dict[str, Tensor]:
     """The Hugging Face tensors of a checkpoint, as `convert` reads them."""
     reader = torch_dist.Reader(root)
-    return {name: tensor for weight in weights(spec) for name, tensor in split(weight, reader.read(weight, spec), spec).items()}
+    return {
+        name: tensor
+        for weight in weights(spec)
+        for name, tensor in split(weight, reader.read(weight, spec), spec).items()
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -373,7 +397,9 @@ def test_what_is_forgotten_would_be_seen(folders: dict[bool, str], what: str, lo
         assert abs(wrong - right) > 1e-3
 
 
-def test_an_export_that_is_not_undone_would_be_seen(folders: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_is_not_undone_would_be_seen(
+    folders: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(dataclasses.replace(Job(folder=folders[True]).on(tensor=2), steps=0), stop, str(tmp_path))
     folder = HFFolder(folders[True])
     monkeypatch.setattr(torch_dist, "restripe", lambda tensor, *, striped: tensor)

@@ -62,8 +62,12 @@ def megatron_saves(path: str, spec: ModelSpec, layout: Layout) -> int:
         model = build(spec, layout, ours, torch.float32, seq_length=16)
         with torch.no_grad():
             for _, weight, parameter in model.parameters():
-                parameter.copy_(shard(value(weight.name, weight.shape), weight.axis, ours.tensor_rank, ours.tensor_size))
-        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=False), model.module)
+                parameter.copy_(
+                    shard(value(weight.name, weight.shape), weight.axis, ours.tensor_rank, ours.tensor_size)
+                )
+        wrapped = DistributedDataParallel(
+            model.config, DistributedDataParallelConfig(use_distributed_optimizer=False), model.module
+        )
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.1, weight_decay=0.0), [wrapped])
         for parameter in model.module.parameters():
             parameter.main_grad.fill_(1.0)
@@ -97,7 +101,9 @@ def megatron_loads(path: str, spec: ModelSpec, layout: Layout) -> list[str]:
 
 
 def write(path: Path, spec: ModelSpec, *, head_multiple: int = 1) -> Path:
-    torch_dist.write_model(path, spec, lambda weight: value(weight.name, weight.shape), head_multiple=head_multiple, dtype=torch.float32)
+    torch_dist.write_model(
+        path, spec, lambda weight: value(weight.name, weight.shape), head_multiple=head_multiple, dtype=torch.float32
+    )
     return path
 
 
@@ -122,12 +128,18 @@ def test_the_reader_reads_what_megatron_saves(tmp_path: Path, tied: bool, layout
     assert ("output_layer.weight" in model) is not tied
     # the writer's keys, shapes and objects are those of the real thing, neither more nor less
     write(tmp_path / "iter_0000000", spec)
-    theirs, ours = reader._metadata.state_dict_metadata, torch_dist.Reader(tmp_path / "iter_0000000")._metadata.state_dict_metadata
+    theirs, ours = (
+        reader._metadata.state_dict_metadata,
+        torch_dist.Reader(tmp_path / "iter_0000000")._metadata.state_dict_metadata,
+    )
     assert shapes(ours) == {key: shape for key, shape in shapes(theirs).items() if not key.startswith("optimizer")}
 
 
 def shapes(entries: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else "object" for key, entry in entries.items()}
+    return {
+        key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else "object"
+        for key, entry in entries.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,7 +158,9 @@ def shapes(entries: dict[str, Any]) -> dict[str, Any]:
 def test_megatron_loads_what_the_writer_writes(tmp_path: Path, tied: bool, layout: Layout) -> None:
     spec = spec_of(tied=tied)
     path = write(tmp_path / "iter_0000000", spec)
-    assert fresh(layout.tensor * layout.pipeline, megatron_loads, str(path), spec, layout) == [[]] * (layout.tensor * layout.pipeline)
+    assert fresh(layout.tensor * layout.pipeline, megatron_loads, str(path), spec, layout) == [[]] * (
+        layout.tensor * layout.pipeline
+    )
 
 
 def test_padded_heads_go_to_four_ranks(tmp_path: Path) -> None:
@@ -275,10 +289,18 @@ def test_metadata_that_would_run_code_is_refused(broken: Path, tmp_path: Path) -
     assert (tmp_path / "ran").exists(), "the test's own attack must work"
 
 
-@pytest.mark.parametrize(("module", "name"), [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch", "Size.__new__")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch", "Size.__new__")]
+)
 def test_names_outside_the_list_are_refused(broken: Path, module: str, name: str) -> None:
     (broken / ".metadata").write_bytes(
-        b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(name)])
+        + name.encode()
+        + b"\x93."
     )
     refused(broken, f"{module}.{name}", "would run code")
 

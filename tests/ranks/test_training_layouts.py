@@ -66,7 +66,9 @@ def truth(folders: dict[bool, str], loss: str, tied: bool) -> Whole:
 
 
 @pytest.mark.parametrize(("loss", "tied", "layout"), CASES, ids=str)
-def test_ten_steps_are_those_of_one_process(folders: dict[bool, str], loss: str, tied: bool, layout: dict[str, Any]) -> None:
+def test_ten_steps_are_those_of_one_process(
+    folders: dict[bool, str], loss: str, tied: bool, layout: dict[str, Any]
+) -> None:
     same(run(Job(folder=folders[tied], loss=loss).on(**layout)), truth(folders, loss, tied))
 
 
@@ -74,14 +76,21 @@ def test_what_is_compared_is_not_trivial(folders: dict[bool, str]) -> None:
     found = truth(folders, "restricted", True)
     assert len(found.steps) == 10 and all(step.applied and step.positions > 20 for step in found.steps)
     assert all(norm > 1.0 for norm in found.norms), "the gradient is clipped at 1"
-    assert {step.metrics["moclip/clipped"] for step in found.steps[1:]} == {0.0, 1.0}, "the cap acts in some steps and not in others"
+    assert {step.metrics["moclip/clipped"] for step in found.steps[1:]} == {0.0, 1.0}, (
+        "the cap acts in some steps and not in others"
+    )
     start = whole(fresh(1, train, Job(folder=folders[True], steps=0)))
-    assert min(float((found.weights[name] - start.weights[name]).abs().max()) for name in start.weights) > 1e-4, "every tensor moves"
+    assert min(float((found.weights[name] - start.weights[name]).abs().max()) for name in start.weights) > 1e-4, (
+        "every tensor moves"
+    )
 
 
 @pytest.mark.slow
 def test_eight_ranks(folders: dict[bool, str]) -> None:
-    same(run(Job(folder=folders[True]).on(tensor=4, pipeline=2, sequence_parallel=True)), truth(folders, "restricted", True))
+    same(
+        run(Job(folder=folders[True]).on(tensor=4, pipeline=2, sequence_parallel=True)),
+        truth(folders, "restricted", True),
+    )
 
 
 @pytest.mark.slow
@@ -97,8 +106,15 @@ def test_micro_batches_do_not_change_a_step(folders: dict[bool, str], micro: int
 
 
 def test_stories_260k(shared_file: Callable[[str], Path], tmp_path: Path) -> None:
-    """A trained Llama: five layers, eight query and four key/value heads. Its weights alone count, so any tokenizer of its size will do."""
-    stand_in = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(chr(0x4E00 + i) for i in range(253))]
+    """A trained Llama: five layers, eight query and four key/value heads. Its weights alone count, so any tokenizer of
+    its size will do."""
+    stand_in = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *(chr(0x4E00 + i) for i in range(253)),
+    ]
     entries = [struct.pack("<fi", -i, len(token.encode())) + token.encode() for i, token in enumerate(stand_in)]
     (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 9) + b"".join(entries))
     folder = import_llama2c(shared_file("base_tiny/stories260K.bin"), tmp_path / "tokenizer.bin", tmp_path / "stories")
@@ -140,7 +156,8 @@ class Broken:
 
 
 def with_nan(job: Job, at: tuple[int, int], bad: float) -> Broken:
-    """On a rank: an extra step whose losses are `bad` on (tensor rank, data rank) alone, before the job's second half."""
+    """On a rank: an extra step whose losses are `bad` on (tensor rank, data rank) alone, before the job's second
+    half."""
     half = dataclasses.replace(job, steps=job.steps // 2)
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, job.optimizer)

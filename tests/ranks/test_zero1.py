@@ -56,7 +56,9 @@ def test_what_one_writes_the_other_reads(job: Job, tmp_path: Path, writes: Any, 
     assert {key: getattr(entry, "size", None) for key, entry in ours.items()} == {
         key: getattr(entry, "size", None) for key, entry in theirs.items()
     }
-    second = run(dataclasses.replace(job, first=HALF, steps=HALF).on(**BETWEEN[1]), reads, go_on, str(tmp_path / "ours"))
+    second = run(
+        dataclasses.replace(job, first=HALF, steps=HALF).on(**BETWEEN[1]), reads, go_on, str(tmp_path / "ours")
+    )
     same(Whole([*first.steps, *second.steps], second.weights), run(job))
 
 
@@ -76,7 +78,10 @@ def half(folder: str, root: str, first: str) -> None:
 def test_a_run_goes_on_with_another_version(job: Job, tmp_path: Path, old_first: bool) -> None:
     if not OLD.is_dir():
         pytest.skip("make test-megatron-0.12 installs the other version")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_zero1; test_zero1.half(*sys.argv[1:])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_zero1; "
+        "test_zero1.half(*sys.argv[1:])"
+    )
     said = []
     for first in (True, False):
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

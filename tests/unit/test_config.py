@@ -26,10 +26,16 @@ CONFIGS = st.builds(
         lr=st.floats(0, 1e300),
         betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
         options=st.dictionaries(
-            st.from_regex(r"max_[a-z]{1,8}", fullmatch=True), st.one_of(st.integers(), TEXT, st.booleans(), st.none()), max_size=3
+            st.from_regex(r"max_[a-z]{1,8}", fullmatch=True),
+            st.one_of(st.integers(), TEXT, st.booleans(), st.none()),
+            max_size=3,
         ),
     ),
-    layout=st.builds(Layout, tensor=st.integers(1, 8), split=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)),
+    layout=st.builds(
+        Layout,
+        tensor=st.integers(1, 8),
+        split=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+    ),
     batch=st.integers(1, 64).map(lambda micro: Batch(micro=micro, total=4 * micro)),
 )
 
@@ -49,7 +55,12 @@ def refused(tree: dict[str, Any]) -> str:
 def test_defaults_are_those_of_the_paper() -> None:
     config = load(RunConfig)
     assert config == RunConfig()
-    assert (config.collect.tau, config.collect.k_max, config.collect.strategy, config.collect.buckets) == (0.95, 200, "bucket", 5)
+    assert (config.collect.tau, config.collect.k_max, config.collect.strategy, config.collect.buckets) == (
+        0.95,
+        200,
+        "bucket",
+        5,
+    )
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == (
         "moclip",
@@ -130,7 +141,10 @@ def test_a_key_the_optimizer_section_does_not_know_is_an_option() -> None:
         ({"data": {"packing": 1}}, "data.packing: expected bool, got 1"),
         ({"data": {"path": ["a"]}}, "data.path: expected str, got ['a']"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr: expected float, got 'fast'"),
-        ({"collect": {"strategy": "buckt"}}, "collect.strategy: 'buckt' is not one of all, random, last, bucket; did you mean 'bucket'?"),
+        (
+            {"collect": {"strategy": "buckt"}},
+            "collect.strategy: 'buckt' is not one of all, random, last, bucket; did you mean 'bucket'?",
+        ),
         ({"device": "tpu9"}, "device: 'tpu9' is not one of auto, cpu, cuda, npu"),
     ],
 )

@@ -37,8 +37,16 @@ convergence, report = load("convergence"), load("convergence_report")
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=256, **sizes))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=258, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=256, **sizes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,9 @@ def test_the_domain_is_held_out_and_begins_with_the_start_token(task: Any) -> No
 
 
 @pytest.mark.slow
-def test_a_study_from_end_to_end(model: LlamaForCausalLM, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_from_end_to_end(
+    model: LlamaForCausalLM, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extra = {"moclip-45-layer-project", "moclip-45-v-clipped", "tam-adatamw", "muon"}
     methods = tuple(m for m in convergence.EVERY if m in convergence.SWEPT or m.name in extra)
     plan = convergence.Plan(lr=1e-3, high_lr=1e-2, sweep=(3e-3,), seeds=1, steps=4, methods=methods)
@@ -74,7 +84,11 @@ def test_a_study_from_end_to_end(model: LlamaForCausalLM, task: Any, tmp_path: P
     for setting in ("good", "high"):
         (uncapped,) = report.chosen(rows, setting=setting, method="moclip-90")
         assert uncapped["weights"] == report.chosen(rows, setting=setting, method="adam_atan2", seed="0")[0]["weights"]
-        steps = [row for row in report.chosen(rows, setting=setting) if row["method"] not in ("moclip-90", "moclip-45-restart")]
+        steps = [
+            row
+            for row in report.chosen(rows, setting=setting)
+            if row["method"] not in ("moclip-90", "moclip-45-restart")
+        ]
         assert len({row["weights"] for row in steps}) == len(steps) == len(methods) - 1, "two methods made the same run"
     assert all(float(row["distance"]) > 0 and len(convergence.curve_of(row)) == 3 for row in rows)
 
@@ -93,7 +107,11 @@ def test_a_study_from_end_to_end(model: LlamaForCausalLM, task: Any, tmp_path: P
     page.write_text("before\n<!-- table good -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(sys, "argv", ["report", str(output), "--page", str(page), "--figure", str(figure)])
     report.main()
-    assert "| `adamw-tuned` |" in page.read_text() and "old" not in page.read_text() and page.read_text().endswith("after\n")
+    assert (
+        "| `adamw-tuned` |" in page.read_text()
+        and "old" not in page.read_text()
+        and page.read_text().endswith("after\n")
+    )
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,7 +132,8 @@ def test_a_trend_is_not_counted_as_unrest() -> None:
 
 
 def test_steps_to_a_target_wait_for_the_mean_of_five() -> None:
-    assert convergence.steps_to([5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0], target=2.2) == "10"  # (4 + 3 + 2 + 1 + 1) / 5 = 2.2
+    # (4 + 3 + 2 + 1 + 1) / 5 = 2.2
+    assert convergence.steps_to([5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0], target=2.2) == "10"
     assert convergence.steps_to([5.0, 4.0], target=1.0) == ""
 
 

@@ -74,7 +74,10 @@ def test_a_value_is_what_its_maker_allows(name: str, value: str, state: str) -> 
 
 
 def test_what_it_says() -> None:
-    said = {finding.name: str(finding) for finding in check("npu", {"HCCL_CONNECT_TIMEOUT": "60", "TASK_QUEUE_ENABLE": "1"}, nodes=2)}
+    said = {
+        finding.name: str(finding)
+        for finding in check("npu", {"HCCL_CONNECT_TIMEOUT": "60", "TASK_QUEUE_ENABLE": "1"}, nodes=2)
+    }
     assert said["HCCL_CONNECT_TIMEOUT"].startswith("HCCL_CONNECT_TIMEOUT=60 is wrong: 3600 (seconds (120..7200)")
     assert said["TASK_QUEUE_ENABLE"].startswith("TASK_QUEUE_ENABLE=1 (usual: 2;")
     assert said["HCCL_SOCKET_IFNAME"].startswith("HCCL_SOCKET_IFNAME is missing: the site's own value")
@@ -96,4 +99,6 @@ def test_the_device_seam_reads_them_all(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_page_lists_them_all() -> None:
     page = (Path(__file__).parents[2] / "docs" / "launch.md").read_text(encoding="utf-8")
     for v in VARIABLES:
-        assert f"| `{v.name}` | {f'`{v.wanted}`' if v.wanted else 'yours'} | {', '.join(v.devices)} | {v.when} |" in page, v.name
+        assert (
+            f"| `{v.name}` | {f'`{v.wanted}`' if v.wanted else 'yours'} | {', '.join(v.devices)} | {v.when} |" in page
+        ), v.name

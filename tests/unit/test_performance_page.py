@@ -1,4 +1,5 @@
-"""docs/performance.md shows the numbers of the tables in benchmarks/results, and the benchmarks of the operators run."""
+"""docs/performance.md shows the numbers of the tables in benchmarks/results, and the benchmarks of the operators
+run."""
 
 from __future__ import annotations
 

@@ -54,14 +54,21 @@ def test_build_passes_arguments_and_options(optimizers: Registry[object]) -> Non
     [
         ("moclp", (), {}, "unknown optimizer 'moclp'; did you mean 'moclip'?"),
         ("sgd", (), {}, "unknown optimizer 'sgd'; known: moclip, adamw, any, plain"),
-        ("moclip", ([], 0.1), {"max_angel": 60}, "optimizer 'moclip' has no option 'max_angel'; did you mean 'max_angle'?"),
+        (
+            "moclip",
+            ([], 0.1),
+            {"max_angel": 60},
+            "optimizer 'moclip' has no option 'max_angel'; did you mean 'max_angle'?",
+        ),
         ("moclip", ([], 0.1), {"zzz": 1}, "optimizer 'moclip' has no option 'zzz'; known: max_angle, scope"),
         ("moclip", ([], 0.1), {"lr": 1}, "optimizer 'moclip' has no option 'lr'"),  # the program gave it
         ("adamw", ([],), {}, "optimizer 'adamw' needs option 'eps'"),
         ("plain", (), {"x": 1}, "optimizer 'plain' has no option 'x'; known: none"),
     ],
 )
-def test_a_wrong_name_or_option_is_answered(optimizers: Registry[object], name: str, args: tuple, options: dict, message: str) -> None:
+def test_a_wrong_name_or_option_is_answered(
+    optimizers: Registry[object], name: str, args: tuple, options: dict, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         optimizers.build(name, *args, **options)
     assert str(caught.value).startswith(message)

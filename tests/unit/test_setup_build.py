@@ -1,4 +1,5 @@
-"""setup.py in a project of one small source: compiled where a compiler is there, installed as pure Python where none is."""
+"""setup.py in a project of one small source: compiled where a compiler is there, installed as pure Python where none
+is."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ KERNELS = """
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
 #define INIT_(name) PyInit_##name
 #define INIT(name) INIT_(name)
-extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
+extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() {
+  return PyModule_Create(&module);
+}
 """
 BROKEN = "this is no C++\n"
 
@@ -56,7 +59,9 @@ def compiled(project: Path) -> list[str]:
 def test_a_wheel_holds_every_file_of_the_package_that_is_not_python() -> None:
     tomllib = pytest.importorskip("tomllib")
     package, built = ROOT / "megatron_replay", {".py", ".pyc", ".so"}
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["megatron_replay"]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "megatron_replay"
+    ]
     assert {path for pattern in patterns for path in package.glob(pattern)} == {
         path for path in package.rglob("*") if path.is_file() and path.suffix not in built
     }
@@ -118,7 +123,9 @@ def test_flags_from_the_environment_come_after_ours(project: Path) -> None:
     add(project, "store/codec.cpp", BROKEN)
     add(project, "register.cpp", BROKEN)
     commands = build(project, MEGATRON_REPLAY_CXXFLAGS="-O1 -g1").stdout.splitlines()
-    (codec,), (kernels,) = ([line for line in commands if name in line and " -c " in line] for name in ("codec.cpp", "register.cpp"))
+    (codec,), (kernels,) = (
+        [line for line in commands if name in line and " -c " in line] for name in ("codec.cpp", "register.cpp")
+    )
     assert all(line.index(" -O3") < line.index(" -O1 -g1") for line in (codec, kernels))
 
 
@@ -177,7 +184,11 @@ def test_an_npu_build_that_fails_fails(project: Path, tmp_path: Path) -> None:
             "raise ImportError('no libtriton')",
             "needs triton, which cannot be imported (no libtriton); pip install",
         ),
-        ("raise ImportError('no libcudart')", "", "needs torch, which cannot be imported (no libcudart); install it first"),
+        (
+            "raise ImportError('no libcudart')",
+            "",
+            "needs torch, which cannot be imported (no libcudart); install it first",
+        ),
     ],
 )
 def test_for_cuda_it_only_looks_for_what_will_compile_the_kernels(
@@ -185,12 +196,18 @@ def test_for_cuda_it_only_looks_for_what_will_compile_the_kernels(
 ) -> None:
     fakes = tmp_path / "fakes"
     fakes.mkdir()
-    (fakes / "torch.py").write_text(f"import types\n__version__, version = '2.13.0', types.SimpleNamespace()\n{torch}\n")
+    (fakes / "torch.py").write_text(
+        f"import types\n__version__, version = '2.13.0', types.SimpleNamespace()\n{torch}\n"
+    )
     (fakes / "triton.py").write_text(triton)
     done = build(project, MEGATRON_REPLAY_BUILD="cuda", PYTHONPATH=str(fakes))
     assert compiled(project) == []
     if says:
-        assert done.returncode != 0 and f"MEGATRON_REPLAY_BUILD=cuda {says}" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode != 0
+            and f"MEGATRON_REPLAY_BUILD=cuda {says}" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         assert "or leave MEGATRON_REPLAY_BUILD out to build for the CPU" in done.stderr
     else:
         assert done.returncode == 0, done.stderr

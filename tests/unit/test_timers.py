@@ -51,7 +51,13 @@ def test_a_phase_does_not_count_what_is_inside_another(clock: Clock) -> None:
 def test_megatrons_timers_are_phases_of_ours(clock: Clock) -> None:
     timers = Timers(clock)
     timers("forward-backward", log_level=1).start(barrier=True)
-    for name in ("forward-compute", "forward-send-backward-recv", "backward-compute", "backward-compute", "all-grads-sync"):
+    for name in (
+        "forward-compute",
+        "forward-send-backward-recv",
+        "backward-compute",
+        "backward-compute",
+        "all-grads-sync",
+    ):
         timers(name, log_level=2).start()
         clock.pass_(1)
         timers(name).stop()

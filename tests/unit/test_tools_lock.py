@@ -32,7 +32,9 @@ def test_every_requirement_is_pinned_to_an_allowed_version(lock: types.ModuleTyp
     for need in lock.wanted(ROOT / "pyproject.toml"):
         version = pins.get(canonicalize_name(need.name))
         assert version is not None, f"{need.name} is not in requirements.lock; run tools/lock.py"
-        assert need.specifier.contains(version), f"requirements.lock has {need.name} {version}, pyproject.toml asks for {need}"
+        assert need.specifier.contains(version), (
+            f"requirements.lock has {need.name} {version}, pyproject.toml asks for {need}"
+        )
 
 
 def test_pins_are_names_and_public_versions_only(pins: dict[str, str]) -> None:

@@ -1,4 +1,5 @@
-"""Which adapter the probe chooses for the NPU, and what importing it saw. Arguments are left for the adapter to be kept away from."""
+"""Which adapter the probe chooses for the NPU, and what importing it saw. Arguments are left for the adapter to be kept
+away from."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from megatron_replay.parallel import shims
 
 before = list(sys.argv)
 chosen, notes = shims.adapter(NPU)
-imported_by_probe = [name for name in ("mindspeed", "megatron_adaptor", "megatron.core", "torch_npu") if name in sys.modules]
+imported_by_probe = [
+    name for name in ("mindspeed", "megatron_adaptor", "megatron.core", "torch_npu") if name in sys.modules
+]
 if "import-megatron-first" in sys.argv:
     import megatron.core  # noqa: F401
 installed, error = [], ""
@@ -21,7 +24,11 @@ try:
         installed = shims.install(NPU)
 except DeviceError as err:
     error = str(err)
-fakes = [vars(module) for module in sys.modules.values() if isinstance(module, types.ModuleType) and "IS_A_FAKE" in vars(module)]
+fakes = [
+    vars(module)
+    for module in sys.modules.values()
+    if isinstance(module, types.ModuleType) and "IS_A_FAKE" in vars(module)
+]
 print(
     json.dumps(
         {
@@ -30,7 +37,10 @@ print(
             "on_cpu": shims.adapter(CPU)[0].name,
             "imported_by_probe": imported_by_probe,
             "installed": installed,
-            "saw": [{"name": fake["__name__"], "argv": fake["ARGV"], "megatron_was_there": fake["MEGATRON_WAS_THERE"]} for fake in fakes],
+            "saw": [
+                {"name": fake["__name__"], "argv": fake["ARGV"], "megatron_was_there": fake["MEGATRON_WAS_THERE"]}
+                for fake in fakes
+            ],
             "argv_restored": sys.argv == before,
             "error": error,
         }

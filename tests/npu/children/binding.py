@@ -1,5 +1,6 @@
 # ruff: noqa: E402 (the extension must be there before the package looks for it)
-"""Our operators on npu:0 tensors, through torch-npu's dispatch and OpCommand into our binding, against the same operators on the cpu.
+"""Our operators on npu:0 tensors, through torch-npu's dispatch and OpCommand into our binding, against the same
+operators on the cpu.
 
 The extension is the file given as argument, under the name the package looks for.
 """
@@ -68,7 +69,11 @@ def from_logits(dtype: torch.dtype) -> list[list[float]]:
     """The loss from logits and its gradient, for logits that lie in memory in three ways."""
     torch.manual_seed(4)
     wide, chosen, scale = torch.randn(N, 2 * VOCAB).to(dtype), sets(), torch.linspace(0.5, 1, N)
-    cuts: list[Callable[[Any], Any]] = [lambda x: x[:, :VOCAB].contiguous(), lambda x: x[:, :VOCAB], lambda x: x[:, ::2]]
+    cuts: list[Callable[[Any], Any]] = [
+        lambda x: x[:, :VOCAB].contiguous(),
+        lambda x: x[:, :VOCAB],
+        lambda x: x[:, ::2],
+    ]
     found = []
     for cut in cuts:
         results = []
@@ -100,7 +105,10 @@ def touched_rows() -> float:
     """The weight's gradient as its touched rows."""
     torch.manual_seed(0)
     chosen = sets().local(VocabShard(0, VOCAB))
-    entries = (torch.randn(N, HIDDEN), *ByColumn.of(chosen.offsets, chosen.columns).entries(torch.randn(chosen.columns.shape[0])))
+    entries = (
+        torch.randn(N, HIDDEN),
+        *ByColumn.of(chosen.offsets, chosen.columns).entries(torch.randn(chosen.columns.shape[0])),
+    )
     wanted = kernels("reference").restricted_bwd_rows(*entries)
     found = kernels().restricted_bwd_rows(*(x.to(NPU) for x in entries))
     return far(found, wanted)
@@ -131,7 +139,9 @@ def moclip(dtype: torch.dtype, *, main_weights: bool = False) -> dict[str, Any]:
     for device in ("cpu", NPU):
         torch.manual_seed(2)
         params = [torch.nn.Parameter(torch.randn(shape).to(dtype).to(device)) for shape in ((70, 130), (11,), (0,))]
-        ours = MoClip(params, lr=1e-2, clip_grad=1.0, main_weights=main_weights, kernels="auto" if device is NPU else "reference")
+        ours = MoClip(
+            params, lr=1e-2, clip_grad=1.0, main_weights=main_weights, kernels="auto" if device is NPU else "reference"
+        )
         for _ in range(3):
             for param in params:
                 param.grad = torch.randn(param.shape).to(dtype).to(device)
@@ -142,10 +152,12 @@ def moclip(dtype: torch.dtype, *, main_weights: bool = False) -> dict[str, Any]:
     return {
         "params": max(far(a, b) for a, b in zip(found, truth, strict=True)),
         "state": {
-            key: max(far(ours.state[a][key], theirs.state[b][key]) for a, b in zip(found[:2], truth[:2], strict=True)) for key in state
+            key: max(far(ours.state[a][key], theirs.state[b][key]) for a, b in zip(found[:2], truth[:2], strict=True))
+            for key in state
         },
         "metrics": max(
-            abs(ours.metrics[key] / theirs.metrics[key] - 1) if theirs.metrics[key] else abs(ours.metrics[key]) for key in theirs.metrics
+            abs(ours.metrics[key] / theirs.metrics[key] - 1) if theirs.metrics[key] else abs(ours.metrics[key])
+            for key in theirs.metrics
         ),
         "norm": abs(ours.grad_norm / theirs.grad_norm - 1),
     }

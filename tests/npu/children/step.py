@@ -1,8 +1,10 @@
 # ruff: noqa: E402 (the extension must be there before the package looks for it)
-"""The operators of `doctor --ops` and the steps they belong to, on one device: cpu, or npu:0 with the host's arithmetic.
+"""The operators of `doctor --ops` and the steps they belong to, on one device: cpu, or npu:0 with the host's
+arithmetic.
 
-The runs of the precisions compute each sample by itself; "tree", in fp32, shares what they begin with. HCCL is not here: a process group of
-one runs over gloo. Arguments: device, precisions (fp32,bf16), shim to leave out, compiled extension; "" for none.
+The runs of the precisions compute each sample by itself; "tree", in fp32, shares what they begin with. HCCL is not
+here: a process group of one runs over gloo. Arguments: device, precisions (fp32,bf16), shim to leave out, compiled
+extension; "" for none.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ if without:
     install = shims.install
     world.shims.install = lambda device: install(device, skip={without})  # type: ignore[assignment]
 with seen:
-    runs = {precision: operators.steps(RunConfig(device=name, precision=precision), where) for precision in precisions.split(",")}
+    runs = {
+        precision: operators.steps(RunConfig(device=name, precision=precision), where)
+        for precision in precisions.split(",")
+    }
     runs["tree"] = operators.steps(RunConfig(device=name, precision="fp32", data=Data(share_prefixes=True)), where)
 print(
     json.dumps(

@@ -38,7 +38,9 @@ def on_meta() -> dict[str, Any]:
     ops = torch.ops.npu
     return {
         "npu_fusion_attention": list(ops.npu_fusion_attention(q, k, k, **within)[0].shape),
-        "npu_fusion_attention, masked": list(ops.npu_fusion_attention(few[None], more[None], more[None], **masked)[0].shape),
+        "npu_fusion_attention, masked": list(
+            ops.npu_fusion_attention(few[None], more[None], more[None], **masked)[0].shape
+        ),
         "npu_rms_norm": list(ops.npu_rms_norm(x, torch.empty(64, **meta), 1e-6)[0].shape),
         "npu_rotary_mul": list(ops.npu_rotary_mul(q[:, None], angles, angles).shape),
     }
@@ -72,7 +74,8 @@ print(
             "meta": on_meta(),
             "ours": {**library.live("npu"), **kernels.live("npu")},
             "places": {
-                name: place(name, "npu") for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")
+                name: place(name, "npu")
+                for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")
             },
             "add": refused(lambda: tensor + tensor),
             "second device": refused(lambda: torch.npu.set_device(1)),

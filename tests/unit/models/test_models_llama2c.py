@@ -17,13 +17,18 @@ from megatron_replay.models.llama2c import import_llama2c, read_tokenizer
 
 
 def encode_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
-    """llama2.c's encoder: begin, a space before the text, characters (or bytes), then the best pair merged again and again."""
+    """llama2.c's encoder: begin, a space before the text, characters (or bytes), then the best pair merged again and
+    again."""
     ids = {token: i for i, token in reversed(list(enumerate(tokens)))}
     out = [ids[SPACE]] if text else []
     for char in text.replace(" ", SPACE):
         out += [ids[char]] if char in ids else [byte + 3 for byte in char.replace(SPACE, " ").encode()]
     while True:
-        pairs = [(scores[ids[union]], -i) for i in range(len(out) - 1) if (union := tokens[out[i]] + tokens[out[i + 1]]) in ids]
+        pairs = [
+            (scores[ids[union]], -i)
+            for i in range(len(out) - 1)
+            if (union := tokens[out[i]] + tokens[out[i + 1]]) in ids
+        ]
         if not pairs:
             return [1, *out]
         at = -max(pairs)[1]
@@ -35,12 +40,15 @@ def tokenizer_file(path: Path, pieces: list[str]) -> Path:
     tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
     raw = [(score, token.encode()) for score, token in zip(scores, tokens, strict=True)]
-    path.write_bytes(struct.pack("<i", 9) + b"".join(struct.pack("<fi", score, len(token)) + token for score, token in raw))
+    path.write_bytes(
+        struct.pack("<i", 9) + b"".join(struct.pack("<fi", score, len(token)) + token for score, token in raw)
+    )
     return path
 
 
 def model_file(path: Path, vocab: int, tied: bool) -> tuple[Path, np.ndarray]:
-    """A llama2.c checkpoint of numbers 0, 1, 2, ...: dim 8, ffn 12, one layer, 2 heads, 1 key/value head, 5 positions."""
+    """A llama2.c checkpoint of numbers 0, 1, 2, ...: dim 8, ffn 12, one layer, 2 heads, 1 key/value head, 5
+    positions."""
     numbers = vocab * 8 + 8 + 64 + 32 + 32 + 64 + 8 + 3 * 96 + 8 + 5 * 4 + (0 if tied else vocab * 8)
     data = np.arange(numbers, dtype=np.float32)
     path.write_bytes(struct.pack("<7i", 8, 12, 1, 2, 1, vocab if tied else -vocab, 5) + data.tobytes())
@@ -55,10 +63,16 @@ def test_every_weight_comes_from_its_place(tmp_path, tied):
     folder.check()
     assert folder.spec.tied == tied
     at = 261 * 8 + 8
-    assert folder.read("model.layers.0.self_attn.q_proj.weight")[:, 0].tolist() == [at + 8 * row for row in (0, 2, 1, 3, 4, 6, 5, 7)]
-    assert folder.read("model.layers.0.self_attn.o_proj.weight").flatten().tolist() == data[at + 128 : at + 192].tolist()
+    assert folder.read("model.layers.0.self_attn.q_proj.weight")[:, 0].tolist() == [
+        at + 8 * row for row in (0, 2, 1, 3, 4, 6, 5, 7)
+    ]
+    assert (
+        folder.read("model.layers.0.self_attn.o_proj.weight").flatten().tolist() == data[at + 128 : at + 192].tolist()
+    )
     at += 192 + 8
-    assert [folder.read(f"model.layers.0.mlp.{name}_proj.weight").flatten()[0].item() for name in ("gate", "down", "up")] == [
+    assert [
+        folder.read(f"model.layers.0.mlp.{name}_proj.weight").flatten()[0].item() for name in ("gate", "down", "up")
+    ] == [
         at,
         at + 96,
         at + 192,
@@ -125,7 +139,14 @@ def test_tokenizer_equals_the_greedy_merge_by_score(stories, shared_file):
         assert tokenizer.decode(ids) == text
 
     equal()
-    for text in ("Once upon a time, there was a little girl named Lily.", "", " ", "  two  spaces ", "Zürich 🙂\n", "aaaaaaa hahaha"):
+    for text in (
+        "Once upon a time, there was a little girl named Lily.",
+        "",
+        " ",
+        "  two  spaces ",
+        "Zürich 🙂\n",
+        "aaaaaaa hahaha",
+    ):
         assert tokenizer.encode(text).ids == encode_by_score(text, tokens, scores), text
 
 
@@ -137,4 +158,6 @@ def test_greedy_story_is_fluent(stories):
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=40, do_sample=False)
     story = tokenizer.decode(out[0], skip_special_tokens=True)
-    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+    assert story.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    )

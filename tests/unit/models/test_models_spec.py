@@ -20,9 +20,21 @@ def test_reads_every_field(config):
 
 def test_defaults_of_each_family(config):
     llama = ModelSpec.from_hf(
-        config(architectures=["LlamaForCausalLM"], head_dim="DROP", num_key_value_heads="DROP", rope_theta="DROP", torch_dtype="DROP")
+        config(
+            architectures=["LlamaForCausalLM"],
+            head_dim="DROP",
+            num_key_value_heads="DROP",
+            rope_theta="DROP",
+            torch_dtype="DROP",
+        )
     )
-    assert (llama.head_dim, llama.num_kv_heads, llama.rope_base, llama.qk_norm, llama.dtype) == (4, 6, 1e4, False, "float32")
+    assert (llama.head_dim, llama.num_kv_heads, llama.rope_base, llama.qk_norm, llama.dtype) == (
+        4,
+        6,
+        1e4,
+        False,
+        "float32",
+    )
     assert ModelSpec.from_hf(config(head_dim="DROP")).head_dim == 128
 
 
@@ -40,11 +52,17 @@ LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
         ({"rope_theta": 5e5}, 5e5, None),
         ({"rope_theta": "DROP", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 1e6, RopeScaling(kind="linear", factor=2.0)),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 3}}, 1e4, RopeScaling(kind="linear", factor=3.0)),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 3}},
+            1e4,
+            RopeScaling(kind="linear", factor=3.0),
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
             1e6,
-            RopeScaling(kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=4096),
+            RopeScaling(
+                kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=4096
+            ),
         ),
     ],
 )
@@ -127,11 +145,18 @@ def test_layouts_that_fit(config):
     [
         (
             {"tensor": 2},
-            "3 key/value heads are not divisible by layout.tensor=2; set layout.head_multiple=2 (or 4 for up to 4 ranks) "
+            "3 key/value heads are not divisible by layout.tensor=2; set layout.head_multiple=2 (or 4 for up to 4 "
+            "ranks) "
             "to pad with zero heads, or use layout.tensor=1 or 3",
         ),
-        ({"tensor": 8, "head_multiple": 4}, "4 key/value heads (3 padded by layout.head_multiple=4) are not divisible by layout.tensor=8"),
-        ({"tensor": 8, "head_multiple": 8}, "ffn_size=20 is not divisible by layout.tensor=8; use layout.tensor=1, 2, 4, 5, 10 or 20"),
+        (
+            {"tensor": 8, "head_multiple": 4},
+            "4 key/value heads (3 padded by layout.head_multiple=4) are not divisible by layout.tensor=8",
+        ),
+        (
+            {"tensor": 8, "head_multiple": 8},
+            "ffn_size=20 is not divisible by layout.tensor=8; use layout.tensor=1, 2, 4, 5, 10 or 20",
+        ),
         ({"pipeline": 3}, "2 layers cannot fill layout.pipeline=3 stages; use layout.pipeline=1 to 2"),
         ({"pipeline": 2, "split": [2]}, "has 1 stages, but layout.pipeline=2"),
         ({"pipeline": 2, "split": [2, 1]}, "add up to 2 layers, it adds up to 3"),
@@ -146,6 +171,7 @@ def test_layouts_that_do_not_fit(config, layout, said):
 
 def test_vocabulary_rows_that_do_not_divide(config):
     with pytest.raises(
-        LayoutError, match=r"128 vocabulary rows \(37 rounded up to a multiple of 128\) are not divisible by layout.tensor=3"
+        LayoutError,
+        match=r"128 vocabulary rows \(37 rounded up to a multiple of 128\) are not divisible by layout.tensor=3",
     ):
         validate_layout(ModelSpec.from_hf(config(intermediate_size=21)), 3)

@@ -7,10 +7,22 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import half_split_rows, hf_shapes, merge, restripe, shard, split, unshard, weight_of, weights
+from megatron_replay.models.weights import (
+    half_split_rows,
+    hf_shapes,
+    merge,
+    restripe,
+    shard,
+    split,
+    unshard,
+    weight_of,
+    weights,
+)
 
 
-def make_spec(heads_per_group=2, groups=3, dim=4, ffn=8, vocab=37, tied=False, qk_norm=True, layers=1, hidden=6) -> ModelSpec:
+def make_spec(
+    heads_per_group=2, groups=3, dim=4, ffn=8, vocab=37, tied=False, qk_norm=True, layers=1, hidden=6
+) -> ModelSpec:
     return ModelSpec.from_hf(
         {
             "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
@@ -76,7 +88,12 @@ def test_megatron_names():
         "mlp.linear_fc2.weight",
     ]
     layers = [f"decoder.layers.{i}.{name}" for i in (0, 1) for name in layer]
-    assert names == ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", "output_layer.weight"]
+    assert names == [
+        "embedding.word_embeddings.weight",
+        *layers,
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
     assert [weight.layer for weight in weights(make_spec())] == [None] + [0] * 8 + [None, None]
     assert not any("q_layernorm" in weight.name for weight in weights(make_spec(qk_norm=False)))
 
@@ -106,9 +123,13 @@ def test_a_striped_vocabulary_is_dealt_out_in_eights(vocab):
 
 def test_only_vocabulary_weights_are_striped():
     spec = make_spec()
-    assert [w.name for w in weights(spec, striped=True) if w.striped] == [w.name for w in weights(spec) if w.kind == "vocab"]
+    assert [w.name for w in weights(spec, striped=True) if w.striped] == [
+        w.name for w in weights(spec) if w.kind == "vocab"
+    ]
     tied = make_spec(tied=True)
-    assert weight_of(tied, "output_layer.weight", striped=True) == weight_of(tied, "embedding.word_embeddings.weight", striped=True)
+    assert weight_of(tied, "output_layer.weight", striped=True) == weight_of(
+        tied, "embedding.word_embeddings.weight", striped=True
+    )
     assert not any(w.striped for w in weights(spec))
 
 
@@ -139,7 +160,8 @@ def test_tied_output_layer_is_the_embedding():
 
 def test_unknown_parameter_gets_the_nearest_name():
     with pytest.raises(
-        CheckpointError, match=r"no parameter 'decoder\.final_norm\.weight'; did you mean 'decoder\.final_layernorm\.weight'"
+        CheckpointError,
+        match=r"no parameter 'decoder\.final_norm\.weight'; did you mean 'decoder\.final_layernorm\.weight'",
     ):
         weight_of(make_spec(), "decoder.final_norm.weight")
 
@@ -148,7 +170,9 @@ def test_wrong_shapes_are_named():
     spec = make_spec()
     tensors = random_tensors(spec)
     weight = weight_of(spec, "decoder.layers.0.self_attention.linear_qkv.weight")
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.self_attn\.k_proj\.weight' is \[6, 12\], expected \[12, 6\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.0\.self_attn\.k_proj\.weight' is \[6, 12\], expected \[12, 6\]"
+    ):
         merge(weight, {**tensors, weight.hf[1]: tensors[weight.hf[1]].T}, spec)
     with pytest.raises(CheckpointError, match=r"linear_qkv\.weight' is \[1, 6\], expected"):
         split(weight, torch.zeros(1, 6), spec)

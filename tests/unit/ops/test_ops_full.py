@@ -29,12 +29,16 @@ def test_it_is_cross_entropy(n: int, chunk: int | None, vocab: int | None) -> No
     loss = linear_cross_entropy(hidden, weight, gold, vocab_size=vocab, chunk_rows=chunk)
     torch.testing.assert_close(loss, truth, atol=1e-12, rtol=1e-12)
     wanted = torch.autograd.grad((truth * scale).sum(), (hidden, weight))
-    torch.testing.assert_close(torch.autograd.grad((loss * scale).sum(), (hidden, weight)), wanted, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((loss * scale).sum(), (hidden, weight)), wanted, atol=1e-12, rtol=1e-12
+    )
 
 
 def test_gradcheck() -> None:
     hidden, weight, gold = problem(4)
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, gold, vocab_size=31, chunk_rows=3), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, gold, vocab_size=31, chunk_rows=3), (hidden, weight)
+    )
 
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:

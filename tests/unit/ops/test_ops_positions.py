@@ -62,7 +62,9 @@ def test_a_bucket_rule_takes_the_same_from_each_bucket_whatever_the_ties() -> No
     values = np.concatenate([np.full(30_000, 1.0), np.random.default_rng(0).random(30_000)]).astype(np.float32)
     edges = bucket_edges(values, 5)
     counts = bucket_counts(values, edges)
-    assert sum(counts) == 60_000 and list(edges) == sorted(edges) and edges == tuple(float(np.float32(e)) for e in edges)
+    assert (
+        sum(counts) == 60_000 and list(edges) == sorted(edges) and edges == tuple(float(np.float32(e)) for e in edges)
+    )
     assert bucket_counts(values[:100], edges) != counts
     parts = np.array([bucket_counts(p, edges) for p in np.array_split(values, 7)])
     assert tuple(parts.sum(0)) == counts
@@ -73,7 +75,9 @@ def test_a_bucket_rule_takes_the_same_from_each_bucket_whatever_the_ties() -> No
     kept = rule.keep(values, np.ones(60_000, bool), UID)
     shares = bucket_counts(values[kept.numpy()], edges)
     assert len(kept) == pytest.approx(18_000, rel=0.03)
-    assert all(share == pytest.approx(want, rel=0.05) for share, want in zip([s for s in shares if s], expected, strict=True))
+    assert all(
+        share == pytest.approx(want, rel=0.05) for share, want in zip([s for s in shares if s], expected, strict=True)
+    )
 
 
 def test_a_bucket_too_small_for_its_share_is_kept_whole() -> None:
@@ -119,7 +123,11 @@ def test_position_uniform_is_uniform() -> None:
 
 def test_the_hash_never_changes() -> None:
     """A store collected in two runs, or resumed by another version, must select the same positions."""
-    assert position_uniform(42, UID, [0, 1, 1000]).tolist() == [0.8004162612886273, 0.33331837550584353, 0.9354985750707383]
+    assert position_uniform(42, UID, [0, 1, 1000]).tolist() == [
+        0.8004162612886273,
+        0.33331837550584353,
+        0.9354985750707383,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,9 @@ def test_the_hash_never_changes() -> None:
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        select_positions(**{"confidence": torch.zeros(2, 3), "loss_mask": torch.ones(2, 3, dtype=torch.bool), **options})  # type: ignore[arg-type]
+        select_positions(
+            **{"confidence": torch.zeros(2, 3), "loss_mask": torch.ones(2, 3, dtype=torch.bool), **options}
+        )  # type: ignore[arg-type]
 
 
 def test_a_rule_that_cannot_be_is_refused() -> None:

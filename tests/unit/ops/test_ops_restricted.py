@@ -1,4 +1,5 @@
-"""The restricted loss against autograd in float64: identities, degenerate sets, dtypes, bounded memory, and the operators' schemas."""
+"""The restricted loss against autograd in float64: identities, degenerate sets, dtypes, bounded memory, and the
+operators' schemas."""
 
 from __future__ import annotations
 
@@ -25,9 +26,14 @@ from megatron_replay.ops.reference import outside_mass, restricted_loss
 from megatron_replay.ops.sets import ByColumn
 
 
-def problem(n: int, v: int, h: int, seed: int = 0, tau: float = 0.9, k_max: int = 12) -> tuple[Tensor, Tensor, CandidateSets]:
+def problem(
+    n: int, v: int, h: int, seed: int = 0, tau: float = 0.9, k_max: int = 12
+) -> tuple[Tensor, Tensor, CandidateSets]:
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(n, h, generator=g, dtype=torch.float64), torch.randn(v, h, generator=g, dtype=torch.float64)
+    hidden, weight = (
+        torch.randn(n, h, generator=g, dtype=torch.float64),
+        torch.randn(v, h, generator=g, dtype=torch.float64),
+    )
     sets = dynamic_topk(hidden @ weight.t(), torch.randint(v, (n,), generator=g), tau, k_max)
     drift = torch.randn(v, h, generator=g, dtype=torch.float64) * 0.1  # the model has moved since Stage 0
     return hidden.requires_grad_(), (weight + drift).requires_grad_(), sets
@@ -93,12 +99,16 @@ def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_a_rank_without_a_candidate_adds_nothing() -> None:
     hidden, weight, sets = problem(3, 12, 4)
     here = sets.local(VocabShard(12, 12, group=object()))  # type: ignore[arg-type]
-    z, stats, mixture = torch_kernels.restricted_fwd(hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold, True)
+    z, stats, mixture = torch_kernels.restricted_fwd(
+        hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold, True
+    )
     assert z.shape == (0,)
     assert mixture.shape == (3, 4) and not mixture.any()
     assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
     some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(VocabShard(0, 4, group=object()))  # type: ignore[arg-type]
-    _, stats, _ = torch_kernels.restricted_fwd(hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False)
+    _, stats, _ = torch_kernels.restricted_fwd(
+        hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False
+    )
     assert stats[:, 1].tolist() == [-3e38, 0.0, 0.0]
     assert stats[1, 0] >= 1
     assert stats.isfinite().all()
@@ -183,12 +193,16 @@ def test_a_frozen_weight_or_hidden_needs_no_gradient() -> None:
     restricted_linear_cross_entropy(hidden.detach(), weight, sets).sum().backward()
     assert weight.grad is not None
     hot = hidden.detach().float(), weight.detach().float()
-    torch.testing.assert_close(restricted_linear_cross_entropy(*hot, sets).sum(), restricted_loss(hot[0] @ hot[1].t(), sets).sum())
+    torch.testing.assert_close(
+        restricted_linear_cross_entropy(*hot, sets).sum(), restricted_loss(hot[0] @ hot[1].t(), sets).sum()
+    )
 
 
 def test_untouched_rows_get_no_gradient_and_strided_inputs_are_fine() -> None:
     hidden, weight, sets = problem(4, 30, 6, k_max=3)
-    loss = restricted_linear_cross_entropy(hidden.detach().t().contiguous().t(), weight.detach().t().contiguous().t(), sets)
+    loss = restricted_linear_cross_entropy(
+        hidden.detach().t().contiguous().t(), weight.detach().t().contiguous().t(), sets
+    )
     torch.testing.assert_close(loss, restricted_linear_cross_entropy(hidden, weight, sets).detach())
     restricted_linear_cross_entropy(hidden, weight, sets).sum().backward()
     assert weight.grad is not None
@@ -231,7 +245,10 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
         (ops.restricted_bwd_dw, (hidden, *entries, torch.zeros_like(weight))),
         (ops.restricted_bwd_rows, (hidden, *entries)),
         (ops.restricted_logits_fwd, (hidden @ weight.t(), here.offsets, here.columns, here.gold)),
-        (ops.restricted_logits_bwd, (z, here.offsets, here.columns, here.gold, stats, torch.zeros_like(hidden @ weight.t()))),
+        (
+            ops.restricted_logits_bwd,
+            (z, here.offsets, here.columns, here.gold, stats, torch.zeros_like(hidden @ weight.t())),
+        ),
         (ops.topk_rows, (hidden @ weight.t(), 7)),
     ):
         torch.library.opcheck(op.default, args)

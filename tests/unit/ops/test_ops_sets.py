@@ -28,16 +28,26 @@ def test_lists_are_sorted_and_the_gold_slot_found() -> None:
 
 
 def test_numpy_arrays_come_in() -> None:
-    sets = CandidateSets.from_arrays(np.array([0, 2], np.uint32), np.array([3, 8], np.uint32), np.array([1], np.uint16), lse=np.ones(1))
+    sets = CandidateSets.from_arrays(
+        np.array([0, 2], np.uint32), np.array([3, 8], np.uint32), np.array([1], np.uint16), lse=np.ones(1)
+    )
     sets.check(9)
     assert (sets.gold().tolist(), sets.lse.tolist(), sets.logits) == ([8], [1.0], None)
 
 
 def test_cat_puts_positions_in_order() -> None:
     sets = three()
-    parts = [CandidateSets.from_lists([[9, 2, 5]], [5]), CandidateSets.cat([]), CandidateSets.from_lists([[7], [0, 9]], [7, 9])]
+    parts = [
+        CandidateSets.from_lists([[9, 2, 5]], [5]),
+        CandidateSets.cat([]),
+        CandidateSets.from_lists([[7], [0, 9]], [7, 9]),
+    ]
     whole = CandidateSets.cat(parts).check(10)
-    assert torch.equal(whole.ids, sets.ids) and torch.equal(whole.offsets, sets.offsets) and torch.equal(whole.gold_slot, sets.gold_slot)
+    assert (
+        torch.equal(whole.ids, sets.ids)
+        and torch.equal(whole.offsets, sets.offsets)
+        and torch.equal(whole.gold_slot, sets.gold_slot)
+    )
     logits = [dataclasses.replace(p, logits=p.ids.float()) for p in parts]
     assert torch.equal(CandidateSets.cat(logits).logits, sets.ids.float())
     assert CandidateSets.cat([logits[0], parts[2]]).logits is None
@@ -63,9 +73,14 @@ def test_the_same_entries_by_column() -> None:
     assert here.columns[index.order].tolist() == [0, 2, 5, 7, 9, 9] and index.tokens.tolist() == [2, 0, 0, 1, 0, 2]
     assert {t.dtype for t in (index.touched, index.begins, index.tokens, index.order)} == {torch.int32}
     *table, factors = index.entries(torch.arange(6.0))
-    assert all(map(torch.equal, table, (index.touched, index.begins, index.tokens))) and factors.tolist() == index.order.tolist()
+    assert (
+        all(map(torch.equal, table, (index.touched, index.begins, index.tokens)))
+        and factors.tolist() == index.order.tolist()
+    )
     none = LocalSets(torch.zeros(1, dtype=torch.int64), here.columns[:0], here.gold[:0]).indexed().to("cpu").by_column
-    assert none is not None and none.begins.tolist() == [0] and not len(none.touched) + len(none.tokens) + len(none.order)
+    assert (
+        none is not None and none.begins.tolist() == [0] and not len(none.touched) + len(none.tokens) + len(none.order)
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from megatron_replay.errors import LayoutError
 from megatron_replay.models.weights import STRIPES, restripe
-from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import (
+    CandidateSets,
+    VocabShard,
+    dynamic_topk,
+    linear_cross_entropy,
+    restricted_linear_cross_entropy,
+)
 from megatron_replay.ops.shard import Stripes
 
 V, REAL, N, H = 384, 301, 12, 6
@@ -99,7 +105,9 @@ def test_the_sets_are_those_of_rows_by_id(kind: str, tau: float, k_max: int, ker
     torch.testing.assert_close(striped.outside_mass, plain.outside_mass, rtol=1e-6, atol=1e-14)
     if kind == "ties" and k_max == 5:
         by_row = dynamic_topk(logits[:, ORDER.id_of(IDS)][:, :REAL], gold, tau, k_max)
-        assert not torch.equal(ORDER.id_of(by_row.ids.long()).sort().values, plain.ids.long().sort().values), "the ties are there to be cut"
+        assert not torch.equal(ORDER.id_of(by_row.ids.long()).sort().values, plain.ids.long().sort().values), (
+            "the ties are there to be cut"
+        )
 
 
 @pytest.mark.parametrize("loss", ["restricted", "full"])
@@ -133,7 +141,10 @@ def test_a_gold_id_among_the_padding_is_still_refused() -> None:
     hidden, weight, gold = numbers("spread")
     gold[4] = REAL
     shard = VocabShard(0, V, stripes=ORDER)
-    for call in (lambda: dynamic_topk(hidden @ weight.t(), gold, vocab_size=REAL, shard=shard), lambda: full(hidden, weight, gold, shard)):
+    for call in (
+        lambda: dynamic_topk(hidden @ weight.t(), gold, vocab_size=REAL, shard=shard),
+        lambda: full(hidden, weight, gold, shard),
+    ):
         with pytest.raises(Exception, match=f"gold id {REAL} of row 4"):
             call()
 

@@ -17,7 +17,14 @@ from megatron_replay.ops.torch_kernels import topk_rows
 def draw(kind: str, n: int, v: int, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(n, v, generator=g) * 3
-    return {"float": z, "bf16": z.bfloat16(), "integer": z.round(), "few": z.sign(), "double": z.double(), "equal": z * 0}[kind]
+    return {
+        "float": z,
+        "bf16": z.bfloat16(),
+        "integer": z.round(),
+        "few": z.sign(),
+        "double": z.double(),
+        "equal": z * 0,
+    }[kind]
 
 
 @settings(deadline=None, max_examples=50)
@@ -38,11 +45,16 @@ def test_the_sets_are_those_of_the_literal_rule(
     least = min(least, k_max)
     always = [id % v for id in always]
     sets = dynamic_topk(logits, gold, tau, k_max, min_set_size=least, always=always).check(v)
-    truth = [candidate_set(logits[t], int(gold[t]), tau=tau, k_max=k_max, min_set_size=least, always=always) for t in range(n)]
+    truth = [
+        candidate_set(logits[t], int(gold[t]), tau=tau, k_max=k_max, min_set_size=least, always=always)
+        for t in range(n)
+    ]
     assert sets.ids.tolist() == [i for row in truth for i in row.ids]
     assert sets.sizes().tolist() == [len(row.ids) for row in truth]
     assert torch.equal(sets.gold(), gold)
-    torch.testing.assert_close(sets.outside_mass, torch.tensor([max(r.outside_mass, 0.0) for r in truth]), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        sets.outside_mass, torch.tensor([max(r.outside_mass, 0.0) for r in truth]), atol=1e-7, rtol=1e-6
+    )
     torch.testing.assert_close(sets.lse, torch.logsumexp(logits.double(), 1).float())
 
 
@@ -62,7 +74,11 @@ def test_the_top_of_wide_rows_is_that_of_a_stable_sort(kind: str, v: int, k: int
 def test_chunks_and_dtype_make_no_difference() -> None:
     logits, gold = draw("bf16", 70, 3000, 3), torch.arange(70)
     whole = dynamic_topk(logits, gold, keep_logits=True)
-    for other in (dynamic_topk(logits.float(), gold), dynamic_topk(logits.double(), gold), dynamic_topk(logits, gold, kernels="reference")):
+    for other in (
+        dynamic_topk(logits.float(), gold),
+        dynamic_topk(logits.double(), gold),
+        dynamic_topk(logits, gold, kernels="reference"),
+    ):
         assert torch.equal(other.ids, whole.ids)
         assert torch.equal(other.offsets, whole.offsets)
     one_by_one = [dynamic_topk(logits[t : t + 1], gold[t : t + 1], keep_logits=True) for t in range(70)]
@@ -152,7 +168,9 @@ def test_no_rows_make_no_sets() -> None:
     assert sets.offsets.tolist() == [0]
 
 
-@pytest.mark.parametrize(("value", "says"), [(torch.nan, "row 2 .* NaN"), (torch.inf, "row 2 .* NaN"), (-torch.inf, "row 2 .* no finite")])
+@pytest.mark.parametrize(
+    ("value", "says"), [(torch.nan, "row 2 .* NaN"), (torch.inf, "row 2 .* NaN"), (-torch.inf, "row 2 .* no finite")]
+)
 def test_a_broken_row_is_named(value: float, says: str) -> None:
     logits = draw("float", 4, 500, 0)
     logits[2, slice(None) if value == -torch.inf else 499] = value
@@ -160,7 +178,9 @@ def test_a_broken_row_is_named(value: float, says: str) -> None:
         dynamic_topk(logits, torch.zeros(4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("options", [{"tau": 0.0}, {"tau": 1.1}, {"k_max": 0}, {"min_set_size": 0}, {"k_max": 3, "min_set_size": 4}])
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.0}, {"tau": 1.1}, {"k_max": 0}, {"min_set_size": 0}, {"k_max": 3, "min_set_size": 4}]
+)
 def test_a_rule_that_cannot_be_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         dynamic_topk(torch.zeros(1, 9), torch.zeros(1, dtype=torch.long), **options)  # type: ignore[arg-type]

@@ -39,7 +39,11 @@ def test_positions_without_a_candidate_here(without_float64: None) -> None:
     offsets, z = torch.tensor([0, 0, 2, 2]), torch.tensor([1.0, 3.0])
     top, total, gold = torch_kernels.set_stats(z, offsets, torch.tensor([-1, 1, -1]))
     assert top.tolist() == pytest.approx([torch_kernels.EMPTY, 3.0, torch_kernels.EMPTY])
-    assert total.tolist() == pytest.approx([0.0, 1 + torch.exp(torch.tensor(-2.0)).item(), 0.0]) and gold.tolist() == [0.0, 3.0, 0.0]
+    assert total.tolist() == pytest.approx([0.0, 1 + torch.exp(torch.tensor(-2.0)).item(), 0.0]) and gold.tolist() == [
+        0.0,
+        3.0,
+        0.0,
+    ]
 
 
 def test_the_same_sets(request: pytest.FixtureRequest) -> None:
@@ -53,7 +57,8 @@ def test_the_same_sets(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "lse"), [([float("nan"), 1.0], float("nan")), ([torch.inf, 1.0], float("nan")), ([-torch.inf] * 2, -torch.inf)]
+    ("row", "lse"),
+    [([float("nan"), 1.0], float("nan")), ([torch.inf, 1.0], float("nan")), ([-torch.inf] * 2, -torch.inf)],
 )
 def test_rows_that_cannot_be_used(row: list[float], lse: float, without_float64: None) -> None:
     found = torch_kernels._lse(torch.tensor([row]))

@@ -70,7 +70,9 @@ def test_closed_forms(angle: float, obtuse: str, grad: tuple[float, ...], expect
 
 @pytest.mark.parametrize("scope", ["global", "layer", "tensor"])
 @pytest.mark.parametrize(("angle", "obtuse", "grad", "expected"), CASES)
-def test_closed_forms_through_a_step(angle: float, obtuse: str, grad: tuple[float, ...], expected: tuple[float, ...], scope: str) -> None:
+def test_closed_forms_through_a_step(
+    angle: float, obtuse: str, grad: tuple[float, ...], expected: tuple[float, ...], scope: str
+) -> None:
     opt = stepped(grad, max_angle=angle, obtuse=obtuse, scope=scope)
     want = 0.75 * torch.tensor([2.0, 0.0]) + 0.25 * torch.tensor(expected)
     torch.testing.assert_close(state(opt, "exp_avg"), want.double(), rtol=1e-7, atol=1e-15)
@@ -86,7 +88,10 @@ def test_restart_drops_the_momentum_of_an_obtuse_gradient(grad: tuple[float, ...
 
 def test_second_moment_of_the_capped_gradient() -> None:
     torch.testing.assert_close(
-        state(stepped((1.0, 2.0), v_source="clipped"), "exp_avg_sq"), torch.tensor([0.5, 0.5], dtype=torch.float64), rtol=1e-14, atol=0
+        state(stepped((1.0, 2.0), v_source="clipped"), "exp_avg_sq"),
+        torch.tensor([0.5, 0.5], dtype=torch.float64),
+        rtol=1e-14,
+        atol=0,
     )
 
 
@@ -106,7 +111,12 @@ def test_metrics_of_a_capped_step() -> None:
 
 vectors = st.integers(2, 6).flatmap(
     lambda n: st.tuples(
-        *[st.lists(st.floats(-1e3, 1e3, width=32), min_size=n, max_size=n).map(lambda v: torch.tensor(v, dtype=torch.float64))] * 2
+        *[
+            st.lists(st.floats(-1e3, 1e3, width=32), min_size=n, max_size=n).map(
+                lambda v: torch.tensor(v, dtype=torch.float64)
+            )
+        ]
+        * 2
     )
 )
 angles = st.floats(1.0, 89.0)
@@ -135,7 +145,9 @@ def test_acute_gradients_end_within_the_angle(pair: tuple[Tensor, Tensor], max_a
 
 @settings(deadline=None, max_examples=50)
 @given(vectors, angles, st.sampled_from(["signed", "restart", "project"]))
-def test_never_longer_and_never_against_the_gradient(pair: tuple[Tensor, Tensor], max_angle: float, obtuse: str) -> None:
+def test_never_longer_and_never_against_the_gradient(
+    pair: tuple[Tensor, Tensor], max_angle: float, obtuse: str
+) -> None:
     m, g = usable(pair)
     turned = capped(m, g, max_angle, obtuse)
     assert float(turned.norm()) <= float(g.norm()) * (1 + 1e-12)
@@ -168,4 +180,9 @@ def test_zero_momentum_or_gradient_is_left_alone() -> None:
     c, mm, gg = (torch.tensor(v, dtype=torch.float64) for v in ([0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]))
     for obtuse in ("signed", "restart", "project"):
         cap = coefficients(c, mm, gg, max_angle=45, obtuse=obtuse)
-        assert cap.a.tolist() == [1, 1, 1] and cap.b.tolist() == [0, 0, 0] and not cap.restart.any() and cap.cosine.isnan().all()
+        assert (
+            cap.a.tolist() == [1, 1, 1]
+            and cap.b.tolist() == [0, 0, 0]
+            and not cap.restart.any()
+            and cap.cosine.isnan().all()
+        )

@@ -21,16 +21,22 @@ def names(layers: int) -> list[tuple[str, torch.Tensor]]:
     found = [("model.embed_tokens.weight", torch.empty(2, 2))]
     for layer in range(layers):
         of = f"model.layers.{layer}"
-        found += [(f"{of}.{part}.{name}.weight", torch.empty(2, 2)) for part, matrices in MATRICES.items() for name in matrices]
+        found += [
+            (f"{of}.{part}.{name}.weight", torch.empty(2, 2))
+            for part, matrices in MATRICES.items()
+            for name in matrices
+        ]
         found += [(f"{of}.{name}_layernorm.weight", torch.empty(2)) for name in ("input", "post_attention")]
     return [*found, ("model.norm.weight", torch.empty(2)), ("lm_head.weight", torch.empty(2, 2))]
 
 
 def test_half_of_each_kind_in_each_layer() -> None:
-    """The paper's: two of four attention matrices, two of three MLP matrices in half of the layers and one in the others, one norm."""
+    """The paper's: two of four attention matrices, two of three MLP matrices in half of the layers and one in the
+    others, one norm."""
     frozen = half(names(10), 0.5, 1)
     counts = Counter(
-        (name.split(".")[2], name.split(".")[3].removesuffix("_layernorm").replace("post_attention", "input")) for name in frozen
+        (name.split(".")[2], name.split(".")[3].removesuffix("_layernorm").replace("post_attention", "input"))
+        for name in frozen
     )
     assert [counts[str(layer), "self_attn"] for layer in range(10)] == [2] * 10
     assert [counts[str(layer), "input"] for layer in range(10)] == [1] * 10
@@ -55,7 +61,9 @@ def test_the_choice_is_one_of_names_share_and_seed() -> None:
     assert half(given_, 0.5, 3) == half(shuffled, 0.5, 3) == half(((n, t) for n, t in given_), 0.5, 3)
     assert half(given_, 0.5, 3) != half(given_, 0.5, 4)
     assert half(given_, 0.0, 3) == []
-    assert half([("layers.0.attn.w", torch.empty(2, 2)), ("layers.0.attn.v", torch.empty(2, 2))], 0.5, 0) == ["layers.0.attn.w"], "golden"
+    assert half([("layers.0.attn.w", torch.empty(2, 2)), ("layers.0.attn.v", torch.empty(2, 2))], 0.5, 0) == [
+        "layers.0.attn.w"
+    ], "golden"
 
 
 def test_each_tensor_is_frozen_about_as_often() -> None:

@@ -28,7 +28,9 @@ def alone(table: Tensor) -> Tensor:
     st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 60),
 )
-def test_threshold_is_the_kth_largest_of_the_whole_tensor(rows: list[list[float]], fraction: float, dtype: torch.dtype, cut: int) -> None:
+def test_threshold_is_the_kth_largest_of_the_whole_tensor(
+    rows: list[list[float]], fraction: float, dtype: torch.dtype, cut: int
+) -> None:
     tensors = [torch.tensor(row, dtype=torch.float32).to(dtype) for row in rows]
     pieces = [Piece(part, row, True) for row, t in enumerate(tensors) for part in (t[:cut], t[cut:])]
     pieces += [Piece(tensors[0], 0, False)]  # a replica that another rank counts
@@ -79,7 +81,9 @@ def test_mofo_is_the_method_written_out(shape: tuple[int, ...]) -> None:
     for g in grads:
         param.grad = g
         opt.step()
-    torch.testing.assert_close(param.detach(), naive(start, grads, lr=0.02, fraction=0.2, wd=0.1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        param.detach(), naive(start, grads, lr=0.02, fraction=0.2, wd=0.1), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_ties_stay_and_the_whole_is_adamw() -> None:

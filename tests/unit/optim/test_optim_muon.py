@@ -32,7 +32,9 @@ def run(opt: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: ran
 def test_muon_is_torch_s(nesterov: bool) -> None:
     ours, theirs = ([torch.nn.Parameter(x) for x in draws(9)] for _ in range(2))
     run(Muon(ours, 0.01, nesterov=nesterov, ns_precision="bfloat16"), ours, range(6))
-    reference = torch.optim.Muon(theirs, 0.01, weight_decay=0.1, momentum=0.95, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        theirs, 0.01, weight_decay=0.1, momentum=0.95, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
+    )
     run(reference, theirs, range(6))
     for a, b, start in zip(ours, theirs, draws(9), strict=True):
         # both round their products to bfloat16; a step is 0.01 x about 0.2
@@ -140,7 +142,10 @@ def test_a_norm_after_the_projection_is_what_shrinks() -> None:
 
 def test_the_paper_s_variant_clips_attention_by_itself() -> None:
     def params() -> list[torch.nn.Parameter]:
-        return [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))]
+        return [
+            torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)),
+            torch.nn.Parameter(torch.ones(3, dtype=torch.float64)),
+        ]
 
     ours = params()
     groups = [{"params": ours[:1], "kind": "attention"}, {"params": ours[1:]}]

@@ -66,7 +66,9 @@ def test_the_base_goes_along_with_the_state() -> None:
     assert torch.equal(resumed.state[other]["base"], start)
 
 
-@pytest.mark.parametrize("options", [{"pull": -1.0}, {"pull": 1.0, "pull_k": math.nan}, {"pull": 1.0, "pull_t0": math.inf}])
+@pytest.mark.parametrize(
+    "options", [{"pull": -1.0}, {"pull": 1.0, "pull_k": math.nan}, {"pull": 1.0, "pull_t0": math.inf}]
+)
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"{list(options)[-1]} must be"):
         AdamW([torch.nn.Parameter(torch.ones(2))], 0.1, **options)  # type: ignore[arg-type]

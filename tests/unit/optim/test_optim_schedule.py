@@ -15,7 +15,9 @@ from megatron_replay.optim import learning_rate
 def test_the_same_bits_as_megatron(style: str, warmup: int) -> None:
     scheduler = pytest.importorskip("megatron.core.optimizer_param_scheduler")
     groups = SimpleNamespace(param_groups=[{}])
-    theirs = scheduler.OptimizerParamScheduler(groups, 0.0, 1.25e-6, 1.25e-7, warmup, 40, style, 0.1, 0.1, 40, "constant")
+    theirs = scheduler.OptimizerParamScheduler(
+        groups, 0.0, 1.25e-6, 1.25e-7, warmup, 40, style, 0.1, 0.1, 40, "constant"
+    )
     for step in range(45):
         ours = learning_rate(step, peak=1.25e-6, minimum=1.25e-7, warmup=warmup, total=40, style=style)
         assert ours == groups.param_groups[0]["lr"], step

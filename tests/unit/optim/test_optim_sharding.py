@@ -1,9 +1,10 @@
-"""The whole model in one optimizer, and cut over pipeline, tensor and data ranks: the same bits. Ranks are threads that meet at a barrier.
+"""The whole model in one optimizer, and cut over pipeline, tensor and data ranks: the same bits. Ranks are threads that
+meet at a barrier.
 
-The model: an embedding tied to the output (held by both pipeline stages), and a norm weight and two matrices a layer. The tensor ranks
-split everything but the norm weights; the data ranks (ZeRO-1) cut the flat buffer of what a tensor rank holds anywhere. Float32 weights
-come out bit for bit the same since the sums are float64: the order of adding changes them by 1e-16, which the float32 update would only
-notice if a scalar lay that close to a rounding edge.
+The model: an embedding tied to the output (held by both pipeline stages), and a norm weight and two matrices a layer.
+The tensor ranks split everything but the norm weights; the data ranks (ZeRO-1) cut the flat buffer of what a tensor
+rank holds anywhere. Float32 weights come out bit for bit the same since the sums are float64: the order of adding
+changes them by 1e-16, which the float32 update would only notice if a scalar lay that close to a rounding edge.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def layout(cuts: Sequence[Sequence[int]], mutation: str = "") -> list[Rank]:
     ranks: list[Rank] = []
     for stage, names in enumerate(STAGES):
         for tensor in range(NUM_TENSOR):
-            spans = [(n, 0, SIZES[n]) if n.startswith("norm") else (n, tensor * SIZES[n] // 2, (tensor + 1) * SIZES[n] // 2) for n in names]
+            spans = [
+                (n, 0, SIZES[n]) if n.startswith("norm") else (n, tensor * SIZES[n] // 2, (tensor + 1) * SIZES[n] // 2)
+                for n in names
+            ]
             total = sum(stop - start for _, start, stop in spans)
             edges = [0, *sorted(c % total for c in cuts[stage * NUM_TENSOR + tensor]), total]
             for low, high in pairwise(edges):
@@ -153,7 +157,11 @@ def sharded_run(make: Make, ranks: list[Rank], dtype: torch.dtype) -> tuple[list
 
 
 def equal(whole: dict[str, Tensor], ranks: list[Rank], parts: list[list[Tensor]]) -> bool:
-    return all(torch.equal(a, b) for rank, part in zip(ranks, parts, strict=True) for a, b in zip(rank.cut(whole), part, strict=True))
+    return all(
+        torch.equal(a, b)
+        for rank, part in zip(ranks, parts, strict=True)
+        for a, b in zip(rank.cut(whole), part, strict=True)
+    )
 
 
 CUTS = [[150, 700], [299, 301], [1, 360], [364, 365]]
@@ -215,11 +223,19 @@ def test_a_rank_whose_gradient_is_not_finite_stops_all() -> None:
     assert all(opt.skipped == 1 and opt.param_groups[0]["step"] == NUM_STEPS - 1 for opt in opts)
 
 
-MUTATIONS = ["replicas counted twice", "tied copy counted twice", "norms of one shard", "stages forgotten", "tensor rank forgotten"]
+MUTATIONS = [
+    "replicas counted twice",
+    "tied copy counted twice",
+    "norms of one shard",
+    "stages forgotten",
+    "tensor rank forgotten",
+]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("make", [partial(MoClip, lr=0.01), partial(AdamW, lr=0.01, eps=1e-2, clip_grad=1.0)], ids=["angle", "norm"])
+@pytest.mark.parametrize(
+    "make", [partial(MoClip, lr=0.01), partial(AdamW, lr=0.01, eps=1e-2, clip_grad=1.0)], ids=["angle", "norm"]
+)
 def test_wrong_sharding_is_noticed_at_global_scope(make: Make, mutation: str) -> None:
     whole, _ = whole_run(make, torch.float32)
     ranks = layout(CUTS, mutation)

@@ -49,7 +49,9 @@ def test_resuming_is_exact(name: str, dtype: torch.dtype) -> None:
     train(second, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(straight, fresh, strict=True))
     for a, b in zip(straight, fresh, strict=True):
-        assert all(torch.equal(whole.state[a][k], v) and v.dtype == whole.state[a][k].dtype for k, v in second.state[b].items())
+        assert all(
+            torch.equal(whole.state[a][k], v) and v.dtype == whole.state[a][k].dtype for k, v in second.state[b].items()
+        )
     assert second.param_groups[0]["step"] == 8 and second.param_groups[0]["lr"] == 0.01
 
 
@@ -101,7 +103,9 @@ def test_torchs_adamw_state_is_taken_over() -> None:
 
 def test_uneven_step_counts_are_refused() -> None:
     state = saved(torch.optim.AdamW(parameters(), 0.01).state_dict())
-    state["state"] = {i: {"step": torch.tensor(float(i)), "exp_avg": torch.zeros(s)} for i, s in enumerate(((11, 3), (40,)))}
+    state["state"] = {
+        i: {"step": torch.tensor(float(i)), "exp_avg": torch.zeros(s)} for i, s in enumerate(((11, 3), (40,)))
+    }
     with pytest.raises(CheckpointError, match=r"have taken \[0, 1\] steps"):
         MoClip(parameters(), 0.01).load_state_dict(state)
 
@@ -110,7 +114,9 @@ def test_init_state_gives_zeros_that_change_nothing() -> None:
     plain, prepared = MoClip(parameters(), 0.01), MoClip(parameters(), 0.01)
     prepared.init_state()
     params = prepared.param_groups[0]["params"]
-    assert prepared.param_groups[0]["step"] == 0 and all(not v.any() for p in params for v in prepared.state[p].values())
+    assert prepared.param_groups[0]["step"] == 0 and all(
+        not v.any() for p in params for v in prepared.state[p].values()
+    )
     assert all(set(prepared.state[p]) == {"exp_avg", "exp_avg_sq"} for p in params)
     train(plain, range(3))
     train(prepared, range(3))

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.optim import TAM, AdamAtan2, AdaMuon, AdamW, MoClip, MoFO, Muon, MuonClip, ObservedLogits, Placement, ReplayOptimizer
+from megatron_replay.optim import (
+    TAM,
+    AdamAtan2,
+    AdaMuon,
+    AdamW,
+    MoClip,
+    MoFO,
+    Muon,
+    MuonClip,
+    ObservedLogits,
+    Placement,
+    ReplayOptimizer,
+)
 
 Make = Callable[[list[torch.nn.Parameter]], ReplayOptimizer]
 ALL: dict[str, Make] = {
@@ -99,7 +111,9 @@ class Layered:
 GROUPS = {"global": [[0, 1, 2, 3]], "layer": [[0, 1, 3], [2]], "tensor": [[0], [1], [2], [3]]}
 
 
-def naive(params: list[Tensor], steps: int, *, lr: float, scope: str, obtuse: str, v_source: str, clip: float, degrees: float) -> None:
+def naive(
+    params: list[Tensor], steps: int, *, lr: float, scope: str, obtuse: str, v_source: str, clip: float, degrees: float
+) -> None:
     """The method written out for float64 vectors, one group after the other, with no thought of speed."""
     beta1, beta2, decay, limit = 0.9, 0.95, 0.1, math.radians(degrees)
     m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
@@ -135,7 +149,9 @@ def naive(params: list[Tensor], steps: int, *, lr: float, scope: str, obtuse: st
 @pytest.mark.parametrize(("clip", "degrees"), [(0.0, 45.0), (2.0, 20.0), (2.0, 80.0)])
 def test_moclip_is_the_method_written_out(scope: str, obtuse: str, v_source: str, clip: float, degrees: float) -> None:
     ours, theirs = parameters(torch.float64), [p.detach().clone() for p in parameters(torch.float64)]
-    opt = MoClip(ours, 0.05, scope=scope, obtuse=obtuse, v_source=v_source, clip_grad=clip, max_angle=degrees, shards=Layered())
+    opt = MoClip(
+        ours, 0.05, scope=scope, obtuse=obtuse, v_source=v_source, clip_grad=clip, max_angle=degrees, shards=Layered()
+    )
     for seed in range(8):
         for p, g in zip(ours, gradients(seed, torch.float64), strict=True):
             p.grad = g
@@ -146,10 +162,21 @@ def test_moclip_is_the_method_written_out(scope: str, obtuse: str, v_source: str
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.floats(90, 1e6), st.sampled_from(["global", "tensor"]), st.sampled_from(["signed", "restart", "project"]), st.booleans())
+@given(
+    st.floats(90, 1e6),
+    st.sampled_from(["global", "tensor"]),
+    st.sampled_from(["signed", "restart", "project"]),
+    st.booleans(),
+)
 def test_wide_angle_is_adam_atan2_bit_for_bit(angle: float, scope: str, obtuse: str, clipped: bool) -> None:
     moclip = MoClip(
-        parameters(), 0.01, max_angle=angle, scope=scope, obtuse=obtuse, v_source="clipped" if clipped else "raw", clip_grad=3.0
+        parameters(),
+        0.01,
+        max_angle=angle,
+        scope=scope,
+        obtuse=obtuse,
+        v_source="clipped" if clipped else "raw",
+        clip_grad=3.0,
     )
     atan2 = AdamAtan2(parameters(), 0.01, clip_grad=3.0)
     train(moclip, range(4))
@@ -176,17 +203,22 @@ def test_no_step_is_longer_than_a_quarter_turn(lr: float, angle: float, seed: in
         before = [p.detach().clone() for p in params]
         train(opt, range(step, step + 1), scale=10.0 ** (3 * step))
         assert all(
-            float((p.detach() - b).abs().max()) <= lr * math.pi / 2 * (1 + 1e-9) + 1e-14 for p, b in zip(params, before, strict=True)
+            float((p.detach() - b).abs().max()) <= lr * math.pi / 2 * (1 + 1e-9) + 1e-14
+            for p, b in zip(params, before, strict=True)
         )
 
 
-@pytest.mark.parametrize("make", [lambda p: MoClip(p, 0.1, weight_decay=0.3), lambda p: AdamAtan2(p, 0.1, weight_decay=0.3)])
+@pytest.mark.parametrize(
+    "make", [lambda p: MoClip(p, 0.1, weight_decay=0.3), lambda p: AdamAtan2(p, 0.1, weight_decay=0.3)]
+)
 def test_the_first_step_is_an_eighth_turn_against_the_sign(make: Make) -> None:
     params = parameters(torch.float64)
     before = [p.detach().clone() for p in params]
     train(make(params), range(1))
     for p, b, g in zip(params, before, gradients(0), strict=True):
-        torch.testing.assert_close(p.detach(), b * (1 - 0.03) - 0.1 * math.pi / 4 * g.sign().double(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            p.detach(), b * (1 - 0.03) - 0.1 * math.pi / 4 * g.sign().double(), rtol=1e-12, atol=1e-12
+        )
 
 
 @every
@@ -203,7 +235,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make: Make, poison: float
         opt.step()
         assert not opt.last_step_ok and not math.isfinite(opt.grad_norm) and opt.metrics == {}
         assert all(torch.equal(a, b) for a, b in zip(before, everything(opt), strict=True))
-        assert all(torch.equal(p.grad, g) or g.isnan().any() for p, g in zip(opt.param_groups[0]["params"], bad, strict=True))
+        assert all(
+            torch.equal(p.grad, g) or g.isnan().any() for p, g in zip(opt.param_groups[0]["params"], bad, strict=True)
+        )
         assert stop or all(set(state) <= {"base"} for state in opt.state.values())
     assert opt.skipped == 2
     train(clean, range(3))
@@ -270,7 +304,9 @@ def test_bfloat16_is_updated_in_float32_and_rounded() -> None:
 
 @every
 def test_a_transposed_parameter_moves_like_any_other(make: Make) -> None:
-    plain, turned = (torch.nn.Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(3))) for _ in range(2))
+    plain, turned = (
+        torch.nn.Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(3))) for _ in range(2)
+    )
     turned.data = turned.data.t().contiguous().t()
     a, b = make([plain]), make([turned])
     for seed in range(3):
@@ -282,7 +318,8 @@ def test_a_transposed_parameter_moves_like_any_other(make: Make) -> None:
 
 
 ELEMENTWISE = ["adamw", "adam_atan2", "moclip", "moclip-eps", "moclip-project", "tam-paper"]
-"""Those for which a flat view is as good as the matrix, in one group or in the whole model; and none that goes by the default rate."""
+"""Those for which a flat view is as good as the matrix, in one group or in the whole model; and none that goes by the
+default rate."""
 
 
 @pytest.mark.parametrize("make", [ALL[name] for name in ELEMENTWISE], ids=ELEMENTWISE)

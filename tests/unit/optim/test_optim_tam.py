@@ -33,7 +33,11 @@ def naive(variant: str, scope: str, steps: int, lr: float) -> list[Tensor]:
         g = draws(t - 1)
         together = [(sum(float((a * b).sum()) for a, b in zip(x, y, strict=True))) for x, y in ((m, g), (m, m), (g, g))]
         for i in range(2):
-            c, mm, gg = together if scope == "global" else [float((a * b).sum()) for a, b in ((m[i], g[i]), (m[i], m[i]), (g[i], g[i]))]
+            c, mm, gg = (
+                together
+                if scope == "global"
+                else [float((a * b).sum()) for a, b in ((m[i], g[i]), (m[i], m[i]), (g[i], g[i]))]
+            )
             cosine = c / math.sqrt(mm * gg) if mm else math.nan
             if variant == "paper":
                 factor, new = (1.0 if math.isnan(cosine) else max(0.0, cosine)), 0.9 * m[i] + 0.1 * g[i]

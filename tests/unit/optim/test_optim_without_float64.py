@@ -1,4 +1,5 @@
-"""The sums of an optimizer on a device without float64 (an NPU): chunks in float32 there, the chunks in float64 on the host."""
+"""The sums of an optimizer on a device without float64 (an NPU): chunks in float32 there, the chunks in float64 on the
+host."""
 
 from __future__ import annotations
 

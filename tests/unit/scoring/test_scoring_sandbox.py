@@ -21,7 +21,8 @@ LAUGHS = (
     + f" SELECT count(*) FROM a{DOUBLED - 1}"
 )
 ONE_CALL = (  # a quadratic search of some minutes, inside a single instruction of SQLite's machine
-    "WITH s(x, y) AS (SELECT replace(hex(zeroblob(4990000)), '0', 'a'), replace(hex(zeroblob(2400000)), '0', 'a') || 'b') "
+    "WITH s(x, y) AS (SELECT replace(hex(zeroblob(4990000)), '0', 'a'), replace(hex(zeroblob(2400000)), '0', 'a') || "
+    "'b') "
     "SELECT instr(x, y) FROM s"
 )
 REFUSED = {
@@ -46,7 +47,10 @@ REFUSED = {
     "SELECT '\ud800'": "refused: not text (a lone surrogate)",
 }
 ENDLESS = {
-    "recursion": ("WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT count(*) FROM r", "time limit of 0.3 s"),
+    "recursion": (
+        "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT count(*) FROM r",
+        "time limit of 0.3 s",
+    ),
     "cross join": ("SELECT count(*) FROM t a, t b, t c, t d, t e", "time limit of 0.3 s"),
     "rows": ("SELECT a.a FROM t a, t b", "row limit of 10000"),
     "bytes": ("SELECT hex(zeroblob(20000)) FROM t a, t b", "size limit of 64 MiB"),
@@ -89,11 +93,15 @@ def test_what_does_not_end_is_ended(sandbox: Sandbox, database: Path, name: str)
     begin = time.monotonic()
     assert sandbox.execute(database, sql, seconds=0.3 if "time" in reason else 5.0).error == reason
     assert time.monotonic() - begin < 4
-    assert sandbox.execute(database, "SELECT count(*) FROM t").rows == [(300,)], "the next query must find a working process"
+    assert sandbox.execute(database, "SELECT count(*) FROM t").rows == [(300,)], (
+        "the next query must find a working process"
+    )
 
 
 @pytest.mark.parametrize("sql", [LAUGHS, ONE_CALL], ids=["while it is prepared", "in one call"])
-def test_where_sqlite_does_not_look_at_the_clock_the_process_is_killed(sandbox: Sandbox, database: Path, sql: str) -> None:
+def test_where_sqlite_does_not_look_at_the_clock_the_process_is_killed(
+    sandbox: Sandbox, database: Path, sql: str
+) -> None:
     begin = time.monotonic()
     assert sandbox.execute(database, sql, seconds=0.2).error in ("time limit of 0.2 s", "memory limit")
     assert time.monotonic() - begin < 0.2 + GRACE + 2
@@ -101,7 +109,15 @@ def test_where_sqlite_does_not_look_at_the_clock_the_process_is_killed(sandbox: 
 
 
 @pytest.mark.parametrize(
-    "sql", ["DROP TABLE t", "ATTACH ':memory:' AS m", "PRAGMA query_only = OFF", "BEGIN", "CREATE TEMP TABLE x (a)", "ANALYZE"]
+    "sql",
+    [
+        "DROP TABLE t",
+        "ATTACH ':memory:' AS m",
+        "PRAGMA query_only = OFF",
+        "BEGIN",
+        "CREATE TEMP TABLE x (a)",
+        "ANALYZE",
+    ],
 )
 def test_the_authorizer_refuses_by_itself(database: Path, sql: str) -> None:
     assert sandbox_child.run(str(database), sql, 5.0, 10)["error"].startswith("refused: ")
@@ -123,7 +139,14 @@ def test_the_file_is_opened_read_only_even_without_the_authorizer(database: Path
 
 @pytest.mark.parametrize(
     "sql",
-    ["SELECT 1", " select 1 ;", "SELECT 1;; -- done", "-- first\nSELECT 1 /* x */", "WITH x AS (SELECT 1) SELECT * FROM x", "VALUES (1)"],
+    [
+        "SELECT 1",
+        " select 1 ;",
+        "SELECT 1;; -- done",
+        "-- first\nSELECT 1 /* x */",
+        "WITH x AS (SELECT 1) SELECT * FROM x",
+        "VALUES (1)",
+    ],
 )
 def test_queries_pass(sandbox: Sandbox, database: Path, sql: str) -> None:
     assert sandbox.execute(database, sql) == Outcome([(1,)])
@@ -167,7 +190,9 @@ def test_a_child_that_was_killed_is_started_again(database: Path) -> None:
         assert box.execute(database, "SELECT 2").rows == [(2,)]
 
 
-def test_a_missing_or_damaged_file_is_the_users_mistake(sandbox: Sandbox, database: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_missing_or_damaged_file_is_the_users_mistake(
+    sandbox: Sandbox, database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("bad")
     with pytest.raises(DataError, match=r"none\.sqlite: no such database"):
         sandbox.execute(folder / "none.sqlite", "SELECT 1")

@@ -11,9 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.scoring.sql import Match, Sandbox, exact_match, execution_match, extract_sql, has_order_by, normalise, same_result
+from megatron_replay.scoring.sql import (
+    Match,
+    Sandbox,
+    exact_match,
+    execution_match,
+    extract_sql,
+    has_order_by,
+    normalise,
+    same_result,
+)
 
-CELLS = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([0.1, 0.5, 2.0, 1e9]), st.sampled_from(["a", "b", "1"]), st.just(b"\x01"))
+CELLS = st.one_of(
+    st.none(),
+    st.integers(-5, 5),
+    st.sampled_from([0.1, 0.5, 2.0, 1e9]),
+    st.sampled_from(["a", "b", "1"]),
+    st.just(b"\x01"),
+)
 ROWS = st.integers(1, 3).flatmap(lambda width: st.lists(st.tuples(*[CELLS] * width), max_size=8))
 
 
@@ -28,7 +43,10 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("db") / "pets.sqlite"
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE pet (name TEXT, age INTEGER, weight REAL, owner TEXT)")
-        db.executemany("INSERT INTO pet VALUES (?, ?, ?, ?)", [("Rex", 3, 0.1, "Ada"), ("Tom", 7, 0.2, "Ada"), ("Ivy", 5, 0.3, None)])
+        db.executemany(
+            "INSERT INTO pet VALUES (?, ?, ?, ?)",
+            [("Rex", 3, 0.1, "Ada"), ("Tom", 7, 0.2, "Ada"), ("Ivy", 5, 0.3, None)],
+        )
     db.close()
     return path
 
@@ -50,7 +68,9 @@ MATCHES = [
 
 
 @pytest.mark.parametrize(("predicted", "gold", "correct", "reason"), MATCHES)
-def test_execution_match(sandbox: Sandbox, database: Path, predicted: str, gold: str, correct: bool, reason: str) -> None:
+def test_execution_match(
+    sandbox: Sandbox, database: Path, predicted: str, gold: str, correct: bool, reason: str
+) -> None:
     assert execution_match(database, predicted, gold, sandbox=sandbox) == Match(correct, reason)
 
 
@@ -95,7 +115,9 @@ def test_a_shuffled_result_with_rounded_sums_is_the_same(rows, seed: int) -> Non
     noisy = [tuple(cell * (1 + 1e-9) if isinstance(cell, float) else cell for cell in row) for row in rows]
     random.Random(seed).shuffle(noisy)
     assert same_result(noisy, rows, ordered=False)
-    assert same_result(noisy, rows, ordered=True) is all(same_result([a], [b], ordered=True) for a, b in zip(noisy, rows, strict=True))
+    assert same_result(noisy, rows, ordered=True) is all(
+        same_result([a], [b], ordered=True) for a, b in zip(noisy, rows, strict=True)
+    )
 
 
 @given(rows=ROWS.filter(bool))
@@ -189,7 +211,9 @@ def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, sh
         outcome = sandbox.execute(there[db_id], query)
         if outcome.error:
             failed[db_id, query] = outcome.error
-        elif not same_result(list(outcome.rows), outcome.rows, has_order_by(query)) or not exact_match(extract_sql(query + ";"), query):
+        elif not same_result(list(outcome.rows), outcome.rows, has_order_by(query)) or not exact_match(
+            extract_sql(query + ";"), query
+        ):
             wrong.append((db_id, query))
     print(f"{len(unique)} different gold queries on {len(there)} databases, {len(failed)} failed: {failed}")
     assert len(there) == 124 and not wrong
@@ -197,5 +221,7 @@ def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, sh
         "assets_maintenance": "no such table: Ref_Company_Types",
         "document_management": "ORDER BY clause should come after INTERSECT",
     }
-    assert sorted(db_id for db_id, _ in failed) == sorted(faults), "two gold queries of Spider are known not to run on its databases"
+    assert sorted(db_id for db_id, _ in failed) == sorted(faults), (
+        "two gold queries of Spider are known not to run on its databases"
+    )
     assert all(error.startswith(faults[db_id]) for (db_id, _), error in failed.items())

@@ -53,7 +53,9 @@ def test_show_in_a_pipe() -> None:
 def test_compare_in_a_pipe() -> None:
     out = io.StringIO()
     before = {"ppl": 20.0, "acc": Proportion(0.1, 0.05, 0.2), "n": 3, "only": 1, "name": "x"}
-    compare(before, {"ppl": 22.0, "acc": Proportion(0.6, 0.5, 0.7), "n": 3, "name": "x"}, file=out, labels=("base", "tuned"))
+    compare(
+        before, {"ppl": 22.0, "acc": Proportion(0.6, 0.5, 0.7), "n": 3, "name": "x"}, file=out, labels=("base", "tuned")
+    )
     lines = [line.split("  ") for line in out.getvalue().splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells == [

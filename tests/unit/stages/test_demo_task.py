@@ -1,4 +1,5 @@
-"""The demo's own task: the same from the same seed, held-out databases really held out, and every query worth asking."""
+"""The demo's own task: the same from the same seed, held-out databases really held out, and every query worth
+asking."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_same_seed_same_bytes_other_seed_other_task(tmp_path: Path) -> None:
 
 def test_splits_share_no_database_table_or_example(task: Task) -> None:
     train, test = read(task.train), read(task.test)
-    assert {e["db_id"] for e in train} == {s.db_id for s in TRAIN} and {e["db_id"] for e in test} == {s.db_id for s in TEST}
+    assert {e["db_id"] for e in train} == {s.db_id for s in TRAIN} and {e["db_id"] for e in test} == {
+        s.db_id for s in TEST
+    }
     names = [table.name for schema in TRAIN + TEST for table in schema.tables]
     assert len(names) == len(set(names)) == 18
     pairs = Counter((e["prompt"].split("Question: ")[1], e["query"]) for e in train + test)
@@ -64,7 +67,9 @@ def test_splits_share_no_database_table_or_example(task: Task) -> None:
 
 def test_databases_are_used_alike_and_all_templates_occur(task: Task) -> None:
     train, test = read(task.train), read(task.test)
-    assert set(Counter(e["db_id"] for e in train).values()) == {150} and set(Counter(e["db_id"] for e in test).values()) == {60}
+    assert set(Counter(e["db_id"] for e in train).values()) == {150} and set(
+        Counter(e["db_id"] for e in test).values()
+    ) == {60}
     for split in (train, test):
         for words in (
             "COUNT(*)",
@@ -95,12 +100,14 @@ def test_every_query_runs_finds_something_and_matches_itself(task: Task) -> None
 
 
 def test_the_scorer_tells_the_queries_apart(task: Task) -> None:
-    """A task whose queries all return the same would be passed by any answer: another query of the same database is nearly always wrong."""
+    """A task whose queries all return the same would be passed by any answer: another query of the same database is
+    nearly always wrong."""
     test = sorted(read(task.test), key=lambda example: example["db_id"])
     pairs = [(a, b) for a, b in pairwise(test) if a["db_id"] == b["db_id"]]
     with Sandbox() as sandbox:
         right = sum(
-            execution_match(task.databases / f"{a['db_id']}.sqlite", b["query"], a["query"], sandbox=sandbox).correct for a, b in pairs
+            execution_match(task.databases / f"{a['db_id']}.sqlite", b["query"], a["query"], sandbox=sandbox).correct
+            for a, b in pairs
         )
     assert right <= 0.05 * len(pairs)
 
@@ -109,7 +116,8 @@ def test_templates_that_ask_for_an_order_are_ordered() -> None:
     ordered = {template.name for template in TEMPLATES if has_order_by(template.sql)}
     assert ordered == {"order", "order_where", "top", "top_k", "most_common"}
     assert all(
-        bool(re.search(r" first\.|\bsort", re.sub(r"\{\w+\}", "", text).lower())) == (template.name in ("order", "order_where"))
+        bool(re.search(r" first\.|\bsort", re.sub(r"\{\w+\}", "", text).lower()))
+        == (template.name in ("order", "order_where"))
         for template in TEMPLATES
         for text in template.asked
     )
@@ -122,7 +130,9 @@ def test_sorted_numbers_have_no_ties_and_links_point_somewhere(task: Task) -> No
             assert db.execute("PRAGMA foreign_key_check").fetchall() == []
             for table in schema.tables:
                 for name in (table.label.name, *(number.name for number in table.numbers)):
-                    count, different = db.execute(f'SELECT COUNT(*), COUNT(DISTINCT "{name}") FROM {table.name}').fetchone()
+                    count, different = db.execute(
+                        f'SELECT COUNT(*), COUNT(DISTINCT "{name}") FROM {table.name}'
+                    ).fetchone()
                     assert count == different == table.rows and 20 <= count <= 60
                 for link in table.links:
                     query = f"SELECT COUNT(*) FROM {link.parent} WHERE id NOT IN (SELECT {link.name} FROM {table.name})"

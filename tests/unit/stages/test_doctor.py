@@ -31,7 +31,15 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
-WORKING = {"ok": True, "ranks": 2, "device": "cpu", "backend": "gloo", "start_seconds": 0.1, "seconds": 0.001, "error": ""}
+WORKING = {
+    "ok": True,
+    "ranks": 2,
+    "device": "cpu",
+    "backend": "gloo",
+    "start_seconds": 0.1,
+    "seconds": 0.001,
+    "error": "",
+}
 Versions = Callable[..., None]
 
 
@@ -107,10 +115,14 @@ def test_a_failing_rank_is_the_finding(
 
 def test_a_wrong_sum_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe.dist, "all_reduce", lambda *_, **__: None)
-    assert probe.try_all_reduce(CPU)["error"] in [f"RuntimeError: the sum over 2 ranks is {rank}.0, expected 3.0" for rank in (1, 2)]
+    assert probe.try_all_reduce(CPU)["error"] in [
+        f"RuntimeError: the sum over 2 ranks is {rank}.0, expected 3.0" for rank in (1, 2)
+    ]
 
 
-def test_the_json_has_these_keys(two_ranks: dict[str, Any], capsys: pytest.CaptureFixture[str], installed: Versions) -> None:
+def test_the_json_has_these_keys(
+    two_ranks: dict[str, Any], capsys: pytest.CaptureFixture[str], installed: Versions
+) -> None:
     found = report(capsys, "device=cpu")
     keys = ["ok", "verdict", "problems", "notes", "versions", *doctor.PARTS, "disk"]
     assert list(found) == keys
@@ -151,12 +163,15 @@ def test_the_versions_are_those_of_the_project() -> None:
         ("0.11.3", "megatron-core 0.11.3 is not supported; pip install 'megatron-core>=0.12,<0.17'"),
         (
             ValueError("torn"),
-            "megatron-core metadata cannot be read (ValueError) is not supported; pip install 'megatron-core>=0.12,<0.17'",
+            "megatron-core metadata cannot be read (ValueError) is not supported; pip install "
+            "'megatron-core>=0.12,<0.17'",
         ),
     ],
     ids=str,
 )
-def test_a_package_that_is_needed(version: Any, problem: str, installed: Versions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_is_needed(
+    version: Any, problem: str, installed: Versions, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed(megatron_core=version)
     found = report(capsys, code=1)
     assert found["problems"] == [problem] and found["verdict"] == f"the main job cannot run: {problem}"
@@ -189,7 +204,9 @@ def test_a_broken_optional_package_is_only_reported(
     assert found["megatron"]["optimizer"].endswith("for the Adam of transformer-engine")
 
 
-def test_torch_npu_without_its_libraries(installed: Versions, two_ranks: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_npu_without_its_libraries(
+    installed: Versions, two_ranks: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     installed(torch_npu="2.7.1")
     notes = report(capsys, "device=cpu")["notes"]
     assert "torch-npu 2.7.1 is installed but finds no device (CANN missing, or no driver)" in notes
@@ -206,7 +223,8 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(importlib, "import_module", broken)
     found = report(capsys, code=1)
     assert found["problems"] == [
-        "cannot be imported: OSError: libtorch_cpu.so: cannot open shared object file; install the package it names again"
+        "cannot be imported: OSError: libtorch_cpu.so: cannot open shared object file; install the package it names "
+        "again"
     ]
 
 
@@ -254,7 +272,10 @@ def folder(tmp_path: Path) -> Path:
     from megatron_replay.models.weights import hf_shapes
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file({name: torch.zeros(shape) for name, shape in hf_shapes(ModelSpec.from_hf(CONFIG)).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: torch.zeros(shape) for name, shape in hf_shapes(ModelSpec.from_hf(CONFIG)).items()},
+        tmp_path / "model.safetensors",
+    )
     return tmp_path
 
 

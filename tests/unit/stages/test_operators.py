@@ -1,4 +1,5 @@
-"""`doctor --ops`: the operators of a tiny collect and train, in a process of its own, since a model changes torch's surroundings."""
+"""`doctor --ops`: the operators of a tiny collect and train, in a process of its own, since a model changes torch's
+surroundings."""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ class Kit:
     @staticmethod
     def sets(rng: np.random.Generator, sizes: Sequence[int], vocab: int = 1000, logits: bool = False) -> SampleSets:
         """Random valid sets of the given sizes."""
-        ids = [np.sort(rng.choice(vocab, n, replace=False)) if vocab < 1 << 20 else _sparse(rng, n, vocab) for n in sizes]
+        ids = [
+            np.sort(rng.choice(vocab, n, replace=False)) if vocab < 1 << 20 else _sparse(rng, n, vocab) for n in sizes
+        ]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         count = len(sizes)
         return SampleSets(
@@ -59,11 +61,19 @@ class Kit:
     def samples(cls, count: int, seed: int = 0, **options: Any) -> list[Sample]:
         """Samples of 0 to 5 positions with sets of 1 to 21 ids."""
         rng = np.random.default_rng(seed)
-        return [(rng.bytes(16), cls.sets(rng, rng.integers(1, 22, rng.integers(0, 6)).tolist(), **options)) for _ in range(count)]
+        return [
+            (rng.bytes(16), cls.sets(rng, rng.integers(1, 22, rng.integers(0, 6)).tolist(), **options))
+            for _ in range(count)
+        ]
 
     @staticmethod
     def collect(
-        path: Path, samples: Sequence[Sample], disk: Disk | None = None, block: int = 600, segment: int = 1500, **changes: Any
+        path: Path,
+        samples: Sequence[Sample],
+        disk: Disk | None = None,
+        block: int = 600,
+        segment: int = 1500,
+        **changes: Any,
     ) -> None:
         """What `collect` does, with the same command whether the store is new or unfinished."""
         plan = dataclasses.replace(PLAN, **changes)

@@ -260,6 +260,11 @@ def test_a_forked_child_reads_the_same(kit, build):
 
 
 def test_schema_that_cannot_be():
-    for wrong in ({"vocab_size": 0}, {"vocab_size": (1 << 32) + 1}, {"vocab_size": 5, "codec": "zip"}, {"vocab_size": 5, "logits": "fp8"}):
+    for wrong in (
+        {"vocab_size": 0},
+        {"vocab_size": (1 << 32) + 1},
+        {"vocab_size": 5, "codec": "zip"},
+        {"vocab_size": 5, "logits": "fp8"},
+    ):
         with pytest.raises(StoreError):
             Schema(**wrong)

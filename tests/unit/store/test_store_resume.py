@@ -110,7 +110,8 @@ def test_killed_at_every_call_then_resumed(kit, tmp_path, monkeypatch, power):
         if (path / "plan.json").exists() and not (path / "manifest.json").exists():
             with pytest.raises(StoreError, match="run collect again"):
                 CandidateStore.open(path)
-        assert in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n // 2, power), segment=500)) in (0, 9)  # and a second time
+        # and a second time
+        assert in_child(lambda n=n, path=path: kit.collect(path, samples, Fatal(n // 2, power), segment=500)) in (0, 9)
         kit.collect(path, samples, segment=500)
         assert kit.files(path) == whole, n
     assert n > 40
@@ -327,7 +328,8 @@ def test_block_boundaries_do_not_depend_on_logits_that_are_not_stored(kit, tmp_p
 
 
 def test_a_rank_may_cut_its_torn_tail_while_another_reads_it(kit, tmp_path, monkeypatch):
-    """Ranks resume at the same time: reading pages of a file that has just become shorter must not end the reader with SIGBUS."""
+    """Ranks resume at the same time: reading pages of a file that has just become shorter must not end the reader with
+    SIGBUS."""
     begin(tmp_path, kit.plan)
     writer = Writer(tmp_path, rank=1, block_bytes=2000)
     for uid, sets in kit.samples(300):

@@ -22,7 +22,9 @@ VOCABULARIES = (1, 2, 300, 151_669, 1 << 24, (1 << 24) + 1, 1 << 31, 1 << 32)
 @st.composite
 def sample_sets(draw, schema: Schema) -> SampleSets:
     top = schema.vocab_size - 1
-    one = st.sets(st.integers(0, top) | st.integers(max(top - 5, 0), top), min_size=1, max_size=min(12, schema.vocab_size))
+    one = st.sets(
+        st.integers(0, top) | st.integers(max(top - 5, 0), top), min_size=1, max_size=min(12, schema.vocab_size)
+    )
     sets = [sorted(s) for s in draw(st.lists(one, max_size=5))]
     count, total = len(sets), sum(map(len, sets))
     positions = sorted(draw(st.sets(st.integers(0, (1 << 31) - 1), min_size=count, max_size=count)))
@@ -34,7 +36,9 @@ def sample_sets(draw, schema: Schema) -> SampleSets:
         gold_slot=np.array([draw(st.integers(0, len(s) - 1)) for s in sets], np.int32),
         lse=np.array(draw(st.lists(number, min_size=count, max_size=count)), np.float32),
         outside_mass=np.array(draw(st.lists(st.floats(0, 1, width=32), min_size=count, max_size=count)), np.float32),
-        logits=None if schema.logits == "none" else np.array(draw(st.lists(number, min_size=total, max_size=total)), np.float32),
+        logits=None
+        if schema.logits == "none"
+        else np.array(draw(st.lists(number, min_size=total, max_size=total)), np.float32),
         gold_appended=np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)), bool),
     )
 
@@ -47,7 +51,9 @@ def test_block_comes_back(data):
         data.draw(st.sampled_from(["raw", "zd"])),
         data.draw(st.sampled_from(["none", "fp16", "bf16"])),
     )
-    samples = [(bytes([i]) * 16, s) for i, s in enumerate(data.draw(st.lists(sample_sets(schema), min_size=1, max_size=4)))]
+    samples = [
+        (bytes([i]) * 16, s) for i, s in enumerate(data.draw(st.lists(sample_sets(schema), min_size=1, max_size=4)))
+    ]
     part = blocks.encode(blocks.join(samples, schema), schema, 640)
     assert len(part) % 64 == 0
     back = blocks.decode(Path("x"), block_at(Path("x"), memoryview(part), 640), 640, schema)
@@ -145,7 +151,8 @@ def test_counts_and_histograms(kit, build):
 
 
 def test_gold_appended_from_logits(kit, build):
-    """Two kept tokens reach tau; the third, least likely, is gold: appended. With gold among the two: not. Nothing else differs."""
+    """Two kept tokens reach tau; the third, least likely, is gold: appended. With gold among the two: not. Nothing else
+    differs."""
     p = np.array([0.6, 0.38, 0.01] * 2, np.float64)
     sets = SampleSets(
         positions=np.array([1, 2], np.int32),
