@@ -6,18 +6,18 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from .adam_atan2 import AdamAtan2
-from .adamuon import AdaMuon
-from .adamw import AdamW
-from .base import OPTIMIZERS, ReplayOptimizer
-from .freeze import half
-from .moclip import MoClip
-from .mofo import MoFO
-from .muon import HIDDEN, Muon, muon_groups
-from .muonclip import AttentionLogits, MuonClip, ObservedLogits
-from .schedule import learning_rate
-from .shards import LOCAL, Kind, Placement, Shards
-from .tam import TAM
+from megatron_replay.optim.adam_atan2 import AdamAtan2
+from megatron_replay.optim.adamuon import AdaMuon
+from megatron_replay.optim.adamw import AdamW
+from megatron_replay.optim.base import OPTIMIZERS, ReplayOptimizer
+from megatron_replay.optim.freeze import half
+from megatron_replay.optim.moclip import MoClip
+from megatron_replay.optim.mofo import MoFO
+from megatron_replay.optim.muon import HIDDEN, Muon, muon_groups
+from megatron_replay.optim.muonclip import AttentionLogits, MuonClip, ObservedLogits
+from megatron_replay.optim.schedule import learning_rate
+from megatron_replay.optim.shards import LOCAL, Kind, Placement, Shards
+from megatron_replay.optim.tam import TAM
 
 __all__ = [
     "HIDDEN",

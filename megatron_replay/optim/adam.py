@@ -12,11 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import kernels
-from .base import Group, Move, ReplayOptimizer, state_dtype
-from .blocks import Scratch, cuts
-from .shards import Placement
-from .stats import home, sum_of_squares
+from megatron_replay.optim import kernels
+from megatron_replay.optim.base import Group, Move, ReplayOptimizer, state_dtype
+from megatron_replay.optim.blocks import Scratch, cuts
+from megatron_replay.optim.shards import Placement
+from megatron_replay.optim.stats import home, sum_of_squares
 
 
 @dataclass(frozen=True)

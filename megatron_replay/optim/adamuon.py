@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import OPTIMIZERS, Move
-from .muon import Muon
-from .stats import sum_of_squares
+from megatron_replay.optim.base import OPTIMIZERS, Move
+from megatron_replay.optim.muon import Muon
+from megatron_replay.optim.stats import sum_of_squares
 
 
 def adamuon_direction(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .adam import AdamFamily
-from .base import OPTIMIZERS, Common, Group
-from .kernels import Correction
-from .options import check_betas, check_number
-from .shards import LOCAL, Shards
+from megatron_replay.optim.adam import AdamFamily
+from megatron_replay.optim.base import OPTIMIZERS, Common, Group
+from megatron_replay.optim.kernels import Correction
+from megatron_replay.optim.options import check_betas, check_number
+from megatron_replay.optim.shards import LOCAL, Shards
 
 
 def adamw_correction(step: int, betas: tuple[float, float], eps: float) -> Correction:

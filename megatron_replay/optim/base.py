@@ -18,13 +18,12 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_replay import compiled
 from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.optim import kernels
+from megatron_replay.optim.options import check_choice, check_number
+from megatron_replay.optim.pull import Pull
+from megatron_replay.optim.shards import Kind, Placement, Shards
+from megatron_replay.optim.stats import COLUMNS, clip_factor
 from megatron_replay.registry import Registry
-
-from . import kernels
-from .options import check_choice, check_number
-from .pull import Pull
-from .shards import Kind, Placement, Shards
-from .stats import COLUMNS, clip_factor
 
 Group = dict[str, Any]
 

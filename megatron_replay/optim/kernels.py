@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay import compiled
-
-from .stats import tensor_sums
+from megatron_replay.optim.stats import tensor_sums
 
 SCHEMAS = {
     "optimizer_sums": "(Tensor[] grads, Tensor?[] momenta) -> Tensor",

@@ -10,11 +10,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.errors import ConfigError
-
-from .adamw import AdamW, AdamWOptions
-from .base import OPTIMIZERS, Move
-from .radix import Piece, thresholds
-from .shards import Placement
+from megatron_replay.optim.adamw import AdamW, AdamWOptions
+from megatron_replay.optim.base import OPTIMIZERS, Move
+from megatron_replay.optim.radix import Piece, thresholds
+from megatron_replay.optim.shards import Placement
 
 
 def momentum_filter(direction: Tensor, exp_avg: Tensor, threshold: float) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .adam import decayed_step
-from .adamw import AdamW, AdamWOptions
-from .base import OPTIMIZERS, Group, Move, state_dtype
-from .newton_schulz import PRECISIONS, Precision, orthogonalised
-from .options import check_beta, check_choice, check_number
-from .shards import Kind, Placement
-from .stats import sum_of_squares
+from megatron_replay.optim.adam import decayed_step
+from megatron_replay.optim.adamw import AdamW, AdamWOptions
+from megatron_replay.optim.base import OPTIMIZERS, Group, Move, state_dtype
+from megatron_replay.optim.newton_schulz import PRECISIONS, Precision, orthogonalised
+from megatron_replay.optim.options import check_beta, check_choice, check_number
+from megatron_replay.optim.shards import Kind, Placement
+from megatron_replay.optim.stats import sum_of_squares
 
 
 class MuonOptions(AdamWOptions, total=False):

@@ -13,12 +13,11 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.errors import ConfigError
-
-from .base import OPTIMIZERS, Move
-from .muon import Muon, MuonOptions
-from .options import check_choice, check_number
-from .shards import Placement
-from .stats import clip_factor
+from megatron_replay.optim.base import OPTIMIZERS, Move
+from megatron_replay.optim.muon import Muon, MuonOptions
+from megatron_replay.optim.options import check_choice, check_number
+from megatron_replay.optim.shards import Placement
+from megatron_replay.optim.stats import clip_factor
 
 Variant = Literal["qk", "paper"]
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-
-from .options import check_number
+from megatron_replay.optim.options import check_number
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import math
 from typing import Literal, get_args
 
 from megatron_replay.errors import ConfigError
-
-from .options import check_choice
+from megatron_replay.optim.options import check_choice
 
 Style = Literal["cosine", "linear", "constant"]
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .blocks import cuts, has_float64
+from megatron_replay.optim.blocks import cuts, has_float64
 
 Scope = Literal["global", "layer", "tensor"]
 """Over what a gradient is compared with its momentum: the whole model, a layer, or each tensor."""

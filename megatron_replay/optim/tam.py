@@ -16,13 +16,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.errors import CheckpointError
-
-from .adam import Mix
-from .adamw import AdamW, AdamWOptions
-from .base import OPTIMIZERS
-from .options import check_beta, check_choice
-from .shards import Placement
-from .stats import Scope, cosines, grouped
+from megatron_replay.optim.adam import Mix
+from megatron_replay.optim.adamw import AdamW, AdamWOptions
+from megatron_replay.optim.base import OPTIMIZERS
+from megatron_replay.optim.options import check_beta, check_choice
+from megatron_replay.optim.shards import Placement
+from megatron_replay.optim.stats import Scope, cosines, grouped
 
 Variant = Literal["adatamw", "paper"]
 
