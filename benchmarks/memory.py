@@ -101,7 +101,7 @@ def train(given: list[str], folder: str, dry_run: bool) -> int:
     """On a rank: run the verb, and note in a file what it predicted or held."""
     from megatron_replay.cli_args import configuration
     from megatron_replay.device import CPU
-    from megatron_replay.stages import memory
+    from megatron_replay.runs import memory_table as memory
     from megatron_replay.stages.train import run
 
     rank, told = int(os.environ.get("RANK", 0)), memory.predicted
@@ -129,7 +129,8 @@ def questions(path: Path, count: int = 64) -> Path:
 
 def here(given: list[str], ranks: int, dry_run: bool) -> None:
     """The run in this process or on its ranks; the current folder is where it writes."""
-    from megatron_replay.parallel import launch, shims
+    from megatron_replay.parallel import shims
+    from megatron_replay.parallel.ranks import spawn as launch
 
     shims.import_megatron()
     code = (

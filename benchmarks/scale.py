@@ -24,8 +24,8 @@ from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.models.weights import STRIPES
 from megatron_replay.ops import CandidateSets, VocabShard, linear_cross_entropy, restricted_linear_cross_entropy
-from megatron_replay.parallel import world
-from megatron_replay.parallel.launch import launch
+from megatron_replay.parallel.ranks import world
+from megatron_replay.parallel.ranks.spawn import launch
 
 AXES: dict[str, list[int]] = {
     "T": [128, 512, 1024, 4096],

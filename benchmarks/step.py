@@ -27,13 +27,13 @@ from torch import Tensor
 from megatron_replay.config import Layout, Optimizer
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.device import CPU
-from megatron_replay.models.folder import HFFolder
-from megatron_replay.parallel import world
+from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
-from megatron_replay.parallel.launch import launch
 from megatron_replay.parallel.losses import full_task, restricted_task
-from megatron_replay.parallel.model import Model, build, load_hf
+from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.ranks import world
+from megatron_replay.parallel.ranks.spawn import launch
 from megatron_replay.parallel.selection import SetRule, select_task
 from megatron_replay.parallel.trainer import make_trainer
 

@@ -221,7 +221,7 @@ def verb_usage(name: str) -> str:
             *(entry(f"--{flag} {its.value}".rstrip(), its.meaning) for flag, its in verb.flags.items()),
         ]
     if verb.runs:
-        from megatron_replay.stages.cluster import Cluster
+        from megatron_replay.cluster import Cluster
 
         text += ["", "Keys of the cluster (YAML, or key=value before VERB)", *fields_help(Cluster)]
     if verb.keys:
@@ -251,7 +251,7 @@ def call(name: str, tokens: Sequence[str]) -> int:
         if flag not in RANKS
     }
     if ranks > 1:
-        launch = importlib.import_module("megatron_replay.parallel.launch").launch
+        launch = importlib.import_module("megatron_replay.parallel.ranks.spawn").launch
         return int(launch(target, args, kwargs, ranks, args[0].device))
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)(*args, **kwargs) or 0

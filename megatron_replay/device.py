@@ -1,5 +1,5 @@
-"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims.py` names a
-device's module.
+"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims/`
+names a device's module.
 
 A `Device` says what the rest needs to know: where tensors live, which backend moves them between ranks, and what the
 hardware has.

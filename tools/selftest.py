@@ -33,8 +33,8 @@ from megatron_replay.ops.sets import ByColumn
 from megatron_replay.ops.shard import accumulator, shard_of
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer
-from megatron_replay.parallel import world
-from megatron_replay.parallel.launch import launch
+from megatron_replay.parallel.ranks import world
+from megatron_replay.parallel.ranks.spawn import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 3
@@ -265,8 +265,8 @@ def golden(device: Device) -> int:
 
 def train(device: Device, folder: str, loss: str, jobs: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each of the steps that the golden file holds."""
-    from megatron_replay.models.folder import HFFolder
-    from megatron_replay.parallel.model import build, load_hf
+    from megatron_replay.formats.hf_folder import HFFolder
+    from megatron_replay.parallel.mcore.model import build, load_hf
     from megatron_replay.parallel.trainer import make_trainer
 
     with world.running(Layout(), device) as active:

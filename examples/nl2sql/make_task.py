@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_replay.stages.demo_task import make_task
+from megatron_replay.demo.task import make_task
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -10,7 +10,7 @@ from megatron_replay.optim.adam_atan2 import AdamAtan2
 from megatron_replay.optim.adamuon import AdaMuon
 from megatron_replay.optim.adamw import AdamW
 from megatron_replay.optim.base import OPTIMIZERS, ReplayOptimizer
-from megatron_replay.optim.freeze import half
+from megatron_replay.optim.half import half
 from megatron_replay.optim.moclip import MoClip
 from megatron_replay.optim.mofo import MoFO
 from megatron_replay.optim.muon import HIDDEN, Muon, muon_groups

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from megatron_replay.data import prefixes
 from megatron_replay.ops import VocabShard, linear_cross_entropy
-from megatron_replay.parallel.attention import Cache
 from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches, row_length
-from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model, vocab_shard
+from megatron_replay.parallel.mcore.attention import Cache
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.parallel.world import World
+from megatron_replay.parallel.ranks.world import World
 
 T = TypeVar("T")
 Progress = Callable[[int], None]

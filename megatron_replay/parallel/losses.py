@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, LocalSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model, vocab_shard
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.store import SampleSets
 

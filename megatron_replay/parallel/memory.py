@@ -17,15 +17,15 @@ import torch
 
 from megatron_replay.config import RunConfig
 from megatron_replay.device import Device
-from megatron_replay.models.adapter import factors
 from megatron_replay.models.layout import validate_layout
+from megatron_replay.models.lora import factors
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight, weights
 from megatron_replay.optim import HIDDEN, OPTIMIZERS, Muon, half
 from megatron_replay.parallel import activations
 from megatron_replay.parallel.activations import FLOAT, Load
-from megatron_replay.parallel.optimizer import kind_of
-from megatron_replay.parallel.whole import BATCH
+from megatron_replay.parallel.mcore.optimizer import kind_of
+from megatron_replay.parallel.ranks.matrix_exchange import BATCH
 
 BLOCK = 1 << 24
 """Elements that the plain-torch optimizers work on at a time on a device (`optim.blocks`)."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.parallel.attention import pack
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.mcore.attention import pack
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.timers import Timers
 
 TaskOf = Callable[[MicroBatch], Task]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, VocabShard, linear_dynamic_topk, target_logprobs
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.head import Task
-from megatron_replay.parallel.model import Model, vocab_shard
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf
 
 

@@ -11,8 +11,8 @@ import torch
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.optim import ReplayOptimizer
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.model import Model
-from megatron_replay.parallel.optimizer import set_rates, wrap
+from megatron_replay.parallel.mcore.model import Model
+from megatron_replay.parallel.mcore.optimizer import set_rates, wrap
 from megatron_replay.parallel.pipeline import TaskOf, forward_backward
 from megatron_replay.parallel.timers import PHASES, Timers
 

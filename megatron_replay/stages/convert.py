@@ -19,17 +19,18 @@ from megatron_replay.config import RunConfig
 from megatron_replay.device import CPU
 from megatron_replay.device import dtype as device_dtype
 from megatron_replay.errors import CheckpointError
-from megatron_replay.models.folder import HFFolder
-from megatron_replay.models.gguf import import_gguf
-from megatron_replay.models.llama2c import import_llama2c
+from megatron_replay.formats import torch_dist
+from megatron_replay.formats.gguf import import_gguf
+from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.formats.hf_writer import HFWriter
+from megatron_replay.formats.llama2c import import_llama2c
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, hf_shapes, merge, split, weights
-from megatron_replay.models.writer import HFWriter
-from megatron_replay.parallel import checkpoint, torch_dist
-from megatron_replay.parallel.source import Source
-from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
-from megatron_replay.stages.places import check_folder
-from megatron_replay.stages.progress import progress
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.checkpoints.source import Source
+from megatron_replay.runs.conversion_check import Pair, compare_logits, compare_tensors
+from megatron_replay.runs.output_paths import check_folder
+from megatron_replay.runs.progress import progress
 
 TOKENIZERS = ("tok512.bin", "tokenizer.bin")
 """Names of the tokenizer beside a llama2.c .bin file."""

@@ -18,11 +18,11 @@ import yaml
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig, build, dump
+from megatron_replay.demo import base_model as demo_model
+from megatron_replay.demo.report import Clock, report
+from megatron_replay.demo.task import GENERAL_TEXT, make_task
 from megatron_replay.device import choose
-from megatron_replay.parallel.launch import launch
-from megatron_replay.stages import demo_model
-from megatron_replay.stages.demo_report import Clock, report
-from megatron_replay.stages.demo_task import GENERAL_TEXT, make_task
+from megatron_replay.parallel.ranks.spawn import launch
 
 RANKS = 2
 
@@ -148,7 +148,7 @@ class Demo:
         cache = demo_model.cache_folder()
         ours = demo_model.converted(cache)
         if Path(self.config.model) == ours and not ours.exists():
-            self._launch("megatron_replay.models.gguf:import_gguf", demo_model.gguf_file(cache), ours, ranks=1)
+            self._launch("megatron_replay.formats.gguf:import_gguf", demo_model.gguf_file(cache), ours, ranks=1)
 
     def _launch(self, target: str, *args: Any, ranks: int) -> None:
         code = launch(target, args, {}, ranks, self.config.device)

@@ -36,7 +36,7 @@ REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 OPTIONAL = ("torch-npu", "mindspeed", "megatron-adaptor", "apex", "transformer-engine", "transformers")
 """Used where they are present."""
 PARTS = ("devices", "kernels", "processor", "environment", "megatron", "all_reduce", "model", "operators")
-"""Of the report: what the functions of `stages.machine` found; None where one could not look."""
+"""Of the report: what the functions of `doctor.machine` found; None where one could not look."""
 GIB = 2**30
 
 
@@ -121,7 +121,7 @@ def _look(config: RunConfig, versions: dict[str, str | None], ops: bool) -> tupl
             problems.append(f"{key}: {type(err).__name__}: {' '.join(str(err).split())}")
 
     try:
-        machine = importlib.import_module("megatron_replay.stages.machine")
+        machine = importlib.import_module("megatron_replay.doctor.machine")
         device = importlib.import_module("megatron_replay.device")
     except Exception as err:
         return found, [

@@ -12,10 +12,10 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.runs import measures
+from megatron_replay.runs.output_paths import check_file
+from megatron_replay.runs.session import Session, session
 from megatron_replay.scoring.table import show
-from megatron_replay.stages import measures
-from megatron_replay.stages.places import check_file
-from megatron_replay.stages.session import Session, session
 
 PARTS = {
     "text": measures.perplexity,

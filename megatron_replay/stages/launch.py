@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_replay.cluster import Cluster, check_layout, node_command, sbatch_file, ssh_command
 from megatron_replay.config import RunConfig
 from megatron_replay.config_file import load
 from megatron_replay.device import CPU, CUDA, NPU, dtype, environment, node_rank
 from megatron_replay.environment import Finding, check, completed
 from megatron_replay.errors import ConfigError
+from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.memory import predict
-from megatron_replay.parallel.source import Source
-from megatron_replay.stages.cluster import Cluster, check_layout, node_command, sbatch_file, ssh_command
-from megatron_replay.stages.memory import lines
+from megatron_replay.runs.memory_table import lines
 
 
 def run(

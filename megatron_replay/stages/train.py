@@ -17,27 +17,27 @@ from megatron_replay.data.packing import Grouping, Stream, share
 from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.device import launcher_ranks
 from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
+from megatron_replay.formats.torch_dist import is_checkpoint
 from megatron_replay.optim import learning_rate
-from megatron_replay.parallel import checkpoint
 from megatron_replay.parallel.activations import Load
-from megatron_replay.parallel.adapter import attach
 from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
-from megatron_replay.parallel.freeze import freeze_half
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
+from megatron_replay.parallel.mcore.freeze import freeze_half
+from megatron_replay.parallel.mcore.lora_layers import attach
+from megatron_replay.parallel.mcore.optimizer import foreign_options
 from megatron_replay.parallel.memory import num_micro_batches
-from megatron_replay.parallel.optimizer import foreign_options
 from megatron_replay.parallel.pipeline import TaskOf
-from megatron_replay.parallel.source import Source
-from megatron_replay.parallel.torch_dist import is_checkpoint
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
-from megatron_replay.stages import memory
-from megatron_replay.stages.ahead import ahead
-from megatron_replay.stages.identity import check_store
-from megatron_replay.stages.logs import Logs
-from megatron_replay.stages.places import check_folder
-from megatron_replay.stages.session import Session, session
-from megatron_replay.stages.signals import StopRequest
-from megatron_replay.stages.trace import Trace
+from megatron_replay.runs import memory_table as memory
+from megatron_replay.runs.ahead import ahead
+from megatron_replay.runs.identity import check_store
+from megatron_replay.runs.logs import Logs
+from megatron_replay.runs.output_paths import check_folder
+from megatron_replay.runs.session import Session, session
+from megatron_replay.runs.signals import StopRequest
+from megatron_replay.runs.trace import Trace
 from megatron_replay.store import CandidateStore
 
 

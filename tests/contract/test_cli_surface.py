@@ -214,7 +214,7 @@ def test_ranks_start_processes_through_the_launcher(monkeypatch: pytest.MonkeyPa
         calls.append(args)
         return 7
 
-    modules = {"megatron_replay.parallel.launch": types.SimpleNamespace(launch=launch)}
+    modules = {"megatron_replay.parallel.ranks.spawn": types.SimpleNamespace(launch=launch)}
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=modules.__getitem__))
     assert cli.main(["train", "--ranks", "4", "--device", "cpu"]) == 7
     assert calls == [("megatron_replay.stages.train:run", (RunConfig(device="cpu"),), {"dry_run": False}, 4, "cpu")]

@@ -19,7 +19,7 @@ from tinymodel import QWEN3, write_model
 
 from megatron_replay import cli
 from megatron_replay.environment import VARIABLES
-from megatron_replay.parallel.world import free_port
+from megatron_replay.parallel.ranks.world import free_port
 from megatron_replay.stages import launch
 
 ROOT = Path(__file__).resolve().parents[2]

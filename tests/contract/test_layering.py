@@ -14,19 +14,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_replay"
 
 LAYERS = [
-    {"errors", "config", "config_file", "environment", "registry", "compiled"},
+    {"errors", "config", "config_file", "environment", "registry", "cluster", "compiled"},
     {"ops", "optim", "models", "data", "store", "scoring"},
+    {"formats"},
     {"device"},
     {"parallel"},
+    {"runs"},
+    {"demo", "doctor"},
     {"stages"},
     {"cli", "cli_args", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ISLANDS = LAYERS[1]
+ROOMS = ("shims", "ranks", "mcore", "", "checkpoints")
+"""Of `parallel`, lowest first; "": the modules of the package itself."""
 WITHOUT_TORCH = LAYERS[0] | {"data", "store", "scoring"} | LAYERS[-1]
 DEVICE_WORDS = ("torch.cuda", "torch_npu", "torch.npu", "torch.ops.npu", "nccl", "hccl")
-NAMES_DEVICES = {"device.py", "parallel/shims.py"}
-READS_ENVIRONMENT = {"device.py", "parallel/world.py"}
+NAMES_DEVICES = {"device.py", "parallel/shims/__init__.py"}
+READS_ENVIRONMENT = {"device.py", "parallel/ranks/world.py"}
 
 Offence = str
 
@@ -41,12 +46,12 @@ def files(root: Path) -> list[Path]:
 
 
 def inside(root: Path, path: Path) -> str:
-    """The path within the package, as in `parallel/world.py`."""
+    """The path within the package, as in `parallel/ranks/world.py`."""
     return path.relative_to(root / PACKAGE).as_posix()
 
 
 def part(inner: str) -> str:
-    """The layer name a file belongs to: `parallel` of parallel/world.py, `cli` of cli.py."""
+    """The layer name a file belongs to: `parallel` of parallel/ranks/world.py, `cli` of cli.py."""
     return inner.split("/")[0].removesuffix(".py")
 
 
@@ -78,6 +83,32 @@ def import_offences(root: Path) -> Iterator[Offence]:
             other = rest[0] if top == PACKAGE and rest else me
             if RANK.get(other, 0) > RANK[me] or ({me, other} <= ISLANDS and me != other):
                 yield f"{inner}:{line}: {me} may not import {name}"
+
+
+def room(parts: list[str]) -> int:
+    """Where in ROOMS a module of `parallel` stands, by its path or dotted name below that."""
+    return ROOMS.index(parts[0] if parts and parts[0] in ROOMS else "")
+
+
+def room_offences(root: Path) -> Iterator[Offence]:
+    """A room of `parallel` knows itself and the rooms below it."""
+    for path in files(root):
+        inner = inside(root, path)
+        if part(inner) != "parallel":
+            continue
+        here = room(inner.split("/")[1:-1])
+        for line, name in imported(root, path):
+            top, *rest = name.split(".")
+            if top == PACKAGE and rest[0] == "parallel" and room(rest[1:]) > here:
+                yield f"{inner}:{line}: {ROOMS[here] or 'parallel'} may not import {name}"
+
+
+def relative_offences(root: Path) -> Iterator[Offence]:
+    """One way to name a module: from the package's root."""
+    for path in files(root):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                yield f"{inside(root, path)}:{node.lineno}: a relative import"
 
 
 def word_offences(root: Path) -> Iterator[Offence]:
@@ -165,7 +196,7 @@ def import_time_offences(root: Path) -> Iterator[Offence]:
                     yield f"{inner}:{node.lineno}: {ast.unparse(node.value.func)}() is work at import"
 
 
-RULES = [import_offences, word_offences, state_offences, import_time_offences]
+RULES = [import_offences, room_offences, relative_offences, word_offences, state_offences, import_time_offences]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -185,6 +216,14 @@ def test_the_package_keeps_to_the_layers(rule: object) -> None:
         (import_offences, "stages/train.py", "from megatron.core import parallel_state", "in parallel/ only"),
         (import_offences, "store/a.py", "import torch", "does without torch"),
         (import_offences, "helpers.py", "", "stands in no layer"),
+        (
+            room_offences,
+            "parallel/ranks/a.py",
+            "from megatron_replay.parallel.mcore.model import Model",
+            "ranks may not",
+        ),
+        (room_offences, "parallel/a.py", "from megatron_replay.parallel import checkpoints", "parallel may not import"),
+        (relative_offences, "ops/a.py", "from .shard import VocabShard", "a.py:1: a relative import"),
         (word_offences, "optim/a.py", "x = 'nccl'", "says 'nccl'"),
         (word_offences, "parallel/trainer.py", "y = torch.ops.npu.npu_rms_norm(x)", "says 'torch.ops.npu'"),
         (state_offences, "ops/a.py", "def f():\n    global x\n    x = 1", "a.py:2: a global statement"),
@@ -213,15 +252,19 @@ def test_each_rule_sees_its_offence(tmp_path: Path, rule: object, inner: str, te
     [
         (
             "parallel/a.py",
-            "from megatron.core import parallel_state\nfrom megatron_replay.ops import VocabShard\nfrom . import world",
+            "from megatron.core import parallel_state\nfrom megatron_replay.ops import VocabShard\n"
+            "from megatron_replay.parallel.ranks import world",
         ),
-        ("stages/a.py", "from megatron_replay.parallel import launch\nfrom megatron_replay.errors import DataError"),
+        (
+            "stages/a.py",
+            "from megatron_replay.parallel.ranks import spawn\nfrom megatron_replay.errors import DataError",
+        ),
         (
             "ops/a.py",
-            "import torch\nfrom .shard import VocabShard\nLIBRARY = torch.library.Library('x', "
+            "import torch\nfrom megatron_replay.ops.shard import VocabShard\nLIBRARY = torch.library.Library('x', "
             "'DEF')\nLIBRARY.define('y() -> ()')",
         ),
-        ("parallel/world.py", "import os\n\n\ndef ranks():\n    return os.environ['RANK']"),
+        ("parallel/ranks/world.py", "import os\n\n\ndef ranks():\n    return os.environ['RANK']"),
         ("__main__.py", "import sys\nif __name__ == '__main__':\n    sys.exit(0)"),
     ],
 )

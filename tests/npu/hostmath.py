@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from megatron_replay.stages.operators import Seen, device_type
+from megatron_replay.doctor.operators import Seen, device_type
 
 NPU = torch.device("npu", 0)
 MAKES_TENSORS = (

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_replay.parallel import attention, fused, layers
+from megatron_replay.parallel.mcore import attention, layers
+from megatron_replay.parallel.shims import npu_arguments as fused
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megatron_replay.config import Layout, Optimizer
 from megatron_replay.device import CPU
-from megatron_replay.models.folder import HFFolder
+from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight, restripe, unshard
 from megatron_replay.ops import CandidateSets
-from megatron_replay.parallel import world
 from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
 from megatron_replay.parallel.losses import full_task, restricted_task
-from megatron_replay.parallel.model import Model, build, load_hf
+from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
 
 ROWS = 4

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from megatron_replay.parallel import shims, world
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.ranks import world
 
 
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:

@@ -21,15 +21,16 @@ from torch import Tensor
 from megatron_replay.config import Adapter, Layout, Optimizer, RunConfig
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError, ConfigError
-from megatron_replay.models.adapter import A, B, factors
-from megatron_replay.models.folder import HFFolder
+from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.models.lora import A, B, factors
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import merge, shard
-from megatron_replay.parallel import checkpoint, world
-from megatron_replay.parallel.adapter import attach
-from megatron_replay.parallel.model import Model, build, squared_distance
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.checkpoints.source import Source
+from megatron_replay.parallel.mcore.lora_layers import attach
+from megatron_replay.parallel.mcore.model import Model, build, squared_distance
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.parallel.source import Source
+from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import make_trainer
 from megatron_replay.stages.convert import run as convert
 

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from megatron_replay.config import Layout, Optimizer, RunConfig, load
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
-from megatron_replay.models.folder import HFFolder
+from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import hf_shapes
-from megatron_replay.parallel import checkpoint, world
-from megatron_replay.parallel.model import build, load_hf
-from megatron_replay.parallel.torch_dist import Reader
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.mcore.model import build, load_hf
+from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import make_trainer
+from megatron_replay.runs.conversion_check import Pair, compare_logits, compare_tensors
 from megatron_replay.stages.convert import run
-from megatron_replay.stages.convert_verify import Pair, compare_logits, compare_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -17,9 +17,9 @@ from pool import fresh
 from megatron_replay.config import Optimizer
 from megatron_replay.errors import CheckpointError, ConfigError, LayoutError
 from megatron_replay.models.weights import EMBEDDING, OUTPUT
-from megatron_replay.parallel import checkpoint
-from megatron_replay.parallel.freeze import freeze_half
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.mcore.freeze import freeze_half
+from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.trainer import make_trainer
 
 SEED = 5

@@ -14,9 +14,9 @@ from pool import fresh
 from megatron_replay.config import Optimizer
 from megatron_replay.ops import restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.losses import restricted_task
-from megatron_replay.parallel.model import Model, vocab_shard
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import TaskOf, forward_backward
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 

@@ -15,9 +15,9 @@ from megatron_replay.config import Adapter, Layout, Optimizer, RunConfig, Train
 from megatron_replay.device import CPU, NPU
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel import activations, shims
-from megatron_replay.parallel.adapter import attach
-from megatron_replay.parallel.attention import pack
-from megatron_replay.parallel.freeze import freeze_half
+from megatron_replay.parallel.mcore.attention import pack
+from megatron_replay.parallel.mcore.freeze import freeze_half
+from megatron_replay.parallel.mcore.lora_layers import attach
 from megatron_replay.parallel.memory import predict
 from megatron_replay.parallel.trainer import make_trainer
 

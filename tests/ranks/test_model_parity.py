@@ -19,7 +19,7 @@ from megatron_replay.errors import LayoutError
 from megatron_replay.models.weights import restripe
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.batch import flatten, row_length
-from megatron_replay.parallel.model import uneven_stages
+from megatron_replay.parallel.mcore.model import uneven_stages
 from megatron_replay.parallel.pipeline import forward
 
 EXACT = 1e-4

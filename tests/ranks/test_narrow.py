@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_replay.config import Optimizer
 from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches
-from megatron_replay.parallel.head import Task
 from megatron_replay.parallel.losses import full_task
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.pipeline import TaskOf, forward, forward_backward
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 

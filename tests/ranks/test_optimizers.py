@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_replay.config import Optimizer
 from megatron_replay.optim.muonclip import MuonClip
-from megatron_replay.parallel.optimizer import kind_of
-from megatron_replay.parallel.qk_clip import largest_logits
+from megatron_replay.parallel.mcore.optimizer import kind_of
+from megatron_replay.parallel.mcore.qk_clip import largest_logits
 from megatron_replay.parallel.trainer import make_trainer
 
 CONFIGS = {

@@ -20,10 +20,10 @@ from megatron_replay.config import Optimizer
 from megatron_replay.data import prefixes
 from megatron_replay.data.prefixes import lay
 from megatron_replay.ops import CandidateSets
-from megatron_replay.parallel import attention
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import token_nll
-from megatron_replay.parallel.model import Model
+from megatron_replay.parallel.mcore import attention
+from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.pipeline import forward, forward_backward
 from megatron_replay.parallel.selection import SetRule, select_task
 from megatron_replay.parallel.trainer import StepResult, make_trainer

@@ -22,8 +22,9 @@ from pool import fresh
 
 from megatron_replay.config import Optimizer
 from megatron_replay.errors import CheckpointError
+from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.parallel import checkpoint, torch_dist
+from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.trainer import make_trainer
 
 CONFIG = {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}

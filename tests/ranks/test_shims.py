@@ -25,7 +25,9 @@ from pool import fresh
 from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.models.weights import EMBEDDING
-from megatron_replay.parallel import checkpoint, shims, world
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.checkpoints import training as checkpoint
+from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import make_trainer
 
 CUDA = "Torch not compiled with CUDA enabled"

@@ -19,7 +19,8 @@ from test_resume import go_on, stop
 from torch import Tensor
 
 from megatron_replay.config import Layout
-from megatron_replay.models.folder import HFFolder
+from megatron_replay.formats import torch_dist
+from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import STRIPES, restripe, split, weights
 from megatron_replay.ops import (
@@ -29,12 +30,12 @@ from megatron_replay.ops import (
     linear_cross_entropy,
     restricted_linear_cross_entropy,
 )
-from megatron_replay.parallel import checkpoint, torch_dist
 from megatron_replay.parallel.batch import flatten, row_length
+from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.inference import _argmax, generate
 from megatron_replay.parallel.losses import imbalance
-from megatron_replay.parallel.model import Model, squared_distance, vocab_shard
-from megatron_replay.parallel.optimizer import restripe_state
+from megatron_replay.parallel.mcore.model import Model, squared_distance, vocab_shard
+from megatron_replay.parallel.mcore.optimizer import restripe_state
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.selection import SetRule, select_task
 from megatron_replay.parallel.trainer import make_trainer

@@ -18,10 +18,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
+from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, shard, weights
-from megatron_replay.parallel import shims, torch_dist, world
-from megatron_replay.parallel.model import build
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.mcore.model import build
+from megatron_replay.parallel.ranks import world
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

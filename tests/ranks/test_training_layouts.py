@@ -15,13 +15,13 @@ from jobs import LR, Job, Outcome, Whole, advance, batch_of, differences, opened
 from models import QWEN3, tied_and_untied
 from pool import fresh
 
-from megatron_replay.models.llama2c import import_llama2c
+from megatron_replay.formats.llama2c import import_llama2c
 from megatron_replay.models.weights import OUTPUT, Weight
-from megatron_replay.parallel import optimizer
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.head import Task
+from megatron_replay.parallel.mcore import optimizer
+from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.ranks.world import World
 from megatron_replay.parallel.trainer import Trainer, make_trainer
-from megatron_replay.parallel.world import World
 
 SMALL = {**QWEN3, "num_hidden_layers": 2}
 TRUTHS: dict[tuple[str, bool], Whole] = {}

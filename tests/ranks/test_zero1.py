@@ -14,8 +14,9 @@ from jobs import Job, Outcome, Whole, run, same
 from models import QWEN3, write_folder
 from test_resume import FOUR, HALF, go_on, stop
 
-from megatron_replay.parallel import shims, zero1
-from megatron_replay.parallel.torch_dist import Reader
+from megatron_replay.formats.torch_dist import Reader
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.mcore import zero1
 
 CONFIG = {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}
 OLD = Path(sys.prefix) / "megatron-0.12"

@@ -22,10 +22,11 @@ if extension:
 
 from megatron_replay import device
 from megatron_replay.config import Data, RunConfig
+from megatron_replay.doctor import operators
 from megatron_replay.ops import library
 from megatron_replay.optim import kernels
-from megatron_replay.parallel import shims, world
-from megatron_replay.stages import operators
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.ranks import world
 
 where = dataclasses.replace(device.choose(name), backend="gloo")
 keep: Any = None

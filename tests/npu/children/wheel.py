@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_replay import device
+from megatron_replay.doctor.operators import place
 from megatron_replay.ops import library
 from megatron_replay.optim import kernels
-from megatron_replay.parallel import fused
-from megatron_replay.stages.operators import place
+from megatron_replay.parallel.shims import npu_arguments as fused
 
 asked: dict[str, list[str]] = json.loads(sys.argv[1])
 

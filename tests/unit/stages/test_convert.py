@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_replay.config import RunConfig, load
 from megatron_replay.errors import CheckpointError, ConfigError
-from megatron_replay.models.folder import HFFolder
+from megatron_replay.formats import torch_dist
+from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import hf_shapes
-from megatron_replay.parallel import torch_dist
 from megatron_replay.stages.convert import run
 
 SIZES: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""The demo's task, model, report and picture."""

@@ -1,0 +1,133 @@
+"""What torch and megatron find on this machine: devices, kernels, two ranks that add up, and a model in its layout. For
+`doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_replay import compiled
+from megatron_replay.config import RunConfig
+from megatron_replay.device import Device, available, choose, cores, environment, fused_operator
+from megatron_replay.doctor.operators import Seen, steps
+from megatron_replay.environment import check
+from megatron_replay.errors import DeviceError
+from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.formats.torch_dist import Reader
+from megatron_replay.models.layout import validate_layout
+from megatron_replay.models.weights import weights
+from megatron_replay.ops import library, on_cuda
+from megatron_replay.optim import kernels as optimizer
+from megatron_replay.parallel import shims
+from megatron_replay.parallel.checkpoints.source import Source
+from megatron_replay.parallel.mcore import attention, layers
+from megatron_replay.parallel.ranks.probe import try_all_reduce
+
+Versions = Mapping[str, str | None]
+
+
+def devices() -> dict[str, Any]:
+    """Name -> what it is, how many, and the memory of the first, best device first."""
+    return {device.name: _device(device) for device in available()}
+
+
+def _device(device: Device) -> dict[str, Any]:
+    free, total = device.memory()
+    return {
+        "model": device.model_name(),
+        "count": device.count(),
+        "backend": device.backend,
+        "bf16": device.has_bf16,
+        "free_bytes": free,
+        "total_bytes": total,
+    }
+
+
+def kernels(mode: str) -> dict[str, Any]:
+    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of
+    Triton's."""
+    each = {
+        device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()
+    }
+    extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
+    triton = on_cuda.triton() if "cuda" in each else "not needed: no cuda device here"
+    npu = {"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}
+    return {"extension": extension, "triton": triton, **npu, **each}
+
+
+def processor() -> dict[str, Any]:
+    """Cores, threads a process would start with, and the variables that are set."""
+    return {"cores": cores(), "threads": torch.get_num_threads(), "variables": environment()}
+
+
+def variables(config: RunConfig) -> list[dict[str, str]]:
+    """Which variables ranks on this configuration's device should have, and what they have: `environment.Finding`s."""
+    return [dataclasses.asdict(finding) for finding in check(asked(config).name, environment())]
+
+
+def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
+    """What lies between megatron-core and the device that this configuration would use, and what runs in place of its
+    own parts."""
+    device = asked(config)
+    adapter, not_used = shims.adapter(device)
+    applied = shims.table(device, versions["megatron-core"] or "none", adapter)
+    norm = " on npu_rms_norm" if fused_operator("npu_rms_norm", device.name) else ""
+    core = (
+        "npu_fusion_attention"
+        if fused_operator("npu_fusion_attention", device.name)
+        else "torch's scaled_dot_product_attention"
+    )
+    adam = next((name for name in ("transformer-engine", "apex") if versions[name]), "torch")
+    return {
+        "adapter": adapter.name,
+        "adapters_not_used": not_used,
+        "shims": [{"name": s.name, "where": s.where, "why": s.why, "versions": s.versions} for s in applied],
+        "norm": f"our {layers.RMSNorm.__name__}{norm} for megatron's, which wants apex or transformer-engine or a "
+        "single tensor rank",
+        "attention": f"our {attention.segment_attention.__name__} on {core} for its DotProductAttention",
+        "optimizer": f"our {config.optimizer.name} inside megatron's wrappers for the Adam of {adam}",
+    }
+
+
+def asked(config: RunConfig) -> Device:
+    """The device of the configuration, or where it is absent the best one that is here."""
+    try:
+        return choose(config.device)
+    except DeviceError:
+        return choose()
+
+
+def all_reduce(config: RunConfig) -> dict[str, Any]:
+    """`probe.try_all_reduce` on the device of the configuration."""
+    return try_all_reduce(asked(config))
+
+
+def operators(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Where -> operator -> calls, of Stage 0 and training on a tiny model, on the device of the configuration."""
+    seen = Seen()
+    with seen:
+        steps(config, asked(config))
+    return seen.places()
+
+
+def model(config: RunConfig) -> dict[str, Any]:
+    """The model of the configuration, by its headers alone, in the configured layout. Raises ReplayError where it does
+    not fit."""
+    source = Source.open(config.model)
+    spec, layout = source.spec, source.layout(config.layout)
+    split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    if source.is_checkpoint:
+        Reader(source.path).check(spec, head_multiple=layout.head_multiple)
+    else:
+        HFFolder(source.path).check()
+    return {
+        "path": config.model,
+        "architecture": spec.architecture,
+        "parameters": sum(math.prod(weight.shape) for weight in weights(spec, head_multiple=layout.head_multiple)),
+        "tensor": layout.tensor,
+        "layers_of_stages": split,
+    }

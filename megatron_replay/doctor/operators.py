@@ -1,0 +1,139 @@
+"""Which operators Stage 0 and training ask for, and where each runs: `doctor --ops` runs them on a tiny model and lists
+what it saw.
+
+An operator that a device's backend has no kernel for is run on the cpu, with its tensors copied there and back, and
+nobody is told: that is what to look for in the list, under "cpu instead of ...".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_replay.config import Layout, RunConfig
+from megatron_replay.data.prefixes import SHORTEST, lay
+from megatron_replay.device import Device, dtype
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.ops import library, torch_kernels
+from megatron_replay.optim import kernels as optimizer
+from megatron_replay.parallel.batch import flatten
+from megatron_replay.parallel.losses import restricted_task
+from megatron_replay.parallel.mcore.model import build
+from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.ranks import world
+from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.trainer import StepResult, make_trainer
+
+TINY = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+LENGTHS = (13, 7, 12)
+"""Tokens of the samples in the one micro-batch, after those with which all of them begin (computed once with
+`data.share_prefixes`)."""
+STEPS = 2
+"""The first has no momentum yet."""
+
+
+class Seen(TorchDispatchMode):
+    """Counts the operators that are asked for in a block, below autograd; where nothing of ours is compiled, what our
+    operators ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = device_type(args, kwargs)
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == library.NAMESPACE and name in library.SCHEMAS and library.live(device)[name] == "reference":
+            with self:
+                return getattr(torch_kernels, name)(*args, **kwargs)
+        if not _has_kernel(func.name(), _key(device)) and _has_kernel(func.name(), "CompositeImplicitAutograd"):
+            with self:  # a name for other operators; those count
+                return func.decompose(*args, **kwargs)
+        self.calls[func.name(), device] += 1
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call the operator."""
+        return func(*args, **kwargs)
+
+    def places(self) -> dict[str, dict[str, int]]:
+        """Where -> operator -> calls, the most called first."""
+        found: dict[str, dict[str, int]] = {}
+        for (name, device), calls in self.calls.most_common():
+            found.setdefault(place(name, device), {})[name] = calls
+        return dict(sorted(found.items()))
+
+
+def place(operator: str, device_type: str) -> str:
+    """Where an operator called with tensors of a device type runs: there, or "cpu instead of ..." where only torch's
+    fallback answers."""
+    rows = torch._C._dispatch_dump_table(operator).splitlines()
+    answer = next((row for row in rows if row.startswith(f"{_key(device_type)}:")), "")
+    served = answer and ("[backend fallback]" not in answer or "fallthrough" in answer)
+    return device_type if served or device_type == "cpu" else f"cpu instead of {device_type}"
+
+
+def steps(config: RunConfig, device: Device) -> list[StepResult]:
+    """Select candidate sets with a tiny Qwen3 of random weights and train it on them, in one process on `device`."""
+    spec, layout = ModelSpec.from_hf(TINY), Layout()
+    torch.manual_seed(config.seed)
+    with world.running(layout, device, seed=config.seed) as active:
+        samples = _samples(spec.vocab_size, config.seed)
+        length = sum(map(len, samples)) + 4
+        model = build(spec, layout, active, dtype(config.precision, device), seq_length=length)
+        with torch.no_grad():
+            for _, _, parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
+        tree = lay(samples, share=config.data.share_prefixes)
+        batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, active.torch_device, tree=tree)
+        rule = SetRule(
+            tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
+        )
+        forward(model, [batch], select_task(model, rule, None), consume=lambda *_: None)
+        trainer = make_trainer(model, config.optimizer, config.kernels)
+        return [
+            trainer.step([batch], restricted_task(model, config.kernels), config.optimizer.lr) for _ in range(STEPS)
+        ]
+
+
+def _samples(vocab: int, seed: int) -> list[np.ndarray]:
+    beginning, *ends = (
+        np.random.default_rng(seed + length).integers(0, vocab, length) for length in (SHORTEST, *LENGTHS)
+    )
+    return [np.concatenate([beginning, end]) for end in ends]
+
+
+def _key(device_type: str) -> str:
+    return optimizer.DISPATCH_KEYS.get(device_type, "CPU")
+
+
+def _has_kernel(operator: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def device_type(args: Any, kwargs: Any) -> str:
+    """Of the tensors and devices in a call's arguments: the accelerator's, where there is one."""
+    leaves = tree_leaves((args, kwargs))
+    types = [x.device.type for x in leaves if isinstance(x, Tensor)] + [
+        x.type for x in leaves if isinstance(x, torch.device)
+    ]
+    return next((name for name in types if name != "cpu"), "cpu")

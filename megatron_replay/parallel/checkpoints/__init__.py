@@ -1,0 +1,1 @@
+"""Training checkpoints, and where a model comes from."""

@@ -1,0 +1,1 @@
+"""megatron-core's model and optimizer with our parts in them."""

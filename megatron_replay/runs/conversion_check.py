@@ -1,0 +1,116 @@
+"""Whether a Hugging Face folder and a checkpoint are the same model: hash for hash, and logit for logit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay.config import Adapter, Layout
+from megatron_replay.device import CPU
+from megatron_replay.errors import CheckpointError
+from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.weights import Weight, hf_shapes, split, weights
+from megatron_replay.parallel.ranks import world
+from megatron_replay.parallel.batch import MicroBatch, flatten
+from megatron_replay.parallel.mcore.model import Model, build, load_hf
+from megatron_replay.parallel.pipeline import forward
+from megatron_replay.formats.torch_dist import Reader
+from megatron_replay.parallel.ranks.world import World
+
+SAMPLES, TOKENS = 2, 32
+PADDED_TOLERANCE = 1e-4
+"""Of the largest logit: zero heads add exact zeros, but the longer sum may be added up in another order."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two forms of a model that `convert` leaves; the weights are equal once both are cast to `dtype`, that of the
+    form it made."""
+
+    spec: ModelSpec
+    folder: HFFolder
+    reader: Reader
+    head_multiple: int
+    """Head padding of the checkpoint."""
+    dtype: torch.dtype
+    adapter: Adapter | None = None
+    """Of the checkpoint; the folder holds it merged."""
+
+    def read(self, weight: Weight) -> Tensor:
+        """A whole megatron tensor of the checkpoint, the adapter merged."""
+        return self.reader.read_merged(weight, self.spec, self.adapter, head_multiple=self.head_multiple)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the Hugging Face tensors."""
+        return sum(math.prod(shape) for shape in hf_shapes(self.spec).values()) * self.dtype.itemsize
+
+
+def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
+    """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that
+    differs."""
+    count = 0
+    for weight in weights(pair.spec, head_multiple=pair.head_multiple):
+        for name, tensor in split(weight, pair.read(weight), pair.spec).items():
+            inside, outside = digest(tensor.to(pair.dtype)), digest(pair.folder.read(name).to(pair.dtype))
+            if inside != outside:
+                where = f"{outside[:12]} in {pair.folder.path}, {inside[:12]} in {pair.reader.folder}"
+                raise CheckpointError(f"tensor {name!r} differs: sha256 {where}; convert again")
+            advance(tensor.numel() * pair.dtype.itemsize)
+            count += 1
+    return count
+
+
+def compare_logits(pair: Pair) -> tuple[float, int]:
+    """(largest difference of the logits of both forms, positions compared), in fp32; the whole model is in memory, one
+    form at a time.
+
+    CheckpointError when they differ at all, or where heads are padded by more than rounding.
+    """
+    generator = np.random.default_rng(0)
+    length = min(TOKENS, pair.spec.max_positions)
+    ids = [generator.integers(0, pair.spec.vocab_size, length) for _ in range(SAMPLES)]
+    batch = flatten(ids, [np.arange(length - 1)] * SAMPLES, SAMPLES * length, torch.device("cpu"))
+    with world.running(Layout(), CPU) as alone:
+        outside = _logits(pair, alone, Layout(), batch, lambda model: load_hf(model, pair.folder))
+        inside = _logits(pair, alone, Layout(head_multiple=pair.head_multiple), batch, lambda model: _load(model, pair))
+    difference = float((inside - outside).abs().max())
+    padded = pair.spec.padded_heads(pair.head_multiple) != pair.spec.padded_heads()
+    if not difference <= (PADDED_TOLERANCE * float(outside.abs().max()) if padded else 0.0):
+        raise CheckpointError(
+            f"logits of {pair.folder.path} and {pair.reader.folder} differ by {difference:.3g}; convert again"
+        )
+    return difference, len(outside)
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    # numpy has no bfloat16: the bytes are taken as they are
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+@torch.no_grad()
+def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: Callable[[Model], None]) -> Tensor:
+    """Logits [N, V] of the batch's positions, of the model that `fill` fills."""
+    model = build(pair.spec, layout, alone, torch.float32, seq_length=batch.tokens.shape[1])
+    fill(model)
+    for _, _, parameter in model.parameters():
+        parameter.copy_(parameter.to(pair.dtype))
+    found: list[Tensor] = []
+    forward(
+        model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
+    )
+    return found[0][:, : pair.spec.vocab_size]
+
+
+@torch.no_grad()
+def _load(model: Model, pair: Pair) -> None:
+    for _, weight, parameter in model.parameters():
+        parameter.copy_(pair.read(weight))

@@ -1,0 +1,54 @@
+"""A store belongs to one model, tokenizer, template and data set; a run that has others is refused before its first
+step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_replay.data.samples import Sample
+from megatron_replay.errors import StoreError
+from megatron_replay.runs.session import Session
+from megatron_replay.store import CandidateStore, verify
+
+
+def model_fingerprint(active: Session) -> str:
+    """Computed by one rank: it reads every byte of the weights."""
+    return str(active.world.gather_objects(active.source.fingerprint() if active.world.is_main else "")[0])
+
+
+def check_store(active: Session, path: str, samples: Sequence[Sample]) -> CandidateStore:
+    """Open the store and check that it was collected with this model, tokenizer and template, and holds every sample.
+
+    Every byte of the store is read and checked first. Raises StoreError naming file and byte of damage, both
+    fingerprints, or the first sample that is not in the store.
+    """
+    store = CandidateStore.open(path)
+    damage = [str(problem) for problem in verify(path).problems[:1]] if active.world.is_main else []
+    for problem in active.world.gather_objects(damage)[0]:  # better now than in the middle of the run
+        raise StoreError(f"{problem}; run `store repair` and then collect again")
+    manifest = store.manifest
+    pairs = {
+        "tokenizer": (manifest.tokenizer, active.tokenizer.fingerprint),
+        "chat template": (manifest.template, active.template.fingerprint),
+        "vocabulary size": (manifest.vocab_size, active.vocab_size),
+        "base model": (manifest.model, model_fingerprint(active)),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise StoreError(
+                f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or "
+                "collect again"
+            )
+    for sample in samples:
+        if sample.uid not in store:
+            raise StoreError(
+                f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); "
+                "collect again with "
+                "this data "
+                f"file"
+            )
+    return store
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

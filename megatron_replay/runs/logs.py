@@ -1,0 +1,96 @@
+"""What a training run says: Megatron's console line, metrics.jsonl, TensorBoard, and the resolved configuration beside
+them. Main rank only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_replay import __version__
+from megatron_replay.config import dump
+from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.trainer import StepResult
+from megatron_replay.runs.session import Session
+
+
+class Logs:
+    """Use as a context; call `step` after each iteration."""
+
+    def __init__(self, active: Session, steps: int) -> None:
+        self.active, self.steps = active, steps
+        self.folder = Path(active.config.output)
+        self.file: Any = None
+        self.board: Any = None
+
+    def __enter__(self) -> Logs:
+        if self.active.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(
+                f"# megatron_replay {__version__}\n{dump(self.active.config)}", encoding="utf-8"
+            )
+            self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            if self.active.config.train.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder / "tensorboard"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
+
+    def step(
+        self, iteration: int, result: StepResult, lr: float, seconds: float, batches: Sequence[MicroBatch], skipped: int
+    ) -> None:
+        """Every rank calls it (the tokens of all replicas are added up; the shared ones were not computed again); the
+        main rank writes."""
+        tokens, shared = self.active.world.total(
+            *(sum(batch.notes[key] for batch in batches) for key in ("tokens", "shared"))
+        )
+        if not self.active.world.is_main:
+            return
+        values = {
+            "lm loss": result.loss,
+            "grad-norm": result.grad_norm,
+            "learning-rate": lr,
+            "iteration-time": seconds,
+            "tokens-per-sec": tokens / seconds,
+            "replay/positions": result.positions,
+            "replay/tokens": int(tokens),
+            "replay/shared_tokens": int(shared),
+            **result.metrics,
+            **{f"time/{phase}": spent for phase, spent in result.seconds.items()},
+        }
+        self._write(iteration, values)
+        if iteration % self.active.config.train.log_interval == 0 or iteration == self.steps:
+            print(self._line(iteration, result, lr, seconds, skipped), flush=True)
+
+    def _write(self, iteration: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, iteration)
+
+    def _line(self, iteration: int, result: StepResult, lr: float, seconds: float, skipped: int) -> str:
+        """Megatron's line, field for field, so that its log parsers work; ours follow at the end."""
+        batch = self.active.config.batch.total
+        nan = 0 if result.applied else 1
+        ours = "".join(
+            f" {name.split('/')[-1].replace('_', ' ')}: {value:.3f} |" for name, value in result.metrics.items()
+        )
+        return (
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} | consumed samples: "
+            f"{iteration * batch:12d} |"
+            f" elapsed time per iteration (ms): {seconds * 1000:.1f} | learning rate: {lr:.6E} | global batch size: "
+            f"{batch:5d} |"
+            f" lm loss: {result.loss:.6E} | loss scale: 1.0 | grad norm: {result.grad_norm:.3f} |"
+            f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |{ours}"
+        )

@@ -1,0 +1,40 @@
+"""What `train --dry-run` says of memory: the predicted peak of a rank of each pipeline stage, by what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_replay.parallel.activations import Load
+from megatron_replay.parallel.memory import Peak, predict
+from megatron_replay.runs.session import Session
+
+LOADED = 20_000_000
+"""Bytes of code and tables that the first step loads, on the cpu; measured."""
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "passing", "base", "total")
+
+
+def predicted(active: Session, load: Load) -> list[Peak]:
+    """The peaks of this run, and on the cpu what its processes take without a model. Every rank must call it."""
+    config, world = active.config, active.world
+    config = replace(config, layout=active.model.layout)
+    peaks = predict(
+        active.model.spec, config, ranks=world.size, dtype=active.model.dtype, device=world.device, load=load
+    )
+    held = sum(parameter.nbytes for parameter in active.model.module.parameters())
+    base = world.device.held_memory() - held + LOADED if world.device.name == "cpu" else 0
+    told = torch.stack(world.gather(torch.tensor([world.pipeline_rank, base])))
+    return [replace(peak, base=int(told[told[:, 0] == peak.stage, 1].max())) for peak in peaks]
+
+
+def lines(peaks: Sequence[Peak]) -> list[str]:
+    """A small table, in MB (a million bytes)."""
+    head = "memory of a rank at its peak, predicted, MB:"
+    rows = ["  stage" + "".join(f"{name:>12}" for name in COLUMNS) + "  when"]
+    rows += [
+        f"{peak.stage:7d}" + "".join(f"{getattr(peak, name) / 1e6:12,.0f}" for name in COLUMNS) + f"  {peak.moment}"
+        for peak in peaks
+    ]
+    return [head, *rows]

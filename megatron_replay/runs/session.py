@@ -1,0 +1,74 @@
+"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the
+order a user can be wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_replay import ops
+from megatron_replay.config import RunConfig
+from megatron_replay.data.template import Template, load_template
+from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_replay.device import choose, dtype
+from megatron_replay.errors import DataError
+from megatron_replay.models.layout import validate_layout
+from megatron_replay.parallel.ranks import world as worlds
+from megatron_replay.parallel.mcore.model import Model, build
+from megatron_replay.parallel.checkpoints.source import Source
+from megatron_replay.parallel.ranks.world import World
+from megatron_replay.runs.progress import Advance, progress
+
+
+@dataclass
+class Session:
+    config: RunConfig
+    source: Source
+    tokenizer: Tokenizer
+    template: Template
+    world: World
+    model: Model
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows: the real vocabulary. Rows beyond it are padding and never take part."""
+        return self.tokenizer.size
+
+    def say(self, text: str) -> None:
+        """Print once, not on every rank."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def progress(self, what: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """Progress told by the main rank, `total` being the work of all replicas."""
+        return progress(what, total, unit, shown=self.world.is_main)
+
+
+@contextmanager
+def session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
+    """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they
+    start."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    source = Source.open(config.model)
+    layout = source.layout(config.layout)
+    validate_layout(source.spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    tokenizer = load_tokenizer(config.tokenizer or source.hf)
+    if tokenizer.size > source.spec.vocab_size:
+        raise DataError(
+            f"{config.tokenizer or source.hf}: the tokenizer knows {tokenizer.size} ids, the model has "
+            f"{source.spec.vocab_size} rows; "
+            "use the model's own tokenizer"
+        )
+    template = load_template(config.data.template, tokenizer)
+    device = choose(config.device)
+    weights_dtype = dtype(config.precision, device)
+    ops.kernels(config.kernels)  # an unknown mode is told before the ranks start
+    torch.manual_seed(config.seed)
+    with worlds.running(layout, device, seed=config.seed) as world:
+        model = build(source.spec, layout, world, weights_dtype, seq_length=seq_length)
+        source.fill(model)
+        yield Session(config, source, tokenizer, template, world, model)

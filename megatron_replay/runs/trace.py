@@ -1,0 +1,60 @@
+"""A chrome trace of a few training steps, one file a rank: what torch's profiler saw, with our phases as `time/...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.parallel.timers import Timers
+from megatron_replay.runs.session import Session
+
+
+class Trace:
+    """Use as a context and call `step` before each iteration; without `train.profile` it does nothing.
+
+    Raises ConfigError when the run has fewer steps left than the window asks for.
+    """
+
+    def __init__(self, active: Session, timers: Timers, steps: int) -> None:
+        self.active, self.timers = active, timers
+        self.window = active.config.train.profile
+        self.begun = 0
+        self.profiler: Any = None
+        if self.window and self.window[1] > steps:
+            raise ConfigError(
+                f"train.profile={list(self.window)}: this run has {steps} steps; name a first and a last step among "
+                "these, or leave it out"
+            )
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.profiler is not None:
+            self._write()
+
+    def step(self) -> None:
+        """A step begins."""
+        self.begun += 1
+        if not self.window:
+            return
+        if self.begun == self.window[0]:
+            self.profiler, self.timers.traced = self.active.world.device.profiler(), True
+            self.profiler.start()
+        elif self.begun == self.window[1] + 1:
+            self._write()
+
+    def _write(self) -> None:
+        self.profiler.stop()
+        folder = Path(self.active.config.output) / "trace"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(folder / f"rank{self.active.world.rank}.json"))
+        self.profiler, self.timers.traced = None, False
+        self.active.say(
+            f"  wrote a trace of steps {self.window[0]} to {min(self.begun, self.window[1])} to {folder}, one file a "
+            "rank"
+        )
