@@ -29,7 +29,7 @@ from megatron_replay.device import Device, choose
 from megatron_replay.errors import ReplayError
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.ops import library as operators
-from megatron_replay.ops.sets import ByColumn
+from megatron_replay.ops.local_sets import ByColumn
 from megatron_replay.ops.shard import accumulator, shard_of
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer

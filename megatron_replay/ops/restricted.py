@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from megatron_replay.errors import DataError
 from megatron_replay.ops.library import Kernels
 from megatron_replay.ops.library import kernels as choose
-from megatron_replay.ops.sets import CandidateSets, LocalSets
+from megatron_replay.ops.local_sets import LocalSets
+from megatron_replay.ops.sets import CandidateSets
 from megatron_replay.ops.shard import VocabShard, shard_of
 from megatron_replay.ops.torch_kernels import set_gradient
 

@@ -13,7 +13,7 @@ from stand_in import Library, StandInError
 from torch import Tensor
 
 from megatron_replay.ops import torch_kernels as plain
-from megatron_replay.ops.sets import ByColumn
+from megatron_replay.ops.local_sets import ByColumn
 
 DTYPES = [torch.bfloat16, torch.float32]
 

@@ -27,7 +27,7 @@ from megatron_replay.ops import (
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
 )
-from megatron_replay.ops.sets import ByColumn
+from megatron_replay.ops.local_sets import ByColumn
 from megatron_replay.optim import MoClip
 from megatron_replay.optim import kernels as optimizer
 

@@ -22,8 +22,8 @@ from megatron_replay.ops import (
     torch_kernels,
 )
 from megatron_replay.ops.library import SCHEMAS
+from megatron_replay.ops.local_sets import ByColumn
 from megatron_replay.ops.reference import outside_mass, restricted_loss
-from megatron_replay.ops.sets import ByColumn
 
 
 def problem(

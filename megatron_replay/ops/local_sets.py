@@ -1,0 +1,68 @@
+"""What the kernels see of candidate sets: one vocabulary shard's part, by position and by column (N positions, m ids here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_replay.ops.torch_kernels import row_of
+
+
+@dataclass(frozen=True, eq=False)
+class ByColumn:
+    """The entries of a `LocalSets` by column, for the gradient of the weight (U columns that occur)."""
+
+    touched: Tensor
+    """[U] int32: the columns, ascending."""
+    begins: Tensor
+    """[U+1] int32: column touched[u] has the entries begins[u]:begins[u+1] of `tokens` and `order`."""
+    tokens: Tensor
+    """[m] int32: the position that each entry belongs to, ascending within a column."""
+    order: Tensor
+    """[m] int32: which entry of the sets it is."""
+
+    @classmethod
+    def of(cls, offsets: Tensor, columns: Tensor) -> ByColumn:
+        """Of a table of N sets, offsets [N+1] int64 and columns [m] int32. An accelerator is waited for: U depends on
+        the columns."""
+        ordered, order = columns.sort(stable=True)
+        touched, counts = torch.unique_consecutive(ordered, return_counts=True)
+        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        tokens = row_of(offsets, columns.shape[0])[order]
+        return cls(touched, begins.to(torch.int32), tokens.to(torch.int32), order.to(torch.int32))
+
+    def entries(self, coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the operators of the weight's gradient take: touched, begins, tokens, and the coefficient [m] of each
+        entry of the sets."""
+        return self.touched, self.begins, self.tokens, coefficient.index_select(0, self.order)
+
+    def to(self, device: torch.device | str) -> ByColumn:
+        return ByColumn(*(t.to(device) for t in (self.touched, self.begins, self.tokens, self.order)))
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSets:
+    """The part of candidate sets that one vocabulary shard holds: what the kernels see (m ids of this shard)."""
+
+    offsets: Tensor
+    """[N+1] int64: position t owns columns[offsets[t]:offsets[t+1]]."""
+    columns: Tensor
+    """[m] int32: row of this rank's weight."""
+    gold: Tensor
+    """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
+    by_column: ByColumn | None = None
+    """The same by column, where it was made ahead."""
+
+    @property
+    def num_positions(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def indexed(self) -> LocalSets:
+        """With `by_column`."""
+        return self if self.by_column else replace(self, by_column=ByColumn.of(self.offsets, self.columns))
+
+    def to(self, device: torch.device | str) -> LocalSets:
+        index = self.by_column.to(device) if self.by_column else None
+        return LocalSets(self.offsets.to(device), self.columns.to(device), self.gold.to(device), index)
