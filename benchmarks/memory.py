@@ -101,7 +101,7 @@ def train(given: list[str], folder: str, dry_run: bool) -> int:
     """On a rank: run the verb, and note in a file what it predicted or held."""
     from megatron_replay.cli_args import configuration
     from megatron_replay.device import CPU
-    from megatron_replay.runs import memory_table as memory
+    from megatron_replay.runtime import memory_table as memory
     from megatron_replay.stages.train import run
 
     rank, told = int(os.environ.get("RANK", 0)), memory.predicted

@@ -1,4 +1,4 @@
-"""What the kernels see of candidate sets: one vocabulary shard's part, by position and by column (N positions, m ids here)."""
+"""The part of candidate sets that one vocabulary shard holds, by position and by column (N positions, m ids here)."""
 
 from __future__ import annotations
 

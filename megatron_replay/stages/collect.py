@@ -28,8 +28,8 @@ from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import TaskOf, forward
 from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
-from megatron_replay.runs.identity import model_fingerprint
-from megatron_replay.runs.session import Session, session
+from megatron_replay.runtime.identity import model_fingerprint
+from megatron_replay.runtime.session import Session, session
 from megatron_replay.store import (
     CandidateStore,
     Manifest,

@@ -28,9 +28,9 @@ from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, hf_shapes, merge, split, weights
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source
-from megatron_replay.runs.conversion_check import Pair, compare_logits, compare_tensors
-from megatron_replay.runs.output_paths import check_folder
-from megatron_replay.runs.progress import progress
+from megatron_replay.runtime.conversion_check import Pair, compare_logits, compare_tensors
+from megatron_replay.runtime.output_paths import check_folder
+from megatron_replay.runtime.progress import progress
 
 TOKENIZERS = ("tok512.bin", "tokenizer.bin")
 """Names of the tokenizer beside a llama2.c .bin file."""

@@ -12,9 +12,9 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runs import measures
-from megatron_replay.runs.output_paths import check_file
-from megatron_replay.runs.session import Session, session
+from megatron_replay.runtime import measures
+from megatron_replay.runtime.output_paths import check_file
+from megatron_replay.runtime.session import Session, session
 from megatron_replay.scoring.table import show
 
 PARTS = {

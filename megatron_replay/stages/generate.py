@@ -6,7 +6,7 @@ from megatron_replay.config import RunConfig
 from megatron_replay.data.records import Message
 from megatron_replay.errors import ConfigError
 from megatron_replay.parallel.inference import generate
-from megatron_replay.runs.session import Session, session
+from megatron_replay.runtime.session import Session, session
 
 
 def run(config: RunConfig) -> None:

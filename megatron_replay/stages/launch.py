@@ -25,7 +25,7 @@ from megatron_replay.environment import Finding, check, completed
 from megatron_replay.errors import ConfigError
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.memory import predict
-from megatron_replay.runs.memory_table import lines
+from megatron_replay.runtime.memory_table import lines
 
 
 def run(

@@ -30,14 +30,14 @@ from megatron_replay.parallel.mcore.optimizer import foreign_options
 from megatron_replay.parallel.memory import num_micro_batches
 from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
-from megatron_replay.runs import memory_table as memory
-from megatron_replay.runs.ahead import ahead
-from megatron_replay.runs.identity import check_store
-from megatron_replay.runs.logs import Logs
-from megatron_replay.runs.output_paths import check_folder
-from megatron_replay.runs.session import Session, session
-from megatron_replay.runs.signals import StopRequest
-from megatron_replay.runs.trace import Trace
+from megatron_replay.runtime import memory_table as memory
+from megatron_replay.runtime.ahead import ahead
+from megatron_replay.runtime.identity import check_store
+from megatron_replay.runtime.logs import Logs
+from megatron_replay.runtime.output_paths import check_folder
+from megatron_replay.runtime.session import Session, session
+from megatron_replay.runtime.signals import StopRequest
+from megatron_replay.runtime.trace import Trace
 from megatron_replay.store import CandidateStore
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"formats"},
     {"device"},
     {"parallel"},
-    {"runs"},
+    {"runtime"},
     {"demo", "doctor"},
     {"stages"},
     {"cli", "cli_args", "__init__", "__main__"},

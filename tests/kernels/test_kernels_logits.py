@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_cross_entropy
-from megatron_replay.ops.sets import LocalSets
+from megatron_replay.ops.local_sets import LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_linear_cross_entropy
-from megatron_replay.ops.sets import ByColumn, LocalSets
+from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ISAS = ("baseline", "avx2", "avx512")

@@ -23,7 +23,7 @@ from megatron_replay.ops import (
     triton_launch,
 )
 from megatron_replay.ops.library import Kernels
-from megatron_replay.ops.sets import ByColumn, LocalSets
+from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
 PLAIN = kernels("reference")
 OURS = Kernels(

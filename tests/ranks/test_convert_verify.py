@@ -25,7 +25,7 @@ from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.mcore.model import build, load_hf
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import make_trainer
-from megatron_replay.runs.conversion_check import Pair, compare_logits, compare_tensors
+from megatron_replay.runtime.conversion_check import Pair, compare_logits, compare_tensors
 from megatron_replay.stages.convert import run
 
 CONFIG: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_replay.data.samples import Sample
 from megatron_replay.errors import StoreError
-from megatron_replay.runs.session import Session
+from megatron_replay.runtime.session import Session
 from megatron_replay.store import CandidateStore, verify
 
 

@@ -14,7 +14,7 @@ from megatron_replay import __version__
 from megatron_replay.config import dump
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.trainer import StepResult
-from megatron_replay.runs.session import Session
+from megatron_replay.runtime.session import Session
 
 
 class Logs:

@@ -17,11 +17,11 @@ from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.device import choose, dtype
 from megatron_replay.errors import DataError
 from megatron_replay.models.layout import validate_layout
-from megatron_replay.parallel.ranks import world as worlds
-from megatron_replay.parallel.mcore.model import Model, build
 from megatron_replay.parallel.checkpoints.source import Source
+from megatron_replay.parallel.mcore.model import Model, build
+from megatron_replay.parallel.ranks import world as worlds
 from megatron_replay.parallel.ranks.world import World
-from megatron_replay.runs.progress import Advance, progress
+from megatron_replay.runtime.progress import Advance, progress
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.parallel.timers import Timers
-from megatron_replay.runs.session import Session
+from megatron_replay.runtime.session import Session
 
 
 class Trace:

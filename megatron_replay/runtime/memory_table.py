@@ -9,7 +9,7 @@ import torch
 
 from megatron_replay.parallel.activations import Load
 from megatron_replay.parallel.memory import Peak, predict
-from megatron_replay.runs.session import Session
+from megatron_replay.runtime.session import Session
 
 LOADED = 20_000_000
 """Bytes of code and tables that the first step loads, on the cpu; measured."""

@@ -18,8 +18,8 @@ from megatron_replay.errors import DataError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.parallel.inference import generate, token_nll
 from megatron_replay.parallel.mcore.model import squared_distance
+from megatron_replay.runtime.session import Session
 from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion, score_choices
-from megatron_replay.runs.session import Session
 
 SQLITE = b"SQLite format 3\0"
 """The first bytes of a database file."""

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from megatron_replay.runs.ahead import ahead
+from megatron_replay.runtime.ahead import ahead
 
 
 def test_in_order_and_one_ahead_on_another_thread() -> None:

@@ -15,13 +15,13 @@ from megatron_replay.config import Adapter, Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, hf_shapes, split, weights
-from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.batch import MicroBatch, flatten
 from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.formats.torch_dist import Reader
+from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.world import World
 
 SAMPLES, TOKENS = 2, 32
