@@ -201,23 +201,23 @@ def collectives(device: Device) -> int:
 
 def collectives_rank(name: str) -> int:
     """On a rank."""
-    active = world.start(Layout(), choose(name), minutes=2.0)
+    here = world.start(Layout(), choose(name), minutes=2.0)
     wrong = 0
     for dtype in (torch.float32, torch.bfloat16):
         for size in (1 << 18, 1 << 22):
-            mine = torch.full((size,), float(active.rank + 1), dtype=dtype, device=active.torch_device)
-            total, parts = torch.empty_like(mine), [torch.empty_like(mine) for _ in range(active.size)]
+            mine = torch.full((size,), float(here.rank + 1), dtype=dtype, device=here.torch_device)
+            total, parts = torch.empty_like(mine), [torch.empty_like(mine) for _ in range(here.size)]
             calls: dict[str, Callable[[], Any]] = {
                 "all-reduce": partial(reduced, total, mine),
                 "all-gather": partial(dist.all_gather, parts, mine),
             }
             for what, call in calls.items():
-                seconds = best_of(active.device, call)
+                seconds = best_of(here.device, call)
                 right = bool((total == RANKS * (RANKS + 1) / 2).all()) if what == "all-reduce" else gathered(parts)
                 wrong += not right
-                if active.is_main:
+                if here.is_main:
                     kind = (
-                        f"{what} over {active.device.backend} {str(dtype).removeprefix('torch.'):8} "
+                        f"{what} over {here.device.backend} {str(dtype).removeprefix('torch.'):8} "
                         f"{mine.nbytes / 2**20:5.1f} MiB"
                     )
                     print(f"{kind}  {'right' if right else 'WRONG'}  {seconds * 1e3:.2f} ms", flush=True)
@@ -269,9 +269,9 @@ def train(device: Device, folder: str, loss: str, jobs: Any) -> list[tuple[float
     from megatron_replay.parallel.mcore.model import build, load_hf
     from megatron_replay.parallel.trainer import make_trainer
 
-    with world.running(Layout(), device) as active:
+    with world.running(Layout(), device) as here:
         source = HFFolder(folder)
-        model = build(source.spec, Layout(), active, torch.float32, seq_length=128)
+        model = build(source.spec, Layout(), here, torch.float32, seq_length=128)
         load_hf(model, source)
         trainer = make_trainer(model, jobs.MOCLIP)
         steps = [

@@ -96,15 +96,15 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
     """Select candidate sets with a tiny Qwen3 of random weights and train it on them, in one process on `device`."""
     spec, layout = ModelSpec.from_hf(TINY), Layout()
     torch.manual_seed(config.seed)
-    with world.running(layout, device, seed=config.seed) as active:
+    with world.running(layout, device, seed=config.seed) as here:
         samples = _samples(spec.vocab_size, config.seed)
         length = sum(map(len, samples)) + 4
-        model = build(spec, layout, active, dtype(config.precision, device), seq_length=length)
+        model = build(spec, layout, here, dtype(config.precision, device), seq_length=length)
         with torch.no_grad():
             for _, _, parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
         tree = lay(samples, share=config.data.share_prefixes)
-        batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, active.torch_device, tree=tree)
+        batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, here.torch_device, tree=tree)
         rule = SetRule(
             tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
         )

@@ -11,27 +11,27 @@ from megatron_replay.runtime.session import Session
 from megatron_replay.store import CandidateStore, verify
 
 
-def model_fingerprint(active: Session) -> str:
+def model_fingerprint(session: Session) -> str:
     """Computed by one rank: it reads every byte of the weights."""
-    return str(active.world.gather_objects(active.source.fingerprint() if active.world.is_main else "")[0])
+    return str(session.world.gather_objects(session.source.fingerprint() if session.world.is_main else "")[0])
 
 
-def check_store(active: Session, path: str, samples: Sequence[Sample]) -> CandidateStore:
+def check_store(session: Session, path: str, samples: Sequence[Sample]) -> CandidateStore:
     """Open the store and check that it was collected with this model, tokenizer and template, and holds every sample.
 
     Every byte of the store is read and checked first. Raises StoreError naming file and byte of damage, both
     fingerprints, or the first sample that is not in the store.
     """
     store = CandidateStore.open(path)
-    damage = [str(problem) for problem in verify(path).problems[:1]] if active.world.is_main else []
-    for problem in active.world.gather_objects(damage)[0]:  # better now than in the middle of the run
+    damage = [str(problem) for problem in verify(path).problems[:1]] if session.world.is_main else []
+    for problem in session.world.gather_objects(damage)[0]:  # better now than in the middle of the run
         raise StoreError(f"{problem}; run `store repair` and then collect again")
     manifest = store.manifest
     pairs = {
-        "tokenizer": (manifest.tokenizer, active.tokenizer.fingerprint),
-        "chat template": (manifest.template, active.template.fingerprint),
-        "vocabulary size": (manifest.vocab_size, active.vocab_size),
-        "base model": (manifest.model, model_fingerprint(active)),
+        "tokenizer": (manifest.tokenizer, session.tokenizer.fingerprint),
+        "chat template": (manifest.template, session.template.fingerprint),
+        "vocabulary size": (manifest.vocab_size, session.vocab_size),
+        "base model": (manifest.model, model_fingerprint(session)),
     }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:

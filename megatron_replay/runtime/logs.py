@@ -20,20 +20,20 @@ from megatron_replay.runtime.session import Session
 class Logs:
     """Use as a context; call `step` after each iteration."""
 
-    def __init__(self, active: Session, steps: int) -> None:
-        self.active, self.steps = active, steps
-        self.folder = Path(active.config.output)
+    def __init__(self, session: Session, steps: int) -> None:
+        self.session, self.steps = session, steps
+        self.folder = Path(session.config.output)
         self.file: Any = None
         self.board: Any = None
 
     def __enter__(self) -> Logs:
-        if self.active.world.is_main:
+        if self.session.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(
-                f"# megatron_replay {__version__}\n{dump(self.active.config)}", encoding="utf-8"
+                f"# megatron_replay {__version__}\n{dump(self.session.config)}", encoding="utf-8"
             )
             self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-            if self.active.config.train.tensorboard:
+            if self.session.config.train.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder / "tensorboard"))
@@ -51,10 +51,10 @@ class Logs:
     ) -> None:
         """Every rank calls it (the tokens of all replicas are added up; the shared ones were not computed again); the
         main rank writes."""
-        tokens, shared = self.active.world.total(
+        tokens, shared = self.session.world.total(
             *(sum(batch.notes[key] for batch in batches) for key in ("tokens", "shared"))
         )
-        if not self.active.world.is_main:
+        if not self.session.world.is_main:
             return
         values = {
             "lm loss": result.loss,
@@ -69,7 +69,7 @@ class Logs:
             **{f"time/{phase}": spent for phase, spent in result.seconds.items()},
         }
         self._write(iteration, values)
-        if iteration % self.active.config.train.log_interval == 0 or iteration == self.steps:
+        if iteration % self.session.config.train.log_interval == 0 or iteration == self.steps:
             print(self._line(iteration, result, lr, seconds, skipped), flush=True)
 
     def _write(self, iteration: int, values: dict[str, float]) -> None:
@@ -81,7 +81,7 @@ class Logs:
 
     def _line(self, iteration: int, result: StepResult, lr: float, seconds: float, skipped: int) -> str:
         """Megatron's line, field for field, so that its log parsers work; ours follow at the end."""
-        batch = self.active.config.batch.total
+        batch = self.session.config.batch.total
         nan = 0 if result.applied else 1
         ours = "".join(
             f" {name.split('/')[-1].replace('_', ' ')}: {value:.3f} |" for name, value in result.metrics.items()

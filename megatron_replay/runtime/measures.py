@@ -25,31 +25,31 @@ SQLITE = b"SQLite format 3\0"
 """The first bytes of a database file."""
 
 
-def perplexity(active: Session) -> dict[str, Any]:
+def perplexity(session: Session) -> dict[str, Any]:
     """exp of the mean NLL over windows that do not overlap, each predicting all but its first token."""
-    asked = active.config.evaluate
+    asked = session.config.evaluate
     text = _read_text(Path(asked.text))[: asked.text_chars]
     try:
-        parts = windows(active.tokenizer.encode(text), asked.window, asked.text_tokens)
+        parts = windows(session.tokenizer.encode(text), asked.window, asked.text_tokens)
     except DataError as err:
         raise DataError(f"{asked.text}: {err}") from err
-    nll = _nll(active, parts, [np.arange(len(part) - 1) for part in parts], "perplexity")
+    nll = _nll(session, parts, [np.arange(len(part) - 1) for part in parts], "perplexity")
     total = np.concatenate(nll)
     mean = float(total.mean(dtype=np.float64))
     return {"perplexity": math.exp(mean), "nll": mean, "tokens": len(total), "windows": len(parts)}
 
 
-def target_nll(active: Session) -> dict[str, Any]:
+def target_nll(session: Session) -> dict[str, Any]:
     """Mean NLL of the target tokens of a data set, per token and per sample."""
-    asked = active.config.evaluate
+    asked = session.config.evaluate
     data = configs.Data(
         path=asked.targets,
-        template=active.config.data.template,
-        seq_length=active.config.data.seq_length,
+        template=session.config.data.template,
+        seq_length=session.config.data.seq_length,
         limit=asked.limit,
     )
-    samples = load_samples(data, active.tokenizer, template=active.template)
-    nll = _nll(active, [s.ids for s in samples], [s.positions for s in samples], "targets")
+    samples = load_samples(data, session.tokenizer, template=session.template)
+    nll = _nll(session, [s.ids for s in samples], [s.positions for s in samples], "targets")
     total = np.concatenate(nll)
     return {
         "nll": float(total.mean(dtype=np.float64)),
@@ -59,20 +59,20 @@ def target_nll(active: Session) -> dict[str, Any]:
     }
 
 
-def multiple_choice(active: Session) -> dict[str, Any]:
+def multiple_choice(session: Session) -> dict[str, Any]:
     """Accuracy of the likeliest choice: lines of {"question", "choices", "answer": index}."""
-    asked = active.config.evaluate
+    asked = session.config.evaluate
     questions = list(_choices(Path(asked.choice)))[: asked.limit]
     if not questions:
         raise DataError(f"{asked.choice}: empty; expected lines of {{question, choices, answer}}")
     sequences, positions = [], []
     for question, choices, _ in questions:
-        prompt = active.template.prompt([Message("user", question)])
+        prompt = session.template.prompt([Message("user", question)])
         for choice in choices:
-            answer = active.tokenizer.encode(choice, continues=True)
+            answer = session.tokenizer.encode(choice, continues=True)
             sequences.append(np.asarray([*prompt, *answer]))
             positions.append(np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    nll = iter(_nll(active, sequences, positions, "choice"))
+    nll = iter(_nll(session, sequences, positions, "choice"))
     rows = [[next(nll) for _ in choices] for _, choices, _ in questions]
     return dict(
         score_choices(
@@ -83,25 +83,25 @@ def multiple_choice(active: Session) -> dict[str, Any]:
     )
 
 
-def nl2sql(active: Session) -> dict[str, Any]:
+def nl2sql(session: Session) -> dict[str, Any]:
     """Greedy SQL for every question: share whose result equals the gold query's, and share that is the gold query."""
-    asked = active.config.evaluate
+    asked = session.config.evaluate
     records = list(read_records(asked.nl2sql, targets=False))[: asked.limit]
     gold = [_gold(record) for record in records]
     databases = [_database(record, Path(asked.databases)) for record in records]  # before the hours of generating
-    prompts = [active.template.prompt(record.prompt) for record in records]
-    with active.progress("nl2sql", len(prompts), "questions") as advance:
+    prompts = [session.template.prompt(record.prompt) for record in records]
+    with session.progress("nl2sql", len(prompts), "questions") as advance:
         answers = generate(
-            active.model,
+            session.model,
             prompts,
             max_new_tokens=asked.max_new_tokens,
-            stop_ids=active.tokenizer.eos_ids,
-            vocab_size=active.vocab_size,
+            stop_ids=session.tokenizer.eos_ids,
+            vocab_size=session.vocab_size,
             batch=asked.batch,
             progress=advance,
         )
-    predicted = [extract_sql(active.tokenizer.decode(answer)) for answer in answers]
-    right = _executed(active, databases, predicted, gold)
+    predicted = [extract_sql(session.tokenizer.decode(answer)) for answer in answers]
+    right = _executed(session, databases, predicted, gold)
     exact = sum(exact_match(ours, theirs) for ours, theirs in zip(predicted, gold, strict=True))
     return {
         "execution": proportion(sum(right), len(right)),
@@ -113,35 +113,35 @@ def nl2sql(active: Session) -> dict[str, Any]:
     }
 
 
-def distance(active: Session) -> dict[str, Any]:
+def distance(session: Session) -> dict[str, Any]:
     """|theta - theta_0| / |theta_0| over all parameters, theta_0 the base model's."""
-    moved, size = squared_distance(active.model, HFFolder(active.config.evaluate.base))
+    moved, size = squared_distance(session.model, HFFolder(session.config.evaluate.base))
     return {"relative_l2": math.sqrt(moved / size)}
 
 
 def _nll(
-    active: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str
+    session: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str
 ) -> list[np.ndarray]:
-    with active.progress(what, len(sequences), "sequences") as advance:
+    with session.progress(what, len(sequences), "sequences") as advance:
         return token_nll(
-            active.model,
+            session.model,
             sequences,
             positions,
-            vocab_size=active.vocab_size,
-            row_tokens=max(active.config.data.seq_length, 1) * active.config.batch.micro,
-            share=active.config.data.share_prefixes,
+            vocab_size=session.vocab_size,
+            row_tokens=max(session.config.data.seq_length, 1) * session.config.batch.micro,
+            share=session.config.data.share_prefixes,
             progress=advance,
         )
 
 
-def _executed(active: Session, databases: Sequence[Path], predicted: Sequence[str], gold: Sequence[str]) -> list[bool]:
+def _executed(session: Session, databases: Sequence[Path], predicted: Sequence[str], gold: Sequence[str]) -> list[bool]:
     """Run the queries on the main rank; the verdicts go to all."""
     verdicts: list[bool] = []
-    if active.world.is_main:
+    if session.world.is_main:
         with Sandbox() as sandbox:
             for database, ours, theirs in zip(databases, predicted, gold, strict=True):
                 verdicts.append(execution_match(database, ours, theirs, sandbox=sandbox).correct)
-    return list(active.world.gather_objects(verdicts)[0])
+    return list(session.world.gather_objects(verdicts)[0])
 
 
 def _gold(record: Record) -> str:

@@ -16,14 +16,14 @@ LOADED = 20_000_000
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "passing", "base", "total")
 
 
-def predicted(active: Session, load: Load) -> list[Peak]:
+def predicted(session: Session, load: Load) -> list[Peak]:
     """The peaks of this run, and on the cpu what its processes take without a model. Every rank must call it."""
-    config, world = active.config, active.world
-    config = replace(config, layout=active.model.layout)
+    config, world = session.config, session.world
+    config = replace(config, layout=session.model.layout)
     peaks = predict(
-        active.model.spec, config, ranks=world.size, dtype=active.model.dtype, device=world.device, load=load
+        session.model.spec, config, ranks=world.size, dtype=session.model.dtype, device=world.device, load=load
     )
-    held = sum(parameter.nbytes for parameter in active.model.module.parameters())
+    held = sum(parameter.nbytes for parameter in session.model.module.parameters())
     base = world.device.held_memory() - held + LOADED if world.device.name == "cpu" else 0
     told = torch.stack(world.gather(torch.tensor([world.pipeline_rank, base])))
     return [replace(peak, base=int(told[told[:, 0] == peak.stage, 1].max())) for peak in peaks]

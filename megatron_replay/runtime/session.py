@@ -49,7 +49,7 @@ class Session:
 
 
 @contextmanager
-def session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
+def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they
     start."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")

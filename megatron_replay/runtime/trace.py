@@ -17,9 +17,9 @@ class Trace:
     Raises ConfigError when the run has fewer steps left than the window asks for.
     """
 
-    def __init__(self, active: Session, timers: Timers, steps: int) -> None:
-        self.active, self.timers = active, timers
-        self.window = active.config.train.profile
+    def __init__(self, session: Session, timers: Timers, steps: int) -> None:
+        self.session, self.timers = session, timers
+        self.window = session.config.train.profile
         self.begun = 0
         self.profiler: Any = None
         if self.window and self.window[1] > steps:
@@ -43,18 +43,18 @@ class Trace:
         if not self.window:
             return
         if self.begun == self.window[0]:
-            self.profiler, self.timers.traced = self.active.world.device.profiler(), True
+            self.profiler, self.timers.traced = self.session.world.device.profiler(), True
             self.profiler.start()
         elif self.begun == self.window[1] + 1:
             self._write()
 
     def _write(self) -> None:
         self.profiler.stop()
-        folder = Path(self.active.config.output) / "trace"
+        folder = Path(self.session.config.output) / "trace"
         folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(folder / f"rank{self.active.world.rank}.json"))
+        self.profiler.export_chrome_trace(str(folder / f"rank{self.session.world.rank}.json"))
         self.profiler, self.timers.traced = None, False
-        self.active.say(
+        self.session.say(
             f"  wrote a trace of steps {self.window[0]} to {min(self.begun, self.window[1])} to {folder}, one file a "
             "rank"
         )

@@ -29,7 +29,7 @@ from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import TaskOf, forward
 from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
 from megatron_replay.runtime.identity import model_fingerprint
-from megatron_replay.runtime.session import Session, session
+from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.store import (
     CandidateStore,
     Manifest,
@@ -47,8 +47,10 @@ def run(config: RunConfig, *, dry_run: bool = False) -> None:
     """Collect into `collect.store`; with dry_run say what that would take, from a small sample, and write nothing."""
     if not config.collect.store:
         raise ConfigError("collect.store is not set; give the folder the candidate store goes to: collect.store=PATH")
-    with session(config, seq_length=config.data.seq_length) as active:
-        collection = Collection(active, unique(load_samples(config.data, active.tokenizer, template=active.template)))
+    with open_session(config, seq_length=config.data.seq_length) as session:
+        collection = Collection(
+            session, unique(load_samples(config.data, session.tokenizer, template=session.template))
+        )
         if dry_run:
             collection.predict()
         else:
@@ -57,36 +59,36 @@ def run(config: RunConfig, *, dry_run: bool = False) -> None:
 
 @dataclass
 class Collection:
-    active: Session
+    session: Session
     samples: list[Sample]
     rule: SetRule = field(init=False)
     shared: int = 0
     """Tokens of this replica's samples that were computed with another sample's."""
 
     def __post_init__(self) -> None:
-        collect = self.active.config.collect
+        collect = self.session.config.collect
         self.rule = SetRule(
             tau=collect.tau,
             k_max=collect.k_max,
             min_set_size=collect.min_set_size,
-            vocab_size=self.active.vocab_size,
+            vocab_size=self.session.vocab_size,
             chunk_rows=collect.chunk_rows,
             always=self._always(),
-            kernels=self.active.config.kernels,
+            kernels=self.session.config.kernels,
         )
 
     def collect(self) -> None:
-        active, world = self.active, self.active.world
-        path = active.config.collect.store
+        session, world = self.session, self.session.world
+        path = session.config.collect.store
         plan = self._plan(path)
         if is_complete(path):
-            active.say(f"{path}: complete already, with these settings and this data; nothing to do")
+            session.say(f"{path}: complete already, with these settings and this data; nothing to do")
             return
         world.barrier()
         writer = Writer(path, rank=world.data_rank) if world.speaks else None
         done = {uid for uids in world.gather_objects(writer.done if writer else set()) for uid in uids}
         for line in [line for lines in world.gather_objects(writer.recovered if writer else []) for line in lines]:
-            active.say(line)
+            session.say(line)
         self.shared = 0  # not those of the bucket edges
         try:
             seconds = self._pass(done, plan, writer)
@@ -100,20 +102,20 @@ class Collection:
         (shared,) = world.total(self.shared)
         if world.is_main:
             finish(path, plan)
-            active.say(_summary(path, seconds, sum(len(s) for s in self.samples), int(shared)))
+            session.say(_summary(path, seconds, sum(len(s) for s in self.samples), int(shared)))
         world.barrier()
 
     def predict(self) -> None:
         """Measure a few samples and extrapolate: positions, bytes, time."""
-        active = self.active
+        session = self.session
         picked = [
-            self.samples[i] for i in order(len(self.samples), active.config.seed, 0)[: 8 * active.world.data_size]
+            self.samples[i] for i in order(len(self.samples), session.config.seed, 0)[: 8 * session.world.data_size]
         ]
         edges, counts = self._edges(picked)
         found: list[CandidateSets] = []
         began = time.perf_counter()
         choose = (
-            _bucket_chooser(BucketRule(edges, active.config.collect.fraction, active.config.seed, counts))
+            _bucket_chooser(BucketRule(edges, session.config.collect.fraction, session.config.seed, counts))
             if edges
             else None
         )
@@ -121,21 +123,21 @@ class Collection:
         def keep(batch: MicroBatch, _: Tensor) -> None:
             found.append(batch.notes["sets"])
 
-        self._run(self._rows(picked), self._wanted, select_task(active.model, self.rule, choose), keep)
+        self._run(self._rows(picked), self._wanted, select_task(session.model, self.rule, choose), keep)
         seconds = time.perf_counter() - began
-        ids, positions = active.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
+        ids, positions = session.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
         share = sum(map(len, self.samples)) / sum(map(len, picked))
         per_id = 1.5  # 11.4 to 12.1 bits an id, measured
-        active.say(
+        session.say(
             f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
             f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} "
             "samples)"
         )
 
     def _always(self) -> tuple[int, ...]:
-        if not self.active.config.collect.stop_token:
+        if not self.session.config.collect.stop_token:
             return ()
-        ids = tuple(sorted(set(self.active.tokenizer.eos_ids)))
+        ids = tuple(sorted(set(self.session.tokenizer.eos_ids)))
         if not ids:
             raise ConfigError(
                 "collect.stop_token=true, but the tokenizer names no eos; set eos_token_id in generation_config.json"
@@ -151,21 +153,21 @@ class Collection:
         else:
             edges, counts = self._edges(self._edge_samples())
         manifest = dataclasses.replace(manifest, bucket_edges=edges, bucket_counts=counts)
-        if self.active.world.is_main:
+        if self.session.world.is_main:
             begin(path, manifest)
-        self.active.world.barrier()
+        self.session.world.barrier()
         return manifest
 
     def _manifest(self) -> Manifest:
-        active, config = self.active, self.active.config
-        collect, world = config.collect, active.world
+        session, config = self.session, self.session.config
+        collect, world = config.collect, session.world
         return Manifest(
-            model=model_fingerprint(active),
-            tokenizer=active.tokenizer.fingerprint,
-            template=active.template.fingerprint,
+            model=model_fingerprint(session),
+            tokenizer=session.tokenizer.fingerprint,
+            template=session.template.fingerprint,
             dataset=fingerprint(self.samples),
-            vocab_size=active.vocab_size,
-            vocab_padded=active.model.spec.padded_vocab(),
+            vocab_size=session.vocab_size,
+            vocab_padded=session.model.spec.padded_vocab(),
             tau=collect.tau,
             k_max=collect.k_max,
             min_set_size=collect.min_set_size,
@@ -174,7 +176,7 @@ class Collection:
             fraction=collect.fraction,
             buckets=collect.buckets,
             seed=config.seed,
-            dtype=str(active.model.dtype).removeprefix("torch."),
+            dtype=str(session.model.dtype).removeprefix("torch."),
             codec=collect.codec,
             logits=collect.logits,
             layout={
@@ -187,42 +189,42 @@ class Collection:
         )
 
     def _edge_samples(self) -> list[Sample]:
-        picked = order(len(self.samples), self.active.config.seed, 0)[: self.active.config.collect.bucket_samples]
+        picked = order(len(self.samples), self.session.config.seed, 0)[: self.session.config.collect.bucket_samples]
         return [self.samples[i] for i in sorted(picked)]
 
     def _edges(self, picked: Sequence[Sample]) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """(edges, counts) of the confidence buckets over these samples; empty for the strategies that need none."""
-        collect, world = self.active.config.collect, self.active.world
+        collect, world = self.session.config.collect, self.session.world
         if collect.strategy != "bucket":
             return (), ()
         values: list[np.ndarray] = [np.zeros(0, np.float64)]
-        with self.active.progress("bucket edges", sum(map(len, picked)), "tokens") as advance:
+        with self.session.progress("bucket edges", sum(map(len, picked)), "tokens") as advance:
 
             def keep(batch: MicroBatch, out: Tensor) -> None:
                 values.append(out.cpu().double().numpy())
                 advance(sum(map(len, batch.notes["samples"])) * world.data_size)
 
-            self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.active.model, self.rule), keep)
+            self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.session.model, self.rule), keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
         edges = bucket_edges(joined, collect.buckets)
         return edges, bucket_counts(joined, edges)
 
     def _wanted(self, sample: Sample) -> np.ndarray:
         """The positions of a sample that go through the head: for `bucket` all targets, for the others those chosen."""
-        collect = self.active.config.collect
+        collect = self.session.config.collect
         if collect.strategy == "last":
             return sample.positions[-1:]
         if collect.strategy == "random":
             return sample.positions[
-                position_uniform(self.active.config.seed, sample.uid, sample.positions) < collect.fraction
+                position_uniform(self.session.config.seed, sample.uid, sample.positions) < collect.fraction
             ]
         return sample.positions
 
     def _rows(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """This replica's rows of some samples."""
-        config = self.active.config
+        config = self.session.config
         row_tokens = config.data.seq_length * config.batch.micro
-        dealt = deal([s.ids for s in samples], row_tokens, self.active.world, share=config.data.share_prefixes)
+        dealt = deal([s.ids for s in samples], row_tokens, self.session.world, share=config.data.share_prefixes)
         return [[samples[i] for i in row] for row in dealt]
 
     def _pass(self, done: set[bytes], plan: Manifest, writer: Writer | None) -> float:
@@ -231,8 +233,8 @@ class Collection:
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
-        with self.active.progress(
-            "collect", sum(len(s) for row in todo for s in row) * self.active.world.data_size, "tokens"
+        with self.session.progress(
+            "collect", sum(len(s) for row in todo for s in row) * self.session.world.data_size, "tokens"
         ) as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
@@ -240,9 +242,9 @@ class Collection:
                     for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, batch.notes.pop("sets")):
                         if sample.uid not in done:
                             writer.add(sample.uid, sets)
-                advance(sum(map(len, batch.notes["samples"])) * self.active.world.data_size)
+                advance(sum(map(len, batch.notes["samples"])) * self.session.world.data_size)
 
-            self._run(todo, self._wanted, select_task(self.active.model, self.rule, choose), keep)
+            self._run(todo, self._wanted, select_task(self.session.model, self.rule, choose), keep)
         return time.perf_counter() - began
 
     def _run(
@@ -253,15 +255,15 @@ class Collection:
         consume: Callable[[MicroBatch, Tensor], None],
     ) -> None:
         """Forward the rows, a few in flight at a time."""
-        world = self.active.world
+        world = self.session.world
         for some in in_groups(rows, 2 * world.pipeline_size):
             positions = [[wanted(s) for s in row] for row in some]
             notes = [{"samples": row, "positions": at} for row, at in zip(some, positions, strict=True)]
             ids = [[s.ids for s in row] for row in some]
-            share = self.active.config.data.share_prefixes
+            share = self.session.config.data.share_prefixes
             batches = micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share)
             self.shared += sum(batch.notes["shared"] for batch in batches)
-            forward(self.active.model, batches, task_of, consume=consume)
+            forward(self.session.model, batches, task_of, consume=consume)
 
 
 def _bucket_chooser(rule: BucketRule) -> Chooser:

@@ -14,7 +14,7 @@ from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.runtime import measures
 from megatron_replay.runtime.output_paths import check_file
-from megatron_replay.runtime.session import Session, session
+from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.scoring.table import show
 
 PARTS = {
@@ -30,21 +30,21 @@ PARTS = {
 def run(config: RunConfig) -> None:
     """Measure whatever has its file given; prints a table and writes `evaluate.output` as JSON."""
     _check(config)
-    with session(config, seq_length=config.data.seq_length) as active:
-        evaluate(active)
+    with open_session(config, seq_length=config.data.seq_length) as session:
+        evaluate(session)
 
 
-def evaluate(active: Session) -> dict[str, Any]:
+def evaluate(session: Session) -> dict[str, Any]:
     """The measures of an open session; the same on every rank."""
-    wanted = {key: part for key, part in PARTS.items() if getattr(active.config.evaluate, key)}
-    result: dict[str, Any] = {"model": active.config.model, "version": __version__}
+    wanted = {key: part for key, part in PARTS.items() if getattr(session.config.evaluate, key)}
+    result: dict[str, Any] = {"model": session.config.model, "version": __version__}
     for key, part in wanted.items():
-        result[key] = part(active)
-    if active.world.is_main:
-        show(_numbers(result), f"evaluate {active.config.model}")
-        if active.config.evaluate.output:
-            _write(Path(active.config.evaluate.output), result)
-    active.world.barrier()
+        result[key] = part(session)
+    if session.world.is_main:
+        show(_numbers(result), f"evaluate {session.config.model}")
+        if session.config.evaluate.output:
+            _write(Path(session.config.evaluate.output), result)
+    session.world.barrier()
     return result
 
 

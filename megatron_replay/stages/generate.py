@@ -6,33 +6,33 @@ from megatron_replay.config import RunConfig
 from megatron_replay.data.records import Message
 from megatron_replay.errors import ConfigError
 from megatron_replay.parallel.inference import generate
-from megatron_replay.runtime.session import Session, session
+from megatron_replay.runtime.session import Session, open_session
 
 
 def run(config: RunConfig) -> None:
     """Print the continuation of `generate.prompt`."""
     if not config.generate.prompt:
         raise ConfigError('no prompt; write it after the verb in quotes, or set generate.prompt="..."')
-    with session(config, seq_length=config.data.seq_length) as active:
-        active.say(text(active))
+    with open_session(config, seq_length=config.data.seq_length) as session:
+        session.say(text(session))
 
 
-def text(active: Session) -> str:
-    asked = active.config.generate
-    tokenizer = active.tokenizer
+def text(session: Session) -> str:
+    asked = session.config.generate
+    tokenizer = session.tokenizer
     if asked.raw:
         start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         prompt = start + tokenizer.encode(asked.prompt)
     else:
-        prompt = active.template.prompt([Message("user", asked.prompt)])
+        prompt = session.template.prompt([Message("user", asked.prompt)])
     if not prompt:
         raise ConfigError("the prompt has no tokens")
     (answer,) = generate(
-        active.model,
+        session.model,
         [prompt],
         max_new_tokens=asked.max_new_tokens,
         stop_ids=tokenizer.eos_ids,
-        vocab_size=active.vocab_size,
+        vocab_size=session.vocab_size,
         batch=1,
     )
     return (asked.prompt if asked.raw else "") + tokenizer.decode(answer)

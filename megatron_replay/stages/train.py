@@ -35,7 +35,7 @@ from megatron_replay.runtime.ahead import ahead
 from megatron_replay.runtime.identity import check_store
 from megatron_replay.runtime.logs import Logs
 from megatron_replay.runtime.output_paths import check_folder
-from megatron_replay.runtime.session import Session, session
+from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.signals import StopRequest
 from megatron_replay.runtime.trace import Trace
 from megatron_replay.store import CandidateStore
@@ -44,18 +44,18 @@ from megatron_replay.store import CandidateStore
 def run(config: RunConfig, *, dry_run: bool = False) -> int:
     """Train and save; returns the exit code (0, or 128 + n when signal n stopped it after saving)."""
     _check(config)
-    with session(config, seq_length=config.data.seq_length) as active:
-        samples = load_samples(config.data, active.tokenizer, template=active.template)
-        store = check_store(active, config.train.store, samples) if config.train.store else None
-        feed = Feed(active, samples, store)
+    with open_session(config, seq_length=config.data.seq_length) as session:
+        samples = load_samples(config.data, session.tokenizer, template=session.template)
+        store = check_store(session, config.train.store, samples) if config.train.store else None
+        feed = Feed(session, samples, store)
         feed.rate(0)  # a schedule that cannot be is told before anything is built
         if dry_run:
-            active.say(feed.describe())
-            for name, value in _balance(active, feed.micro_batches(0)).items():
-                active.say(f"{name} {value:.3f} in the first step")
-            active.say("\n".join(memory.lines(memory.predicted(active, feed.largest()))))
+            session.say(feed.describe())
+            for name, value in _balance(session, feed.micro_batches(0)).items():
+                session.say(f"{name} {value:.3f} in the first step")
+            session.say("\n".join(memory.lines(memory.predicted(session, feed.largest()))))
             return 0
-        return _loop(active, feed)
+        return _loop(session, feed)
 
 
 def _check(config: RunConfig) -> None:
@@ -96,12 +96,12 @@ class Feed:
     """Step -> this replica's micro-batches; a pure function of the step, so a resumed run needs only the step's
     number."""
 
-    active: Session
+    session: Session
     samples: list[Sample]
     store: CandidateStore | None
 
     def __post_init__(self) -> None:
-        data, batch = self.active.config.data, self.active.config.batch
+        data, batch = self.session.config.data, self.session.config.batch
         found = len(self.samples)
         self.samples = [sample for sample in self.samples if _count(self.store, sample)]
         self.left_out = found - len(self.samples)
@@ -113,17 +113,17 @@ class Feed:
         lengths = [len(sample) for sample in self.samples]
         grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
         self.stream = Stream(
-            lengths, self.active.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping
+            lengths, self.session.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping
         )
 
     @cached_property
     def steps(self) -> int:
-        train = self.active.config.train
+        train = self.session.config.train
         return train.iters or self.stream.num_steps(train.epochs)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step; raises ConfigError for a schedule that does not fit the number of steps."""
-        schedule, peak = self.active.config.schedule, self.active.config.optimizer.lr
+        schedule, peak = self.session.config.schedule, self.session.config.optimizer.lr
         return learning_rate(
             step,
             peak=peak,
@@ -134,28 +134,28 @@ class Feed:
         )
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        world = self.active.world
+        world = self.session.world
         rows = self.stream.batch(step)
         mine = [
             [i for row in micro for i in row]
-            for micro in share(rows, world.data_rank, world.data_size, self.active.config.batch.micro)
+            for micro in share(rows, world.data_rank, world.data_size, self.session.config.batch.micro)
         ]
         chosen = [[self.samples[i] for i in micro] for micro in mine]
         stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
         positions = [[s.positions for s in some] for some in (stored or chosen)]
         notes: list[dict[str, Any]] = [{"tokens": sum(map(len, some))} for some in chosen]
-        if stored is not None and self.active.model.head is not None:
+        if stored is not None and self.session.model.head is not None:
             for noted, some in zip(notes, stored, strict=True):
-                noted["sets"] = sets_of(self.active.model, some)
+                noted["sets"] = sets_of(self.session.model, some)
         ids = [[s.ids for s in some] for some in chosen]
-        share_prefixes = self.active.config.data.share_prefixes
+        share_prefixes = self.session.config.data.share_prefixes
         return micro_batches(
             ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes
         )
 
     def largest(self) -> Load:
         """What no micro-batch of the first epoch exceeds."""
-        config, world = self.active.config, self.active.world
+        config, world = self.session.config, self.session.world
         rows = self.stream.rows(0)
         tokens = max(sum(len(self.samples[i]) for i in row) for row in rows) * config.batch.micro
         positions = max(sum(_count(self.store, self.samples[i]) for i in row) for row in rows) * config.batch.micro
@@ -174,10 +174,10 @@ class Feed:
         positions = sum(_count(self.store, sample) for sample in self.samples)
         rows = len(self.stream.rows(0))
         return (
-            f"{len(self.samples)} samples in {rows} rows of up to {self.active.config.data.seq_length} tokens, "
+            f"{len(self.samples)} samples in {rows} rows of up to {self.session.config.data.seq_length} tokens, "
             f"{positions} positions an "
             f"epoch; "
-            f"{self.steps} steps of {self.active.config.batch.total} rows"
+            f"{self.steps} steps of {self.session.config.batch.total} rows"
             + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
         )
 
@@ -186,26 +186,26 @@ def _count(store: CandidateStore | None, sample: Sample) -> int:
     return len(sample.positions) if store is None else store.num_positions(sample.uid)
 
 
-def _loop(active: Session, feed: Feed) -> int:
-    config = active.config
-    _narrow(active)
-    trainer = make_trainer(active.model, config.optimizer, config.kernels)
+def _loop(session: Session, feed: Feed) -> int:
+    config = session.config
+    _narrow(session)
+    trainer = make_trainer(session.model, config.optimizer, config.kernels)
     for option, owner in foreign_options(config.optimizer).items():
-        active.say(f"optimizer.{option} is an option of {owner}, not of {config.optimizer.name}: left out")
+        session.say(f"optimizer.{option} is an option of {owner}, not of {config.optimizer.name}: left out")
     first = 0
     if config.train.load:
         first = int(checkpoint.load(Path(config.train.load), trainer)["iteration"])
-        active.say(f"resumed from {config.train.load} at iteration {first}")
-    active.say(feed.describe())
-    task_of = _task(active)
-    logs = Logs(active, feed.steps)
+        session.say(f"resumed from {config.train.load} at iteration {first}")
+    session.say(feed.describe())
+    task_of = _task(session)
+    logs = Logs(session, feed.steps)
     failures = 0
     feeding = ahead(feed.micro_batches, first, feed.steps)
     with (
-        StopRequest(active.world) as stop,
+        StopRequest(session.world) as stop,
         logs,
         closing(feeding),
-        Trace(active, trainer.timers, feed.steps - first) as trace,
+        Trace(session, trainer.timers, feed.steps - first) as trace,
     ):
         for step in range(first, feed.steps):
             trace.step()
@@ -214,7 +214,7 @@ def _loop(active: Session, feed: Feed) -> int:
                 batches = next(feeding)
             lr = feed.rate(step)
             result = trainer.step(batches, task_of, lr)
-            result = dataclasses.replace(result, metrics={**result.metrics, **_balance(active, batches)})
+            result = dataclasses.replace(result, metrics={**result.metrics, **_balance(session, batches)})
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
             _stop_if_broken(result, failures, config.train.max_skipped, step + 1)
@@ -222,18 +222,18 @@ def _loop(active: Session, feed: Feed) -> int:
             due = config.train.save_interval and (step + 1) % config.train.save_interval == 0
             if config.train.save and (due or signal or step + 1 == feed.steps):
                 with trainer.timers.phase("checkpoint"):
-                    _save(active, trainer, step + 1)
+                    _save(session, trainer, step + 1)
             if signal:
-                active.say(
+                session.say(
                     f"stopped by signal {signal} after iteration {step + 1}" + (", saved" if config.train.save else "")
                 )
                 return 128 + signal
     return 0
 
 
-def _narrow(active: Session) -> None:
+def _narrow(session: Session) -> None:
     """Freeze what the configuration does not want trained, and say what is left."""
-    config, model = active.config, active.model
+    config, model = session.config, session.model
     if config.adapter.rank:
         attach(model, config.adapter, config.seed)
         what = f"adapter of rank {config.adapter.rank} on {', '.join(config.adapter.targets)}"
@@ -245,38 +245,38 @@ def _narrow(active: Session) -> None:
     table = model.table()
     frozen = [weight for weight in table if weight.name in model.frozen]
     total, still = (sum(math.prod(shape) for weight in some for shape in weight.hf_shapes) for some in (table, frozen))
-    active.say(
+    session.say(
         f"{what}: {len(frozen)} of {len(table)} tensors ({still / 1e6:.3g} of {total / 1e6:.3g} million parameters) "
         "are frozen, "
         f"{(total - still) / 1e6:.3g} million are trained"
     )
 
 
-def _task(active: Session) -> TaskOf:
-    if active.config.train.loss == "restricted":
-        return restricted_task(active.model, active.config.kernels)
-    return full_task(active.model, active.vocab_size)
+def _task(session: Session) -> TaskOf:
+    if session.config.train.loss == "restricted":
+        return restricted_task(session.model, session.config.kernels)
+    return full_task(session.model, session.vocab_size)
 
 
-def _balance(active: Session, batches: list[MicroBatch]) -> dict[str, float]:
+def _balance(session: Session, batches: list[MicroBatch]) -> dict[str, float]:
     """How evenly the step's candidate ids lie on the tensor ranks, where that matters. Collective."""
-    if active.world.tensor_size == 1 or active.config.train.loss != "restricted":
+    if session.world.tensor_size == 1 or session.config.train.loss != "restricted":
         return {}
-    return {"replay/tp_imbalance": imbalance(active.model, batches)}
+    return {"replay/tp_imbalance": imbalance(session.model, batches)}
 
 
-def _save(active: Session, trainer: Trainer, iteration: int) -> None:
-    root = Path(active.config.train.save)
-    if active.world.is_main:
+def _save(session: Session, trainer: Trainer, iteration: int) -> None:
+    root = Path(session.config.train.save)
+    if session.world.is_main:
         facts = {
-            "head_multiple": active.model.layout.head_multiple,
-            "dtype": str(active.model.dtype).removeprefix("torch."),
+            "head_multiple": session.model.layout.head_multiple,
+            "dtype": str(session.model.dtype).removeprefix("torch."),
         }
-        facts |= {"adapter": checkpoint.adapter_facts(active.model.adapter)}
-        checkpoint.write_side_files(root, active.source.hf, facts)
+        facts |= {"adapter": checkpoint.adapter_facts(session.model.adapter)}
+        checkpoint.write_side_files(root, session.source.hf, facts)
     began = time.perf_counter()
-    checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": active.config.seed})
-    active.say(f"  saved checkpoint at iteration {iteration:7d} to {root} in {time.perf_counter() - began:.1f} s")
+    checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": session.config.seed})
+    session.say(f"  saved checkpoint at iteration {iteration:7d} to {root} in {time.perf_counter() - began:.1f} s")
 
 
 def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:

@@ -52,10 +52,10 @@ def all_reduce(folder: str, device: str, began: float) -> int:
     answer: dict[str, Any] = {"error": ""}
     rank = "unknown"
     try:
-        active = world.start(Layout(), choose(device), minutes=1.0)
-        rank = str(active.rank)
+        here = world.start(Layout(), choose(device), minutes=1.0)
+        rank = str(here.rank)
         answer["start_seconds"] = time.time() - began
-        answer["seconds"] = _timed_sum(active)
+        answer["seconds"] = _timed_sum(here)
         world.stop()
     except Exception as err:
         answer["error"] = _line(err)
@@ -63,15 +63,15 @@ def all_reduce(folder: str, device: str, began: float) -> int:
     return int(bool(answer["error"]))
 
 
-def _timed_sum(active: world.World) -> float:
+def _timed_sum(here: world.World) -> float:
     """Seconds of one all-reduce, the best of three. RuntimeError for a wrong sum."""
     took = []
     for _ in range(3):
-        values = torch.full((NUMBERS,), float(active.rank + 1), device=active.torch_device)
-        active.device.synchronize()
+        values = torch.full((NUMBERS,), float(here.rank + 1), device=here.torch_device)
+        here.device.synchronize()
         began = time.perf_counter()
-        dist.all_reduce(values, group=active.data_group)
-        active.device.synchronize()
+        dist.all_reduce(values, group=here.data_group)
+        here.device.synchronize()
         took.append(time.perf_counter() - began)
         wanted = RANKS * (RANKS + 1) / 2
         if not bool((values == wanted).all()):
