@@ -7,7 +7,7 @@ MODEL is a Hugging Face folder of a Llama (the study's: stories260K, made by `me
 file, or a .jsonl of which --fields are read (the study's: Spider's questions and queries); its last tenth is never
 trained on. One thread, no megatron: the optimizers of `megatron_replay.optim` alone. A run is a row, written when it
 ends; runs that the file has are not repeated. `convergence_report.py` draws the figure and fills the page's tables from
-the file. What the columns mean is said in docs/convergence.md.
+the file. What the columns mean is said in docs/reports/convergence.md.
 """
 
 from __future__ import annotations

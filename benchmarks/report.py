@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md, and its tables, from benchmarks/results.
+"""The pictures of docs/reports/performance.md, and its tables, from benchmarks/results.
 
     python benchmarks/report.py
 
@@ -149,7 +149,7 @@ def draw_scale() -> None:
 
 
 if __name__ == "__main__":
-    page = DOCS / "performance.md"
+    page = DOCS / "reports" / "performance.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw_loss()
     draw_scale()

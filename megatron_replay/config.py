@@ -84,7 +84,8 @@ class Collect:
     """Keep at least this many: a set of one has no gradient. 1 is the paper's literal rule."""
     stop_token: bool = False
     """Keep the tokens that end an answer in every set, beyond the paper's rule. Else nothing in Stage 1 lowers their
-    probability where an answer is to go on, while the end of each answer raises it (docs/log.md has what that did)."""
+    probability where an answer is to go on, while the end of each answer raises it (docs/reports/log.md has what that
+    did)."""
     strategy: Literal["all", "random", "last", "bucket"] = "bucket"
     fraction: float = 0.5
     """Share of the target positions to keep (random, bucket)."""

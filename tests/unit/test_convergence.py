@@ -139,10 +139,10 @@ def test_steps_to_a_target_wait_for_the_mean_of_five() -> None:
 
 def test_the_pages_tables_are_the_files_numbers() -> None:
     rows = report.read_rows(ROOT / "benchmarks/results/convergence.csv")
-    page = (ROOT / "docs/convergence.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reports/convergence.md").read_text(encoding="utf-8")
     made = report.tables(rows)
     assert all(f"<!-- table {name} -->" in page for name in made)
-    assert report.filled(page, made) == page, "run benchmarks/convergence_report.py (docs/convergence.md says how)"
+    assert report.filled(page, made) == page, "run benchmarks/convergence_report.py (the page says how)"
 
 
 def test_the_published_study_is_whole() -> None:

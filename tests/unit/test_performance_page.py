@@ -1,5 +1,4 @@
-"""docs/performance.md shows the numbers of the tables in benchmarks/results, and the benchmarks of the operators
-run."""
+"""docs/reports/performance.md shows the numbers in benchmarks/results, and the benchmarks of the operators run."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert spec is not None and spec.loader is not None
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reports" / "performance.md").read_text(encoding="utf-8")
     assert {"loss", "logits", "topk", "step", "prefix", "scale"} == set(re.findall(r"<!-- (\w+) -->\n\|", page))
     assert report.filled(page) == page, "run python benchmarks/report.py"
 
