@@ -1,4 +1,4 @@
-// megatron_replay._npu: importing it registers the NPU's kernels for the schemas of megatron_replay/ops/library.py and optim/kernels.py.
+// megatron_replay._npu: importing it registers the NPU's kernels for the schemas of megatron_replay/kernels/schemas.py.
 //
 // What a kernel wants sorted or transposed is prepared by torch's own NPU operators; kernels are enqueued through torch-npu's OpCommand, so
 // that they run in order with them. Sums that must be float64 are finished on the host: vector cores have no float64. The functions' C++

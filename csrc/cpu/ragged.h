@@ -8,7 +8,7 @@
 
 namespace megatron_replay {
 
-constexpr double kEmpty = -3e38;  // maximum of no candidates, see torch_kernels.EMPTY
+constexpr double kEmpty = -3e38;  // maximum of no candidates, see torch_twins.EMPTY
 
 // Each index once, `grain` at a time by whichever thread is free; only for work whose result does not depend on who does it.
 template <class Work>

@@ -1,4 +1,4 @@
-// The operators of the restricted loss and of the selection; megatron_replay/ops/torch_kernels.py says what they mean.
+// The operators of the restricted loss and of the selection; megatron_replay/kernels/torch_twins.py says what they mean.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,4 @@
-"""The restricted loss in Triton: what each program of a grid does. `triton_launch` calls these; importing this imports
-Triton.
+"""The restricted loss in Triton, as the programs of each grid; `triton_launch` starts them.
 
 Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and
 for the mixture that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's
@@ -21,7 +20,7 @@ the columns.
 import triton
 import triton.language as tl
 
-EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_kernels.EMPTY
+EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_twins.EMPTY
 
 
 @triton.jit
