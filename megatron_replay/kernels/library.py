@@ -74,8 +74,8 @@ def _has_kernel(operator: str, key: str | None) -> bool:
 def _register() -> torch.library.Library:
     """Define the operators, except those that an older extension or another copy of this module has defined.
 
-    An extension is loaded before: torch raises what is wrong with a kernel's types here, but ends the process where an
-    extension with such a kernel is loaded after the definition.
+    The CPU's extension must be loaded before. A kernel whose types differ from the schema raises RuntimeError then;
+    loaded after the definition, it would end the process.
     """
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for name, operator in OPERATORS.items():
