@@ -1,12 +1,13 @@
-"""Compiles what lies in csrc/. Everything else about the project stands in pyproject.toml.
+"""Compiles the C++ kernels of csrc/; everything else about the project stands in pyproject.toml.
 
-MEGATRON_REPLAY_BUILD says for which device, besides the CPU: `cpu` (the default), `npu` or `cuda`. What is for the CPU
-is compiled where a C++ compiler is there; where none is, the package installs all the same and runs the Python twins.
-What is for the NPU was asked for: without CANN (ASCEND_HOME_PATH), or when it does not compile, the build fails. CUDA's
-kernels are Triton's, compiled when they first run: the build only fails where torch has no CUDA or Triton is missing.
+MEGATRON_REPLAY_BUILD names a device to build for, besides the CPU: `cpu` (the default: no other), `npu` or `cuda`.
+The CPU's kernels are compiled if there is a C++ compiler; without one the package installs all the same and runs in
+plain torch. The NPU's kernels were asked for: without CANN (ASCEND_HOME_PATH), or when they do not compile, the build
+fails. CUDA's kernels are Triton's, compiled when they first run: the build fails only where torch has no CUDA or Triton
+is missing.
 
-MEGATRON_REPLAY_CXXFLAGS: flags for what is for the CPU, after ours and so before them in rank; `make sanitize` says
-with it what to check.
+MEGATRON_REPLAY_CXXFLAGS holds further flags for the CPU's kernels. They come after ours, so they override them; with
+them `make sanitize` says which sanitizers to use.
 """
 
 import importlib.util
@@ -30,25 +31,13 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
-def cpu_flags(*flags: str) -> list[str]:
-    return ["-O3", *flags, *os.environ.get("MEGATRON_REPLAY_CXXFLAGS", "").split()]
-
-
-def store_codec(files: list[str]) -> Extension:
-    from pybind11.setup_helpers import Pybind11Extension
-
-    headers = sources("store/*.h")
-    return Pybind11Extension(
-        "megatron_replay.store._codec", files, cxx_std=17, extra_compile_args=cpu_flags(), depends=headers
-    )
-
-
 def cpu_kernels(files: list[str]) -> Extension:
-    """Needs the torch that will load them, so they are built with `pip install --no-build-isolation` only."""
+    """The extension `_C`. It needs the torch that will load it, so `pip install --no-build-isolation` builds it."""
     import torch
     from torch.utils.cpp_extension import CppExtension
 
     flags = [
+        "-O3",
         "-fvisibility=hidden",
         f"-std=c++{cxx_standard(torch)}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -59,10 +48,8 @@ def cpu_kernels(files: list[str]) -> Extension:
     if sys.platform == "linux":
         # not at the link: torch brings the OpenMP runtime, and a second one would not obey torch.set_num_threads
         flags.append("-fopenmp")
-    headers = sources("*.h", "cpu/*.h")
-    return CppExtension(
-        "megatron_replay._C", files, extra_compile_args=cpu_flags(*flags, "-DTORCH_EXTENSION_NAME=_C"), depends=headers
-    )
+    flags += ["-DTORCH_EXTENSION_NAME=_C", *os.environ.get("MEGATRON_REPLAY_CXXFLAGS", "").split()]
+    return CppExtension("megatron_replay._C", files, extra_compile_args=flags, depends=sources("*.h", "cpu/*.h"))
 
 
 def npu_kernels() -> Extension:
@@ -83,7 +70,7 @@ def npu_kernels() -> Extension:
 
 
 def check_cuda() -> None:
-    """What CUDA's kernels will need when they run must be in the environment that builds."""
+    """End the build, with the reason, unless this environment has what CUDA's kernels need when they run."""
     way_out = "(with pip's --no-build-isolation), or leave MEGATRON_REPLAY_BUILD out to build for the CPU"
     try:
         import torch
@@ -107,8 +94,10 @@ def check_cuda() -> None:
 
 
 def python_settings() -> dict[str, str]:
-    """What csrc/ascend/binding.cmake wants to know of the Python that will load the module; torch-npu is found without
-    importing it."""
+    """The variables of csrc/ascend/binding.cmake, about the Python that will load the module.
+
+    torch-npu is found without importing it.
+    """
     import torch
 
     npu = importlib.util.find_spec("torch_npu")
@@ -151,24 +140,27 @@ class Build(build_ext):
         shutil.copy(built, target)
 
 
+def optional_kernels() -> list[Extension]:
+    """The CPU's; none, and a warning, where torch is missing."""
+    files = sources("register.cpp", "cpu/*.cpp")
+    if not files:
+        return []
+    try:
+        extension = cpu_kernels(files)
+    except ImportError as err:
+        print(f"warning: {', '.join(files)} not compiled: {err}", file=sys.stderr)
+        return []
+    extension.optional = True  # a compiler that is missing or fails leaves a warning and the Python twins
+    return [extension]
+
+
 def extensions() -> list[Extension]:
-    found = []
-    for make, files in ((store_codec, sources("store/*.cpp")), (cpu_kernels, sources("register.cpp", "cpu/*.cpp"))):
-        if not files:
-            continue
-        try:
-            extension = make(files)
-        except ImportError as err:
-            print(f"warning: {', '.join(files)} not compiled: {err}", file=sys.stderr)
-            continue
-        extension.optional = True  # a compiler that is missing or fails leaves a warning and the Python twin
-        found.append(extension)
     device = os.environ.get("MEGATRON_REPLAY_BUILD", "cpu")
     if device not in DEVICES:
         sys.exit(f"error: MEGATRON_REPLAY_BUILD={device!r} is not a device; choose {', '.join(DEVICES)}")
     if device == "cuda":
         check_cuda()
-    return [*found, npu_kernels()] if device == "npu" else found
+    return [*optional_kernels(), *([npu_kernels()] if device == "npu" else [])]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_cross_entropy
+from megatron_replay.kernels.library import choose
+from megatron_replay.ops import CandidateSets, VocabShard, restricted_cross_entropy
 
 OURS = "ours, the operators"
 
 
 def operators(mode: str, logits: Tensor, sets: CandidateSets) -> Step:
     """Both operators and nothing else: no collectives, and no gradient to be made."""
-    ops, here, grad = kernels(mode), sets.local(VocabShard(0, logits.shape[1])), torch.zeros_like(logits)
+    ops, here, grad = choose(mode), sets.local(VocabShard(0, logits.shape[1])), torch.zeros_like(logits)
     table = (here.offsets, here.columns, here.gold)
 
     def run() -> None:

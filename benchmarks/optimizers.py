@@ -29,7 +29,8 @@ import torch
 from rows import about, machine
 from torch import Tensor
 
-from megatron_replay.optim import ReplayOptimizer, build_optimizer, kernels
+from megatron_replay.kernels.library import live
+from megatron_replay.optim import ReplayOptimizer, build_optimizer
 
 SHAPE = (1000, 2000)
 BASE = "torch fused AdamW + norm"
@@ -98,7 +99,7 @@ def rivals(params: list[torch.nn.Parameter]) -> list[Rival]:
 
     def ours(name: str, mode: str = "auto", slow: bool = False) -> Rival:
         opt: ReplayOptimizer = build_optimizer(name, params, lr, kernels=mode)
-        label = name if slow else f"{name} {'reference' if mode == 'reference' else kernels.live()['adam_update']}"
+        label = name if slow else f"{name} {'reference' if mode == 'reference' else live()['adam_update']}"
         return Rival(label, opt.step, lambda: state_bytes(opt), slow)
 
     table = [

@@ -12,7 +12,8 @@ import torch
 from rows import Step, interleaved, language_logits, options, summary, write
 from torch import Tensor
 
-from megatron_replay.ops import dynamic_topk, kernels
+from megatron_replay.kernels.library import choose
+from megatron_replay.ops import dynamic_topk
 
 OURS = "ours, sets"
 
@@ -23,7 +24,7 @@ def plain(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def methods(logits: Tensor, gold: Tensor) -> dict[str, Step]:
-    ours, reference = kernels().topk_rows, kernels("reference").topk_rows
+    ours, reference = choose().topk_rows, choose("reference").topk_rows
     return {
         OURS: lambda: dynamic_topk(logits, gold),
         "ours, the kernel alone": lambda: ours(logits, 200),

@@ -6,17 +6,8 @@
 #include "cpu/optimizer.h"
 #include "cpu/restricted.h"
 
-TORCH_LIBRARY_FRAGMENT(megatron_replay, library) {
-  library.def("optimizer_sums(Tensor[] grads, Tensor?[] momenta) -> Tensor");
-  library.def(
-      "adam_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rounded, "
-      "Tensor scalars) -> Tensor");
-}
-
+// megatron_replay/kernels/schemas.py has the schemas, and kernels/library.py defines the operators.
 TORCH_LIBRARY_IMPL(megatron_replay, CPU, library) {
-  library.impl("optimizer_sums", &megatron_replay::optimizer_sums);
-  library.impl("adam_update", &megatron_replay::adam_update);
-  // megatron_replay/ops/library.py defines these
   library.impl("restricted_fwd", &megatron_replay::restricted_fwd);
   library.impl("restricted_bwd_dh", &megatron_replay::restricted_bwd_dh);
   library.impl("restricted_bwd_dw", &megatron_replay::restricted_bwd_dw);
@@ -24,6 +15,8 @@ TORCH_LIBRARY_IMPL(megatron_replay, CPU, library) {
   library.impl("restricted_logits_fwd", &megatron_replay::restricted_logits_fwd);
   library.impl("restricted_logits_bwd", &megatron_replay::restricted_logits_bwd);
   library.impl("topk_rows", &megatron_replay::topk_rows);
+  library.impl("optimizer_sums", &megatron_replay::optimizer_sums);
+  library.impl("adam_update", &megatron_replay::adam_update);
 }
 
 namespace {

@@ -21,9 +21,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from megatron_replay import compiled
 from megatron_replay.environment import VARIABLES
 from megatron_replay.errors import ConfigError, DeviceError
+from megatron_replay.kernels import loading
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASCEND_HOME_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 """Set by launchers and installations; what a user sets stands in `environment`."""
@@ -147,7 +147,7 @@ def _npu_present() -> bool:
         importlib.import_module("torch_npu")
     except (ImportError, OSError):  # the wheel is here but CANN's libraries are not
         return False
-    compiled.load(compiled.NPU)
+    loading.load(loading.NPU)
     return bool(NPU.module.is_available())
 
 

@@ -1,12 +1,11 @@
-"""Is this device sound? Every operator against plain torch, collectives, ten training steps against the golden losses,
-timings.
+"""Check that a device computes right: operators against plain torch, collectives, training against golden losses.
 
     python tools/selftest.py --device cuda kernels
     python tools/selftest.py --device npu collectives
 
-A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why).
-`npu_selftest.sh` runs all. Needs the project's checkout and pytest: the golden losses and the tiny model are those of
-tests/.
+A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). The part
+`timings` measures the losses. `npu_selftest.sh` runs all parts. They need the project's checkout and pytest, because
+the golden losses and the tiny model are those of tests/.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from torch import Tensor
 from megatron_replay.config import Layout
 from megatron_replay.device import Device, choose
 from megatron_replay.errors import ReplayError
+from megatron_replay.kernels import library
+from megatron_replay.kernels.precision import accumulator
 from megatron_replay.ops import CandidateSets, linear_cross_entropy, restricted_linear_cross_entropy
-from megatron_replay.ops import library as operators
 from megatron_replay.ops.local_sets import ByColumn
-from megatron_replay.ops.shard import accumulator, shard_of
+from megatron_replay.ops.shard import shard_of
 from megatron_replay.optim import MoClip
-from megatron_replay.optim import kernels as optimizer
+from megatron_replay.optim.stats import sums_of_each
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.spawn import launch
 
@@ -53,7 +53,7 @@ PROBLEMS: dict[str, tuple[list[int], int, int]] = {
 GOLDEN_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3, "npu": 1e-3}
 """Relative, of loss and gradient norm; devices' float32 matrix products may be rounded to fewer bits."""
 RANKS = 2
-REFERENCE = operators.kernels("reference")
+REFERENCE = library.choose("reference")
 
 Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
 """What to do with the operators, after putting each input where they compute; its results."""
@@ -62,8 +62,8 @@ Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
 def kernels(device: Device) -> int:
     """Each operator on the device: the same bits twice, and those of plain torch in float64 on the cpu but for
     rounding."""
-    live = {**operators.live(device.name), **optimizer.live(device.name)}
-    print(f"compiled kernels: {operators.EXTENSION}")
+    live = library.live(device.name)
+    print(f"compiled kernels: {library.EXTENSION}")
     wrong = 0
     for dtype in [torch.float32, torch.bfloat16] + [torch.float64] * device.has_fp64:
         errors: dict[str, float] = {}
@@ -83,7 +83,7 @@ def compared(call: Run, device: Device, tolerance: float, *, again: bool) -> tup
     """(how far the device's results are from float64 on the cpu, what is wrong or ""); `again`: a second call must give
     the same bits."""
     try:
-        found, second = (call(operators.kernels("auto"), lambda t: t.to(device.at())) for _ in range(2))
+        found, second = (call(library.choose("auto"), lambda t: t.to(device.at())) for _ in range(2))
     except (RuntimeError, ValueError) as err:
         return float("inf"), f"{type(err).__name__}: {str(err).splitlines()[0]}"
     wanted = call(REFERENCE, lambda t: t.double() if t.is_floating_point() else t)
@@ -95,7 +95,7 @@ def compared(call: Run, device: Device, tolerance: float, *, again: bool) -> tup
 
 
 def cases(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, str, Run]]:
-    """(operator, problem, a call of it), for every operator of ops/library.py and optim/kernels.py."""
+    """(operator, problem, a call of it), for every operator of kernels/schemas.py."""
     for problem, (sizes, vocab, hidden) in PROBLEMS.items():
         if device.name != "npu" or hidden % 16 == 0:  # the widths that its kernels take
             yield from ((name, problem, call) for name, call in of_the_loss(dtype, sizes, vocab, hidden).items())
@@ -159,7 +159,7 @@ def of_the_selection(dtype: torch.dtype) -> dict[str, Run]:
 
 
 def of_optimizers(dtype: torch.dtype) -> dict[str, Run]:
-    """Their operators are chosen by mode: what comes as `ops` says only which."""
+    """The optimizers choose their operators by mode, which `ops` stands for here."""
     gen = torch.Generator().manual_seed(0)
     grads = [torch.randn(size, generator=gen).to(dtype) for size in ((64, 33), (7,), (1000,))]
     momenta = [torch.randn(grad.shape, generator=gen).to(accumulator(dtype)) for grad in grads]
@@ -168,7 +168,7 @@ def of_optimizers(dtype: torch.dtype) -> dict[str, Run]:
         return "reference" if ops is REFERENCE else "auto"
 
     def sums(ops: Any, on: Any) -> Sequence[Tensor]:
-        return (optimizer.sums([on(grad) for grad in grads], [on(m) for m in momenta], mode=mode(ops)),)
+        return (sums_of_each([on(grad) for grad in grads], [on(m) for m in momenta], mode=mode(ops)),)
 
     def update(ops: Any, on: Any) -> Sequence[Tensor]:
         weights = [torch.nn.Parameter(on(m).clone()) for m in momenta]

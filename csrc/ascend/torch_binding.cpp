@@ -1,8 +1,8 @@
-// megatron_replay._npu: importing it registers the NPU's kernels for the schemas of megatron_replay/ops/library.py and optim/kernels.py.
+// megatron_replay._npu: importing it registers the NPU's kernels for the schemas of megatron_replay/kernels/schemas.py.
 //
-// What a kernel wants sorted or transposed is prepared by torch's own NPU operators; kernels are enqueued through torch-npu's OpCommand, so
-// that they run in order with them. Sums that must be float64 are finished on the host: vector cores have no float64. The functions' C++
-// signatures are those of csrc/cpu: torch wants one for each schema.
+// What a kernel wants sorted or transposed is prepared by torch's own NPU operators; kernels are enqueued through
+// torch-npu's OpCommand, so that they run in order with them. Sums that must be float64 are finished on the host:
+// vector cores have no float64. The functions' C++ signatures are those of csrc/cpu: torch wants one for each schema.
 #include <Python.h>
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -28,7 +28,8 @@ constexpr int64_t kPartial = 8;  // floats a chunk leaves for the host to add up
 
 Element element_of(const Tensor& tensor, const char* name) {
   const auto type = tensor.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " is ", type, "; the NPU's kernels take float32 and bfloat16");
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " is ", type,
+              "; the NPU's kernels take float32 and bfloat16");
   return type == at::kFloat ? Element::kFloat32 : Element::kBFloat16;
 }
 
@@ -47,12 +48,13 @@ uint32_t narrow(int64_t value, const char* name) {
 uint32_t blocks() {
   int64_t cores = 0;
   const auto code = aclGetDeviceCapability(c10_npu::current_device(), ACL_DEVICE_INFO_VECTOR_CORE_NUM, &cores);
-  TORCH_CHECK(code == ACL_SUCCESS && cores > 0, "the number of vector cores is unknown: aclGetDeviceCapability returned ", code);
+  TORCH_CHECK(code == ACL_SUCCESS && cores > 0,
+              "the number of vector cores is unknown: aclGetDeviceCapability returned ", code);
   return static_cast<uint32_t>(cores);
 }
 
-// Enqueue `launch(stream, blocks)` on the current stream. The tensors whose memory it uses may be freed after this returns: the allocator
-// hands memory on in the order of the stream.
+// Enqueue `launch(stream, blocks)` on the current stream. The tensors whose memory it uses may be freed after this
+// returns: the allocator hands memory on in the order of the stream.
 template <typename Launch>
 void enqueue(const char* name, Launch launch) {
   void* stream = c10_npu::getCurrentNPUStream().stream(false);
@@ -63,8 +65,8 @@ void enqueue(const char* name, Launch launch) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& offsets, const Tensor& columns,
-                                                  const Tensor& gold, bool mix) {
+std::tuple<Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& offsets,
+                                                  const Tensor& columns, const Tensor& gold, bool mix) {
   const c10::DeviceGuard guard(hidden.device());
   const auto element = element_of(hidden, "hidden");
   const int64_t n = gold.numel(), m = columns.numel(), width = hidden.size(1);
@@ -74,21 +76,25 @@ std::tuple<Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Te
   check(columns, at::kInt, {m}, "columns");
   check(gold, at::kLong, {n}, "gold");
   const auto floats = hidden.options().dtype(at::kFloat);
-  Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats), mixture = at::empty({mix ? n : 0, width}, floats);
+  Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats),
+         mixture = at::empty({mix ? n : 0, width}, floats);
   if (n == 0) return {z, stats, mixture};
   check_width(narrow(width, "hidden size"));
-  const Tensor h = hidden.contiguous(), w = weight.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous();
-  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"), candidates = narrow(m, "candidates"),
-                 vocab = narrow(w.size(0), "vocabulary");
+  const Tensor h = hidden.contiguous(), w = weight.contiguous(), o = offsets.contiguous(), c = columns.contiguous(),
+               g = gold.contiguous();
+  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
+                 candidates = narrow(m, "candidates"), vocab = narrow(w.size(0), "vocabulary");
   const void *ph = h.data_ptr(), *pw = w.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
   void *pz = z.data_ptr(), *ps = stats.data_ptr(), *pm = mix ? mixture.data_ptr() : nullptr;
   enqueue("restricted_fwd", [=](void* stream, uint32_t cores) {
-    launch_restricted_fwd(stream, cores, element, ph, pw, po, pc, pg, pz, ps, pm, positions, columns_of, candidates, vocab);
+    launch_restricted_fwd(stream, cores, element, ph, pw, po, pc, pg, pz, ps, pm, positions, columns_of, candidates,
+                          vocab);
   });
   return {z, stats, mixture};
 }
 
-void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& columns, const Tensor& gold, const Tensor& scale) {
+void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& columns, const Tensor& gold,
+                       const Tensor& scale) {
   const c10::DeviceGuard guard(mixture.device());
   const auto element = element_of(weight, "weight");
   const int64_t n = gold.numel(), m = columns.numel(), width = weight.size(1);
@@ -101,8 +107,8 @@ void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& colum
   if (n == 0) return;
   check_width(narrow(width, "hidden size"));
   const Tensor w = weight.contiguous(), c = columns.contiguous(), g = gold.contiguous(), s = scale.contiguous();
-  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"), candidates = narrow(m, "candidates"),
-                 vocab = narrow(w.size(0), "vocabulary");
+  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
+                 candidates = narrow(m, "candidates"), vocab = narrow(w.size(0), "vocabulary");
   void* pm = mixture.data_ptr();
   const void *pw = w.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(), *ps = s.data_ptr();
   enqueue("restricted_bwd_dh", [=](void* stream, uint32_t cores) {
@@ -110,7 +116,8 @@ void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& colum
   });
 }
 
-void check_entries(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient) {
+void check_entries(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens,
+                   const Tensor& coefficient) {
   check(hidden, hidden.scalar_type(), {hidden.size(0), hidden.size(1)}, "hidden");
   check(touched, at::kInt, {touched.numel()}, "touched");
   check(begins, at::kInt, {touched.numel() + 1}, "begins");
@@ -118,24 +125,28 @@ void check_entries(const Tensor& hidden, const Tensor& touched, const Tensor& be
   check(coefficient, at::kFloat, {tokens.numel()}, "coefficient");
 }
 
-void launch_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient,
-               const Tensor& grad, bool add) {
+void launch_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens,
+               const Tensor& coefficient, const Tensor& grad, bool add) {
   const auto element = element_of(hidden, "hidden"), grad_element = element_of(grad, "the gradient of the weight");
   const int64_t n = hidden.size(0), width = hidden.size(1), entries = tokens.numel();
   check_width(narrow(width, "hidden size"));
-  const Tensor h = hidden.contiguous(), v = touched.contiguous(), b = begins.contiguous(), t = tokens.contiguous(), c = coefficient.contiguous();
-  const Tensor parts = at::empty({restricted_bwd_dw_parts(narrow(entries, "entries")), width}, hidden.options().dtype(at::kFloat));
-  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"), num = narrow(v.numel(), "touched rows"),
-                 count = narrow(entries, "entries"), rows = narrow(grad.size(0), "rows of the gradient");
+  const Tensor h = hidden.contiguous(), v = touched.contiguous(), b = begins.contiguous(), t = tokens.contiguous(),
+               c = coefficient.contiguous();
+  const Tensor parts =
+      at::empty({restricted_bwd_dw_parts(narrow(entries, "entries")), width}, hidden.options().dtype(at::kFloat));
+  const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
+                 num = narrow(v.numel(), "touched rows"), count = narrow(entries, "entries"),
+                 rows = narrow(grad.size(0), "rows of the gradient");
   const void *ph = h.data_ptr(), *pb = b.data_ptr(), *pv = v.data_ptr(), *pt = t.data_ptr(), *pc = c.data_ptr();
   void *pg = grad.data_ptr(), *pp = parts.data_ptr();
   enqueue("restricted_bwd_dw", [=](void* stream, uint32_t cores) {
-    launch_restricted_bwd_dw(stream, cores, element, grad_element, ph, pb, pv, pt, pc, pg, pp, positions, columns_of, num, count, rows, add);
+    launch_restricted_bwd_dw(stream, cores, element, grad_element, ph, pb, pv, pt, pc, pg, pp, positions, columns_of,
+                             num, count, rows, add);
   });
 }
 
-void restricted_bwd_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient,
-                       Tensor grad) {
+void restricted_bwd_dw(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens,
+                       const Tensor& coefficient, Tensor grad) {
   const c10::DeviceGuard guard(hidden.device());
   check_entries(hidden, touched, begins, tokens, coefficient);
   check(grad, grad.scalar_type(), {grad.size(0), hidden.size(1)}, "the gradient of the weight");
@@ -143,7 +154,8 @@ void restricted_bwd_dw(const Tensor& hidden, const Tensor& touched, const Tensor
   if (touched.numel()) launch_dw(hidden, touched, begins, tokens, coefficient, grad, /*add=*/true);
 }
 
-Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens, const Tensor& coefficient) {
+Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Tensor& begins, const Tensor& tokens,
+                           const Tensor& coefficient) {
   const c10::DeviceGuard guard(hidden.device());
   check_entries(hidden, touched, begins, tokens, coefficient);
   Tensor grad = at::empty({touched.numel(), hidden.size(1)}, coefficient.options());
@@ -151,7 +163,8 @@ Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Te
   return grad;
 }
 
-std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Tensor& offsets, const Tensor& columns, const Tensor& gold) {
+std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Tensor& offsets, const Tensor& columns,
+                                                 const Tensor& gold) {
   const c10::DeviceGuard guard(logits.device());
   const auto element = element_of(logits, "logits");
   const int64_t n = gold.numel(), m = columns.numel();
@@ -162,9 +175,10 @@ std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Ten
   const auto floats = logits.options().dtype(at::kFloat);
   Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats);
   if (n == 0) return {z, stats};
-  const Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous();
-  const uint32_t positions = narrow(n, "positions"), vocab = narrow(x.size(1), "columns"), stride = narrow(x.stride(0), "stride"),
-                 candidates = narrow(m, "candidates");
+  const Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous(), o = offsets.contiguous(),
+               c = columns.contiguous(), g = gold.contiguous();
+  const uint32_t positions = narrow(n, "positions"), vocab = narrow(x.size(1), "columns"),
+                 stride = narrow(x.stride(0), "stride"), candidates = narrow(m, "candidates");
   const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
   void *pz = z.data_ptr(), *ps = stats.data_ptr();
   enqueue("restricted_logits_fwd", [=](void* stream, uint32_t cores) {
@@ -173,8 +187,8 @@ std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Ten
   return {z, stats};
 }
 
-void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor& columns, const Tensor& gold, const Tensor& scalars,
-                           Tensor grad_logits) {
+void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor& columns, const Tensor& gold,
+                           const Tensor& scalars, Tensor grad_logits) {
   const c10::DeviceGuard guard(grad_logits.device());
   const auto element = element_of(grad_logits, "the gradient of the logits");
   const int64_t n = gold.numel(), m = columns.numel();
@@ -186,18 +200,21 @@ void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor&
   check(scalars, at::kFloat, {3, n}, "scalars");
   TORCH_CHECK(grad_logits.is_contiguous(), "the gradient of the logits must be contiguous: it is changed in place");
   if (m == 0) return;
-  const Tensor x = z.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous(), s = scalars.contiguous();
-  const uint32_t positions = narrow(n, "positions"), vocab = narrow(grad_logits.size(1), "columns"), candidates = narrow(m, "candidates");
+  const Tensor x = z.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous(),
+               s = scalars.contiguous();
+  const uint32_t positions = narrow(n, "positions"), vocab = narrow(grad_logits.size(1), "columns"),
+                 candidates = narrow(m, "candidates");
   const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
   const float* peak = s.data_ptr<float>();
   void* out = grad_logits.data_ptr();
   enqueue("restricted_logits_bwd", [=](void* stream, uint32_t cores) {
-    launch_logits_bwd(stream, cores, element, px, po, pc, pg, peak, peak + n, peak + 2 * n, out, positions, vocab, candidates);
+    launch_logits_bwd(stream, cores, element, px, po, pc, pg, peak, peak + n, peak + 2 * n, out, positions, vocab,
+                      candidates);
   });
 }
 
-// The kernel leaves more candidates than k, in no order, which two stable sorts put in order. A slot beyond what a row has above -inf is
-// (-inf, 0): an id without probability, as every column of a row's rest has.
+// The kernel leaves more candidates than k, in no order, which two stable sorts put in order. A slot beyond what a row
+// has above -inf is (-inf, 0): an id without probability, as every column of a row's rest has.
 std::tuple<Tensor, Tensor, Tensor> topk_rows(const Tensor& logits, int64_t k) {
   const c10::DeviceGuard guard(logits.device());
   const auto element = element_of(logits, "logits");
@@ -210,17 +227,18 @@ std::tuple<Tensor, Tensor, Tensor> topk_rows(const Tensor& logits, int64_t k) {
   }
   const Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous();
   const uint32_t capacity = topk_capacity(narrow(kept, "k"));
-  Tensor values = at::empty({n, capacity}, floats), columns = at::empty({n, capacity}, ints), counts = at::empty({n, kPartial}, ints),
-         sums = at::empty({n, 2}, floats);
-  const uint32_t positions = narrow(n, "positions"), vocab = narrow(width, "columns"), stride = narrow(x.stride(0), "stride"),
-                 wanted = narrow(kept, "k");
+  Tensor values = at::empty({n, capacity}, floats), columns = at::empty({n, capacity}, ints),
+         counts = at::empty({n, kPartial}, ints), sums = at::empty({n, 2}, floats);
+  const uint32_t positions = narrow(n, "positions"), vocab = narrow(width, "columns"),
+                 stride = narrow(x.stride(0), "stride"), wanted = narrow(kept, "k");
   const void* px = x.data_ptr();
   void *pv = values.data_ptr(), *pc = columns.data_ptr(), *pn = counts.data_ptr(), *ps = sums.data_ptr();
   enqueue("topk_rows", [=](void* stream, uint32_t cores) {
     launch_topk(stream, cores, element, px, pv, pc, pn, ps, positions, vocab, stride, wanted);
   });
   const Tensor empty = at::arange(capacity, ints).unsqueeze(0).ge(counts.narrow(1, 0, 1));
-  const auto [ascending, by_column] = at::sort(columns.masked_fill(empty, std::numeric_limits<int32_t>::max()), true, 1, false);
+  const auto [ascending, by_column] =
+      at::sort(columns.masked_fill(empty, std::numeric_limits<int32_t>::max()), true, 1, false);
   const auto [best, by_value] = at::sort(values.masked_fill(empty, never).gather(1, by_column), true, 1, true);
   const Tensor top = best.narrow(1, 0, kept), none = top.eq(never);
   const Tensor ids = ascending.gather(1, by_value).narrow(1, 0, kept).masked_fill(none, 0).to(at::kLong);
@@ -229,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_rows(const Tensor& logits, int64_t k) {
   return {top.contiguous(), ids, lse.to(logits.device())};
 }
 
-// Row i of the result: the sums over the chunks of tensor i of the partial sums' first `columns`, in float64 and in order.
+// Row i of the result: the sums over the chunks of tensor i of the partial sums' first
+// `columns`, in float64 and in order.
 Tensor finished(const Tensor& partial, const std::vector<int64_t>& chunks, int64_t columns) {
   const Tensor host = partial.cpu();
   const float* next = host.data_ptr<float>();
@@ -256,12 +275,14 @@ std::tuple<Tensor, std::vector<int64_t>> partials(at::TensorList tensors) {
 }
 
 void check_flat(const Tensor& tensor, const Tensor& like, const char* name) {
-  TORCH_CHECK(tensor.is_privateuseone() && tensor.is_contiguous() && tensor.numel() == like.numel(), name, " of shape ", tensor.sizes(),
-              " on ", tensor.device(), " must be contiguous, on the NPU and as large as its gradient ", like.sizes());
+  TORCH_CHECK(tensor.is_privateuseone() && tensor.is_contiguous() && tensor.numel() == like.numel(), name, " of shape ",
+              tensor.sizes(), " on ", tensor.device(), " must be contiguous, on the NPU and as large as its gradient ",
+              like.sizes());
 }
 
 Tensor optimizer_sums(at::TensorList grads, const c10::List<std::optional<Tensor>>& momenta) {
-  TORCH_CHECK(grads.size() == momenta.size() && grads.size() > 0, grads.size(), " gradients and ", momenta.size(), " momenta");
+  TORCH_CHECK(grads.size() == momenta.size() && grads.size() > 0, grads.size(), " gradients and ", momenta.size(),
+              " momenta");
   const c10::DeviceGuard guard(grads[0].device());
   const auto [partial, chunks] = partials(grads);
   float* next = partial.data_ptr<float>();
@@ -272,13 +293,15 @@ Tensor optimizer_sums(at::TensorList grads, const c10::List<std::optional<Tensor
     const std::optional<Tensor> momentum = momenta.get(i);
     if (momentum) {
       check_flat(*momentum, grad, "a momentum");
-      TORCH_CHECK(momentum->scalar_type() == at::kFloat, "a momentum is ", momentum->scalar_type(), ", expected float32");
+      TORCH_CHECK(momentum->scalar_type() == at::kFloat, "a momentum is ", momentum->scalar_type(),
+                  ", expected float32");
     }
     if (chunks[i]) {
       const void *pg = grad.data_ptr(), *pm = momentum ? momentum->data_ptr() : nullptr;
       void* out = next;
       const auto length = static_cast<uint64_t>(grad.numel());
-      enqueue("optimizer_sums", [=](void* stream, uint32_t cores) { launch_moclip_stats(stream, cores, element, pg, pm, out, length); });
+      enqueue("optimizer_sums",
+              [=](void* stream, uint32_t cores) { launch_moclip_stats(stream, cores, element, pg, pm, out, length); });
     }
     next += chunks[i] * kPartial;
   }
@@ -290,15 +313,17 @@ MoclipScalars scalars_of(const double* row) {
   return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), row[10] != 0};
 }
 
-Tensor adam_update(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs, at::TensorList rounded,
-                   const Tensor& scalars) {
+Tensor adam_update(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                   at::TensorList rounded, const Tensor& scalars) {
   const size_t n = params.size();
-  TORCH_CHECK(n > 0 && grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && (rounded.empty() || rounded.size() == n), n,
-              " parameters, ", grads.size(), " gradients, ", exp_avgs.size(), " and ", exp_avg_sqs.size(), " moments, ", rounded.size(),
-              " rounded");
+  TORCH_CHECK(n > 0 && grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
+                  (rounded.empty() || rounded.size() == n),
+              n, " parameters, ", grads.size(), " gradients, ", exp_avgs.size(), " and ", exp_avg_sqs.size(),
+              " moments, ", rounded.size(), " rounded");
   const c10::DeviceGuard guard(params[0].device());
   const Tensor table = scalars.cpu().to(at::kDouble).contiguous();
-  TORCH_CHECK(table.sizes() == at::IntArrayRef({static_cast<int64_t>(n), 11}), "scalars have shape ", scalars.sizes(), ", expected [", n, ", 11]");
+  TORCH_CHECK(table.sizes() == at::IntArrayRef({static_cast<int64_t>(n), 11}), "scalars have shape ", scalars.sizes(),
+              ", expected [", n, ", 11]");
   const auto [partial, chunks] = partials(grads);
   float* next = partial.data_ptr<float>();
   for (size_t i = 0; i < n; ++i) {
@@ -312,7 +337,8 @@ Tensor adam_update(at::TensorList params, at::TensorList grads, at::TensorList e
     void* low = nullptr;
     if (!rounded.empty()) {
       check_flat(rounded[i], grads[i], "a rounded parameter");
-      TORCH_CHECK(rounded[i].scalar_type() == at::kBFloat16 && element == Element::kFloat32, "float32 parameters are rounded to bfloat16");
+      TORCH_CHECK(rounded[i].scalar_type() == at::kBFloat16 && element == Element::kFloat32,
+                  "float32 parameters are rounded to bfloat16");
       low = rounded[i].data_ptr();
     }
     if (chunks[i]) {
@@ -345,7 +371,8 @@ TORCH_LIBRARY_IMPL(megatron_replay, PrivateUse1, library) {
 }
 
 namespace {
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_npu", "Compiled operators of megatron_replay for Ascend NPUs.", -1, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_npu", "Compiled operators of megatron_replay for Ascend NPUs.", -1,
+                      nullptr};
 }
 
 PyMODINIT_FUNC PyInit__npu() { return PyModule_Create(&module); }

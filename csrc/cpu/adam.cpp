@@ -1,6 +1,7 @@
-// The update pass of AdamW, Adam-atan2 and MoClip: moments, direction, decay, step and the rounded copy, everything read and written once.
-// The operations and their order are those of megatron_replay/optim/adam.py, each rounded once, so that its moments have the same bits. The
-// directions may differ in the last place: by the arctangent, and because torch's square root (MKL's) is not always the nearest number.
+// The update pass of AdamW, Adam-atan2 and MoClip: moments, direction, decay, step and the rounded copy, everything
+// read and written once. The operations and their order are those of megatron_replay/optim/adam.py, each rounded once,
+// so that its moments have the same bits. The directions may differ in the last place: by the arctangent, and because
+// torch's square root (MKL's) is not always the nearest number.
 #include <array>
 
 #include <ATen/ops/zeros.h>
@@ -32,8 +33,8 @@ struct Piece {
 };
 
 template <bool kArctangent>
-ALWAYS_INLINE void move(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, float* __restrict u,
-                        const Step s, int64_t n) {
+ALWAYS_INLINE void move(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
+                        float* __restrict u, const Step s, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float w = g[i] * s.v_grad + m[i] * s.v_momentum;
     const float second = v[i] * s.beta2 + w * w;
@@ -94,7 +95,8 @@ ALWAYS_INLINE void update_body(const Piece& piece, const Step& step, int64_t beg
   }
 }
 
-PER_ISA(update, (const Piece& piece, const Step& step, int64_t begin, int64_t end, double& squares), (piece, step, begin, end, squares));
+PER_ISA(update, (const Piece& piece, const Step& step, int64_t begin, int64_t end, double& squares),
+        (piece, step, begin, end, squares));
 
 Step step_of(const double* row) {
   std::array<float, kScalars> s;
@@ -108,8 +110,11 @@ float* moment(const at::Tensor& x, int64_t n, const char* name) {
   return x.mutable_data_ptr<float>();
 }
 
-Piece piece_of(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq) {
-  const auto known = [](const at::Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16; };
+Piece piece_of(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
+               const at::Tensor& exp_avg_sq) {
+  const auto known = [](const at::Tensor& x) {
+    return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+  };
   TORCH_CHECK(known(param) && known(grad), "adam_update: parameters and gradients are float32 or bfloat16");
   TORCH_CHECK(param.is_contiguous() && grad.is_contiguous() && grad.numel() == param.numel(),
               "adam_update: parameters and gradients must be contiguous and of one size");
@@ -134,7 +139,8 @@ uint16_t* copy_of(const at::Tensor& param, const at::Tensor& rounded) {
 at::Tensor adam_update(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                        at::TensorList rounded, const at::Tensor& scalars) {
   const size_t num = params.size();
-  TORCH_CHECK(grads.size() == num && exp_avgs.size() == num && exp_avg_sqs.size() == num && (rounded.empty() || rounded.size() == num),
+  TORCH_CHECK(grads.size() == num && exp_avgs.size() == num && exp_avg_sqs.size() == num &&
+                  (rounded.empty() || rounded.size() == num),
               "adam_update: lists of different lengths");
   TORCH_CHECK(scalars.scalar_type() == at::kDouble && scalars.is_contiguous() && scalars.dim() == 2 &&
                   scalars.size(0) == static_cast<int64_t>(num) && scalars.size(1) == kScalars,

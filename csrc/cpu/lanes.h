@@ -1,6 +1,7 @@
 // Vectors of 16, 32 or 64 bytes, as wide as an instruction set has them, and sums whose order does not depend on which.
 //
-// A is what is summed in (float or double), T what is stored (the same, or bfloat16 as uint16_t). Sums keep 64 bytes of partial sums
+// A is what is summed in (float or double), T what is stored (the same, or bfloat16 as uint16_t).
+// Sums keep 64 bytes of partial sums
 // side by side, whatever the vector's width: lane l has the elements l, l + lanes, ...
 #pragma once
 
@@ -102,10 +103,11 @@ ALWAYS_INLINE void dots(const A* x, const T* const* rows, const T* const* next, 
   }
 }
 
-// to = add + (from + sum of factors[r] rows[r]), where `from` and `add` may be null; R rows in their order, while `next` are fetched.
+// to = add + (from + sum of factors[r] rows[r]), where `from` and `add` may be null; R rows in their
+// order, while `next` are fetched.
 template <class A, int kBytes, int R, class T>
-ALWAYS_INLINE void combine(A* to, const A* add, const A* from, const T* const* rows, const A* factors, const T* const* next,
-                           int64_t width) {
+ALWAYS_INLINE void combine(A* to, const A* add, const A* from, const T* const* rows, const A* factors,
+                           const T* const* next, int64_t width) {
   constexpr int64_t kStep = kBytes / sizeof(A), kParts = 64 / kBytes;
   const int64_t whole = width / kSums<A> * kSums<A>;
   for (int64_t k = 0; k < whole; k += kSums<A>) {

@@ -1,4 +1,5 @@
-// What the kernels over lists of tensors share: cutting them into blocks for the threads, bfloat16, and sums in a fixed order.
+// What the kernels over lists of tensors share: cutting them into blocks for the threads,
+// bfloat16, and sums in a fixed order.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,11 +16,13 @@ namespace megatron_replay {
 constexpr int64_t kBlock = 32768;
 // Elements a kernel works on at a time: its buffers of them stay in the level-1 cache.
 constexpr int64_t kChunk = 1024;
-// How far ahead of the work memory is asked for, and how many elements at a time: the processor's own prefetching stops at each page, and
-// asking for more at once fills its miss buffers. Measured on AVX-512: 512 and 64 take 0.64 of the time of none, 1024 and 256 more than none.
+// How far ahead of the work memory is asked for, and how many elements at a time: the processor's own prefetching stops
+// at each page, and asking for more at once fills its miss buffers. Measured on AVX-512: 512 and 64 take 0.64 of the
+// time of none, 1024 and 256 more than none.
 constexpr int64_t kAhead = 512;
 constexpr int64_t kStride = 64;
-// Partial sums side by side, and how many chained additions each gets a turn. Fixed, so that no sum depends on the vector's length.
+// Partial sums side by side, and how many chained additions each gets a turn. Fixed, so that no sum
+// depends on the vector's length.
 constexpr int64_t kLanes = 64;
 constexpr int64_t kTurn = 4 * kLanes;
 static_assert(kChunk % kTurn == 0);
@@ -70,7 +73,8 @@ ALWAYS_INLINE void narrow(const float* x, uint16_t* out, int64_t n) {
   }
 }
 
-// sums[l] += the products x y of the elements l, l + 64, ... of a whole number of turns; exact products of float32 in float64.
+// sums[l] += the products x y of the elements l, l + 64, ... of a whole number of turns; exact
+// products of float32 in float64.
 template <class T>
 ALWAYS_INLINE void add_products(const T* __restrict x, const T* __restrict y, double* __restrict sums, int64_t n) {
   for (int64_t start = 0; start < n; start += kTurn) {
@@ -78,7 +82,9 @@ ALWAYS_INLINE void add_products(const T* __restrict x, const T* __restrict y, do
     const T* __restrict b = y + start;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       double sum = sums[lane];
-      for (int64_t i = 0; i < 4; ++i) sum += static_cast<double>(a[lane + i * kLanes]) * static_cast<double>(b[lane + i * kLanes]);
+      for (int64_t i = 0; i < 4; ++i) {
+        sum += static_cast<double>(a[lane + i * kLanes]) * static_cast<double>(b[lane + i * kLanes]);
+      }
       sums[lane] = sum;
     }
   }

@@ -1,5 +1,6 @@
-// The restricted loss from logits that are there already: their candidates are gathered, and in the backward pass scattered, one element
-// each. That waits for memory, not for arithmetic, so nothing here is compiled for an instruction set of its own: all give the same bits.
+// The restricted loss from logits that are there already: their candidates are gathered, and in the backward pass
+// scattered, one element each. That waits for memory, not for arithmetic, so nothing here is compiled for an
+// instruction set of its own: all give the same bits.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -22,11 +23,14 @@ struct Sets {
 };
 
 // Of logits [N, vocab]; the gold entry of a position is one of its own.
-Sets checked_sets(const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold, int64_t positions, int64_t vocab, const char* op) {
+Sets checked_sets(const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold, int64_t positions,
+                  int64_t vocab, const char* op) {
   check_table(offsets, columns, vocab, op, "columns of the logits");
-  TORCH_CHECK(offsets.size(0) == positions + 1, op, ": ", offsets.size(0) - 1, " sets for ", positions, " rows of logits");
+  TORCH_CHECK(offsets.size(0) == positions + 1, op, ": ", offsets.size(0) - 1, " sets for ", positions,
+              " rows of logits");
   check_gold_of(offsets, gold, op);
-  return {offsets.const_data_ptr<int64_t>(), columns.const_data_ptr<int32_t>(), gold.const_data_ptr<int64_t>(), positions};
+  return {offsets.const_data_ptr<int64_t>(), columns.const_data_ptr<int32_t>(), gold.const_data_ptr<int64_t>(),
+          positions};
 }
 
 template <class A, class T>
@@ -80,8 +84,8 @@ void scatter(const Sets& s, const A* z, const A* scalars, const at::Tensor& grad
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets, const at::Tensor& columns,
-                                                         const at::Tensor& gold) {
+std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets,
+                                                         const at::Tensor& columns, const at::Tensor& gold) {
   const char* op = "restricted_logits_fwd";
   check_matrix(logits, op, "logits");
   const Sets sets = checked_sets(offsets, columns, gold, logits.size(0), logits.size(1), op);
@@ -94,16 +98,17 @@ std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logit
   return {z, stats};
 }
 
-void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold,
-                           const at::Tensor& scalars, at::Tensor grad_logits) {
+void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns,
+                           const at::Tensor& gold, const at::Tensor& scalars, at::Tensor grad_logits) {
   const char* op = "restricted_logits_bwd";
   check_matrix(grad_logits, op, "grad_logits");
   const auto kind = accumulator(grad_logits.scalar_type());
   const int64_t n = grad_logits.size(0);
   const Sets sets = checked_sets(offsets, columns, gold, n, grad_logits.size(1), op);
-  TORCH_CHECK(z.scalar_type() == kind && z.is_contiguous() && z.sizes() == columns.sizes(), op, ": z must be contiguous [", columns.size(0),
-              "] ", kind);
-  TORCH_CHECK(scalars.scalar_type() == kind && scalars.is_contiguous() && scalars.dim() == 2 && scalars.size(0) == 3 && scalars.size(1) == n,
+  TORCH_CHECK(z.scalar_type() == kind && z.is_contiguous() && z.sizes() == columns.sizes(), op,
+              ": z must be contiguous [", columns.size(0), "] ", kind);
+  TORCH_CHECK(scalars.scalar_type() == kind && scalars.is_contiguous() && scalars.dim() == 2 && scalars.size(0) == 3 &&
+                  scalars.size(1) == n,
               op, ": scalars must be contiguous [3, ", n, "] ", kind);
   for_type(grad_logits.scalar_type(), [&](auto a, auto t) {
     using A = decltype(a);

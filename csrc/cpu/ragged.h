@@ -1,4 +1,5 @@
-// What the kernels over ragged tables of candidates share: dtypes, checks, and dealing work of uneven size to the threads.
+// What the kernels over ragged tables of candidates share: dtypes, checks, and dealing work
+// of uneven size to the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,9 +9,10 @@
 
 namespace megatron_replay {
 
-constexpr double kEmpty = -3e38;  // maximum of no candidates, see torch_kernels.EMPTY
+constexpr double kEmpty = -3e38;  // maximum of no candidates, see torch_twins.EMPTY
 
-// Each index once, `grain` at a time by whichever thread is free; only for work whose result does not depend on who does it.
+// Each index once, `grain` at a time by whichever thread is free; only for work whose result
+// does not depend on who does it.
 template <class Work>
 void for_each_share(int64_t count, int64_t grain, const Work& work) {
   const int64_t shares = (count + grain - 1) / grain;
@@ -46,13 +48,16 @@ inline void check_matrix(const at::Tensor& x, const char* op, const char* name) 
               "; compiled for float32, bfloat16 and float64 (kernels=reference takes others)");
 }
 
-// offsets [N + 1] int64 and columns [m] int32 of a table over `vocab` columns, all within their bounds; `over` says what the columns are of.
+// offsets [N + 1] int64 and columns [m] int32 of a table over `vocab` columns, all within their bounds;
+// `over` says what the columns are of.
 inline void check_table(const at::Tensor& offsets, const at::Tensor& columns, int64_t vocab, const char* op,
                         const char* over = "rows of the weight") {
-  TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == at::kLong && offsets.is_contiguous() && offsets.size(0) >= 1, op,
-              ": offsets must be contiguous [N + 1] int64");
-  TORCH_CHECK(columns.dim() == 1 && columns.scalar_type() == at::kInt && columns.is_contiguous() && columns.size(0) < INT32_MAX, op,
-              ": columns must be contiguous [m] int32");
+  TORCH_CHECK(
+      offsets.dim() == 1 && offsets.scalar_type() == at::kLong && offsets.is_contiguous() && offsets.size(0) >= 1, op,
+      ": offsets must be contiguous [N + 1] int64");
+  TORCH_CHECK(
+      columns.dim() == 1 && columns.scalar_type() == at::kInt && columns.is_contiguous() && columns.size(0) < INT32_MAX,
+      op, ": columns must be contiguous [m] int32");
   const int64_t* o = offsets.const_data_ptr<int64_t>();
   const int64_t n = offsets.size(0) - 1;
   bool rises = o[0] == 0 && o[n] == columns.size(0);
@@ -61,15 +66,17 @@ inline void check_table(const at::Tensor& offsets, const at::Tensor& columns, in
   const int32_t* c = columns.const_data_ptr<int32_t>();
   uint32_t most = 0;  // a negative column is a huge one
   for (int64_t i = 0; i < columns.size(0); ++i) most = std::max(most, static_cast<uint32_t>(c[i]));
-  TORCH_CHECK(columns.size(0) == 0 || most < static_cast<uint64_t>(vocab), op, ": a column lies outside the ", vocab, " ", over);
+  TORCH_CHECK(columns.size(0) == 0 || most < static_cast<uint64_t>(vocab), op, ": a column lies outside the ", vocab,
+              " ", over);
 }
 
 inline void check_gold(const at::Tensor& gold, int64_t positions, int64_t entries, const char* op) {
-  TORCH_CHECK(gold.dim() == 1 && gold.scalar_type() == at::kLong && gold.is_contiguous() && gold.size(0) == positions, op,
-              ": gold must be contiguous [", positions, "] int64");
+  TORCH_CHECK(gold.dim() == 1 && gold.scalar_type() == at::kLong && gold.is_contiguous() && gold.size(0) == positions,
+              op, ": gold must be contiguous [", positions, "] int64");
   const int64_t* g = gold.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < positions; ++t) {
-    TORCH_CHECK(g[t] >= -1 && g[t] < entries, op, ": gold of position ", t, " points outside the ", entries, " columns");
+    TORCH_CHECK(g[t] >= -1 && g[t] < entries, op, ": gold of position ", t, " points outside the ", entries,
+                " columns");
   }
 }
 

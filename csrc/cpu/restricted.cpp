@@ -1,6 +1,7 @@
-// The restricted loss. Forward by position: each candidate's weight row is read once, for its logit and for the mixture that becomes the
-// gradient of the hidden state (a softmax over the set in one pass, as in flash attention). The weight's gradient by vocabulary row, from
-// entries that lie by column, so that each row is written once, by one thread, in the order of the positions: no result depends on their number.
+// The restricted loss. Forward by position: each candidate's weight row is read once, for its logit and for the mixture
+// that becomes the gradient of the hidden state (a softmax over the set in one pass, as in flash attention). The
+// weight's gradient by vocabulary row, from entries that lie by column, so that each row is written once, by one
+// thread, in the order of the positions: no result depends on their number.
 #include "restricted.h"
 
 #include <ATen/ops/empty.h>
@@ -69,7 +70,10 @@ ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixtur
     so_far.total += static_cast<double>(share[r]);
   }
   const T* const* nothing = nullptr;
-  if (mixture) combine<A, kBytes, R>(mixture, static_cast<const A*>(nullptr), so_far.started ? mixture : nullptr, rows, share, nothing, f.width);
+  if (mixture) {
+    combine<A, kBytes, R>(mixture, static_cast<const A*>(nullptr), so_far.started ? mixture : nullptr, rows, share,
+                          nothing, f.width);
+  }
   so_far.top = top;
   so_far.started = true;
 }
@@ -94,7 +98,8 @@ ALWAYS_INLINE void forward_body(const Forward& f, int64_t first, int64_t last, A
   }
 }
 
-PER_WIDTH(forward, (class A, class T), (A, T), (const Forward& f, int64_t first, int64_t last, A* h), (f, first, last, h));
+PER_WIDTH(forward, (class A, class T), (A, T), (const Forward& f, int64_t first, int64_t last, A* h),
+          (f, first, last, h));
 
 struct Gradient {
   const void* hidden;
@@ -165,7 +170,8 @@ ALWAYS_INLINE void gradient_body(const Gradient& g, int64_t first, int64_t last,
   }
 }
 
-PER_WIDTH(gradient, (class A, class T), (A, T), (const Gradient& g, int64_t first, int64_t last, A* sum), (g, first, last, sum));
+PER_WIDTH(gradient, (class A, class T), (A, T), (const Gradient& g, int64_t first, int64_t last, A* sum),
+          (g, first, last, sum));
 
 template <class A, class T>
 void run_forward(const Forward& f) {
@@ -185,16 +191,20 @@ void run_gradient(const Gradient& g) {
   });
 }
 
-// The entries by column: touched [U] ascending, begins [U + 1] and tokens [m], int32 and within their bounds; and a coefficient of each.
-void check_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                    const at::Tensor& coefficient, int64_t vocab, const char* op) {
+// The entries by column: touched [U] ascending, begins [U + 1] and tokens [m], int32 and within their
+// bounds; and a coefficient of each.
+void check_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                    const at::Tensor& tokens, const at::Tensor& coefficient, int64_t vocab, const char* op) {
   check_matrix(hidden, op, "hidden");
-  const std::pair<const char*, const at::Tensor*> tables[] = {{"touched", &touched}, {"begins", &begins}, {"tokens", &tokens}};
+  const std::pair<const char*, const at::Tensor*> tables[] = {
+      {"touched", &touched}, {"begins", &begins}, {"tokens", &tokens}};
   for (const auto& [name, table] : tables) {
-    TORCH_CHECK(table->dim() == 1 && table->scalar_type() == at::kInt && table->is_contiguous(), op, ": ", name, " must be contiguous int32");
+    TORCH_CHECK(table->dim() == 1 && table->scalar_type() == at::kInt && table->is_contiguous(), op, ": ", name,
+                " must be contiguous int32");
   }
   const int64_t num = touched.size(0), entries = tokens.size(0);
-  TORCH_CHECK(begins.size(0) == num + 1, op, ": begins must be [", num + 1, "], one more than the touched rows, got [", begins.size(0), "]");
+  TORCH_CHECK(begins.size(0) == num + 1, op, ": begins must be [", num + 1, "], one more than the touched rows, got [",
+              begins.size(0), "]");
   const int32_t* b = begins.const_data_ptr<int32_t>();
   const int32_t* v = touched.const_data_ptr<int32_t>();
   bool rises = b[0] == 0 && b[num] == entries, ascends = num == 0 || (v[0] >= 0 && v[num - 1] < vocab);
@@ -205,15 +215,15 @@ void check_gradient(const at::Tensor& hidden, const at::Tensor& touched, const a
   const int32_t* t = tokens.const_data_ptr<int32_t>();
   uint32_t most = 0;  // a negative position is a huge one
   for (int64_t i = 0; i < entries; ++i) most = std::max(most, static_cast<uint32_t>(t[i]));
-  TORCH_CHECK(entries == 0 || most < static_cast<uint64_t>(hidden.size(0)), op, ": an entry's position lies outside the ", hidden.size(0),
-              " hidden states");
-  TORCH_CHECK(coefficient.scalar_type() == accumulator(hidden.scalar_type()) && coefficient.sizes() == tokens.sizes(), op,
-              ": coefficient must be [", entries, "] ", accumulator(hidden.scalar_type()));
+  TORCH_CHECK(entries == 0 || most < static_cast<uint64_t>(hidden.size(0)), op,
+              ": an entry's position lies outside the ", hidden.size(0), " hidden states");
+  TORCH_CHECK(coefficient.scalar_type() == accumulator(hidden.scalar_type()) && coefficient.sizes() == tokens.sizes(),
+              op, ": coefficient must be [", entries, "] ", accumulator(hidden.scalar_type()));
 }
 
 // `out` has the touched rows alone where `compact`, or all rows of the weight.
-void add_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                  const at::Tensor& coefficient, const at::Tensor& out, bool compact) {
+void add_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                  const at::Tensor& tokens, const at::Tensor& coefficient, const at::Tensor& out, bool compact) {
   const at::Tensor h = with_rows(hidden), factors = coefficient.contiguous();
   const Gradient g = {h.const_data_ptr(),
                       h.stride(0),
@@ -231,13 +241,15 @@ void add_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at:
   for_type(hidden.scalar_type(), [&](auto a, auto t) { run_gradient<decltype(a), decltype(t)>(g); });
 }
 
-// Ask for huge pages for a large tensor that was never written: handing out small ones takes longer than writing the rows.
+// Ask for huge pages for a large tensor that was never written: handing out small ones
+// takes longer than writing the rows.
 void use_huge_pages(const at::Tensor& fresh) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + fresh.nbytes()) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // may be refused, and need not be granted
+  // may be refused, and need not be granted
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)fresh;
 #endif
@@ -245,20 +257,22 @@ void use_huge_pages(const at::Tensor& fresh) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& offsets,
-                                                              const at::Tensor& columns, const at::Tensor& gold, bool mix) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight,
+                                                              const at::Tensor& offsets, const at::Tensor& columns,
+                                                              const at::Tensor& gold, bool mix) {
   const char* op = "restricted_fwd";
   check_matrix(hidden, op, "hidden");
   check_matrix(weight, op, "weight");
-  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() && hidden.size(1) == weight.size(1), op, ": hidden is ", hidden.sizes(), " ",
-              hidden.scalar_type(), ", weight ", weight.sizes(), " ", weight.scalar_type());
+  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() && hidden.size(1) == weight.size(1), op, ": hidden is ",
+              hidden.sizes(), " ", hidden.scalar_type(), ", weight ", weight.sizes(), " ", weight.scalar_type());
   check_table(offsets, columns, weight.size(0), op);
   const int64_t n = hidden.size(0), width = hidden.size(1), m = columns.size(0);
   TORCH_CHECK(offsets.size(0) == n + 1, op, ": ", offsets.size(0) - 1, " sets for ", n, " hidden states");
   check_gold_of(offsets, gold, op);
   const at::Tensor h = with_rows(hidden), w = with_rows(weight);
   const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
-  at::Tensor z = at::empty({m}, options), stats = at::empty({3, n}, options), mixture = at::empty({mix ? n : 0, width}, options);
+  at::Tensor z = at::empty({m}, options), stats = at::empty({3, n}, options),
+             mixture = at::empty({mix ? n : 0, width}, options);
   const Forward f = {h.const_data_ptr(),
                      w.const_data_ptr(),
                      h.stride(0),
@@ -282,17 +296,20 @@ void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::T
   check_matrix(weight, op, "weight");
   const auto kind = accumulator(weight.scalar_type());
   const int64_t n = mixture.size(0), width = weight.size(1);
-  TORCH_CHECK(mixture.dim() == 2 && mixture.is_contiguous() && mixture.scalar_type() == kind && mixture.size(1) == width, op,
-              ": mixture must be contiguous [N, ", width, "] ", kind);
-  TORCH_CHECK(scale.scalar_type() == kind && scale.is_contiguous() && scale.dim() == 2 && scale.size(0) == 2 && scale.size(1) == n, op,
-              ": scale must be contiguous [2, ", n, "] ", kind);
+  TORCH_CHECK(
+      mixture.dim() == 2 && mixture.is_contiguous() && mixture.scalar_type() == kind && mixture.size(1) == width, op,
+      ": mixture must be contiguous [N, ", width, "] ", kind);
+  TORCH_CHECK(scale.scalar_type() == kind && scale.is_contiguous() && scale.dim() == 2 && scale.size(0) == 2 &&
+                  scale.size(1) == n,
+              op, ": scale must be contiguous [2, ", n, "] ", kind);
   check_gold(gold, n, columns.size(0), op);
   TORCH_CHECK(columns.scalar_type() == at::kInt && columns.is_contiguous(), op, ": columns must be contiguous int32");
   const at::Tensor w = with_rows(weight);
   const int32_t* c = columns.const_data_ptr<int32_t>();
   const int64_t* g = gold.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < n; ++t) {
-    TORCH_CHECK(g[t] < 0 || (c[g[t]] >= 0 && c[g[t]] < w.size(0)), op, ": a column lies outside the ", w.size(0), " rows of the weight");
+    TORCH_CHECK(g[t] < 0 || (c[g[t]] >= 0 && c[g[t]] < w.size(0)), op, ": a column lies outside the ", w.size(0),
+                " rows of the weight");
   }
   for_type(weight.scalar_type(), [&](auto a, auto t) {
     using A = decltype(a);
@@ -314,12 +331,13 @@ void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::T
   });
 }
 
-void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                       const at::Tensor& coefficient, at::Tensor grad_weight) {
+void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                       const at::Tensor& tokens, const at::Tensor& coefficient, at::Tensor grad_weight) {
   const char* op = "restricted_bwd_dw";
   check_matrix(grad_weight, op, "grad_weight");
   check_gradient(hidden, touched, begins, tokens, coefficient, grad_weight.size(0), op);
-  TORCH_CHECK(grad_weight.size(1) == hidden.size(1), op, ": grad_weight is ", grad_weight.sizes(), ", hidden ", hidden.sizes());
+  TORCH_CHECK(grad_weight.size(1) == hidden.size(1), op, ": grad_weight is ", grad_weight.sizes(), ", hidden ",
+              hidden.sizes());
   const auto kind = accumulator(hidden.scalar_type()), kept = grad_weight.scalar_type();
   if (grad_weight.stride(1) == 1 && (kept == kind || (kept == at::kBFloat16 && kind == at::kFloat))) {
     add_gradient(hidden, touched, begins, tokens, coefficient, grad_weight, false);
@@ -328,8 +346,8 @@ void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, cons
   }
 }
 
-at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                               const at::Tensor& coefficient) {
+at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                               const at::Tensor& tokens, const at::Tensor& coefficient) {
   check_gradient(hidden, touched, begins, tokens, coefficient, INT32_MAX, "restricted_bwd_rows");
   const at::Tensor rows = at::empty({touched.size(0), hidden.size(1)}, coefficient.options());
   use_huge_pages(rows);

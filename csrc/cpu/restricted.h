@@ -1,4 +1,5 @@
-// The operators of the restricted loss and of the selection; megatron_replay/ops/torch_kernels.py says what they mean.
+// The operators of the restricted loss and of the selection;
+// megatron_replay/kernels/torch_twins.py says what they mean.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,23 +8,24 @@
 
 namespace megatron_replay {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& offsets,
-                                                              const at::Tensor& columns, const at::Tensor& gold, bool mix);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight,
+                                                              const at::Tensor& offsets, const at::Tensor& columns,
+                                                              const at::Tensor& gold, bool mix);
 
 void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::Tensor& columns, const at::Tensor& gold,
                        const at::Tensor& scale);
 
-void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                       const at::Tensor& coefficient, at::Tensor grad_weight);
+void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                       const at::Tensor& tokens, const at::Tensor& coefficient, at::Tensor grad_weight);
 
-at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins, const at::Tensor& tokens,
-                               const at::Tensor& coefficient);
+at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
+                               const at::Tensor& tokens, const at::Tensor& coefficient);
 
-std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets, const at::Tensor& columns,
-                                                         const at::Tensor& gold);
+std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets,
+                                                         const at::Tensor& columns, const at::Tensor& gold);
 
-void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold,
-                           const at::Tensor& scalars, at::Tensor grad_logits);
+void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns,
+                           const at::Tensor& gold, const at::Tensor& scalars, at::Tensor grad_logits);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t k);
 

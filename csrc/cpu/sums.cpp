@@ -97,13 +97,15 @@ PER_ISA(sums64, (const double* grad, const double* m, int64_t n, Sums& out), (gr
 }  // namespace
 
 at::Tensor optimizer_sums(at::TensorList grads, const c10::List<std::optional<at::Tensor>>& momenta) {
-  TORCH_CHECK(grads.size() == momenta.size(), "optimizer_sums: ", grads.size(), " gradients and ", momenta.size(), " momenta");
+  TORCH_CHECK(grads.size() == momenta.size(), "optimizer_sums: ", grads.size(), " gradients and ", momenta.size(),
+              " momenta");
   const size_t num = grads.size();
   std::vector<int64_t> lengths(num);
   std::vector<const void*> g(num), m(num, nullptr);
   for (size_t i = 0; i < num; ++i) {
     const auto dtype = grads[i].scalar_type();
-    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble, "optimizer_sums: gradients of ", dtype);
+    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble, "optimizer_sums: gradients of ",
+                dtype);
     TORCH_CHECK(grads[i].is_contiguous(), "optimizer_sums: gradient ", i, " is not contiguous");
     lengths[i] = grads[i].numel();
     g[i] = grads[i].const_data_ptr();

@@ -1,6 +1,6 @@
 // The most probable columns of each row, exactly, and the row's log-sum-exp in float64.
-// The k largest columns lie in the k blocks that come first by (maximum descending, block ascending), and none is below the least of these
-// maxima: so only a few of k blocks' columns are ever compared.
+// The k largest columns lie in the k blocks that come first by (maximum descending, block ascending), and none is below
+// the least of these maxima: so only a few of k blocks' columns are ever compared.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -16,7 +16,8 @@ namespace megatron_replay {
 namespace {
 
 constexpr int64_t kBlockWidth = 64;
-// Blocks whose largest term is below exp(-46) of the row's largest so far add less than 1e-20 a column, and are left out of the sum.
+// Blocks whose largest term is below exp(-46) of the row's largest so far add less than 1e-20 a
+// column, and are left out of the sum.
 constexpr double kNothing = -46;
 
 // The bits of 2^(j / 16), less j 2^48: with n 2^48 added for an n that is j modulo 16, they are those of 2^(n / 16).
@@ -38,16 +39,17 @@ ALWAYS_INLINE Vector<uint64_t, kBytes> roots(const Vector<uint64_t, kBytes>& n) 
   return found;
 }
 
-// x = exp(x) for x in [-700, 0], to 1e-14, as 2^(n / 16) 2^(f / 16) with an integer n and |f| <= 1/2. Two vectors at a time: the operations
-// on one wait for each other.
+// x = exp(x) for x in [-700, 0], to 1e-14, as 2^(n / 16) 2^(f / 16) with an integer n and |f| <= 1/2. Two vectors at a
+// time: the operations on one wait for each other.
 template <int kBytes>
 ALWAYS_INLINE void exponentials(Vector<double, kBytes> (&x)[2]) {
   using Doubles = Vector<double, kBytes>;
   using Bits = Vector<uint64_t, kBytes>;
-  constexpr double kMagic = 6755399441055744.0;  // 1.5 2^52: adding it rounds to an integer, which the low bits then hold
+  // 1.5 2^52: adding it rounds to an integer, which the low bits then hold
+  constexpr double kMagic = 6755399441055744.0;
   // of 2^(f / 16) = 1 + c1 f + .. + c5 f^5, c5 first: those with the least relative error, 6e-15
-  constexpr double kPowers[] = {1.2715612969055873e-09, 1.4676419896158336e-07, 1.3550807791626494e-05, 9.383847925618033e-04,
-                                4.332169878499582e-02};
+  constexpr double kPowers[] = {1.2715612969055873e-09, 1.4676419896158336e-07, 1.3550807791626494e-05,
+                                9.383847925618033e-04, 4.332169878499582e-02};
   Doubles shifted[2], p[2];
 #pragma GCC unroll 2
   for (int m = 0; m < 2; ++m) {
@@ -121,7 +123,9 @@ template <class A>
 struct Candidate {
   A value;
   int32_t column;
-  bool operator<(const Candidate& other) const { return value > other.value || (value == other.value && column < other.column); }
+  bool operator<(const Candidate& other) const {
+    return value > other.value || (value == other.value && column < other.column);
+  }
 };
 
 // Buffers of a thread; `row` is padded with -inf to whole blocks.
@@ -146,7 +150,8 @@ struct Known {
   bool usable = true;
 };
 
-// The maxima of the blocks and what is to be known of the row, in one visit: a block is in the cache when its exponentials are made.
+// The maxima of the blocks and what is to be known of the row, in one visit: a block is in the cache
+// when its exponentials are made.
 template <int kBytes, class A>
 ALWAYS_INLINE void scan_body(const A* row, int64_t blocks, A* tops, Known<A>& known) {
   Vector<A, kBytes> check = {};
@@ -223,7 +228,8 @@ void select_row(const T* x, int64_t width, int64_t k, Scratch<A>& s, const Top<A
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t most) {
   check_matrix(logits, "topk_rows", "logits");
-  TORCH_CHECK(most >= 1 && logits.size(1) < INT32_MAX, "topk_rows: k is ", most, " and the rows have ", logits.size(1), " columns");
+  TORCH_CHECK(most >= 1 && logits.size(1) < INT32_MAX, "topk_rows: k is ", most, " and the rows have ", logits.size(1),
+              " columns");
   const at::Tensor x = with_rows(logits);
   const int64_t n = x.size(0), width = x.size(1), k = std::min(most, width);
   const auto options = x.options();
@@ -236,14 +242,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logit
     using A = decltype(a);
     using T = decltype(t);
     const T* rows = static_cast<const T*>(x.const_data_ptr());
-    const Top<A> out = {values.mutable_data_ptr<A>(), columns.mutable_data_ptr<int64_t>(), lse.mutable_data_ptr<double>()};
+    const Top<A> out = {values.mutable_data_ptr<A>(), columns.mutable_data_ptr<int64_t>(),
+                        lse.mutable_data_ptr<double>()};
     for_each_share(n, 4, [&](int64_t first, int64_t last) {
       const int64_t blocks = (width + kBlockWidth - 1) / kBlockWidth;
       Scratch<A> scratch;
       scratch.row.assign(blocks * kBlockWidth, -std::numeric_limits<A>::infinity());
       scratch.tops.resize(blocks);
       for (int64_t i = first; i < last; ++i) {
-        select_row<A, T>(rows + i * x.stride(0), width, k, scratch, {out.values + i * k, out.columns + i * k, out.lse + i}, level);
+        select_row<A, T>(rows + i * x.stride(0), width, k, scratch,
+                         {out.values + i * k, out.columns + i * k, out.lse + i}, level);
       }
     });
   });

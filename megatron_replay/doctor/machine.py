@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_replay import compiled
 from megatron_replay.config import RunConfig
 from megatron_replay.device import Device, available, choose, cores, environment, fused_operator
 from megatron_replay.doctor.operators import Seen, steps
@@ -18,10 +17,9 @@ from megatron_replay.environment import check
 from megatron_replay.errors import DeviceError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
+from megatron_replay.kernels import library, loading, on_cuda
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.weights import weights
-from megatron_replay.ops import library, on_cuda
-from megatron_replay.optim import kernels as optimizer
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.mcore import attention, layers
@@ -48,15 +46,12 @@ def _device(device: Device) -> dict[str, Any]:
 
 
 def kernels(mode: str) -> dict[str, Any]:
-    """Which kernel answers for each operator on each device that is here, and what became of the compiled ones and of
-    Triton's."""
-    each = {
-        device.name: {**library.live(device.name, mode), **optimizer.live(device.name, mode)} for device in available()
-    }
-    extension = optimizer.EXTENSION if library.EXTENSION == "loaded" else library.EXTENSION
+    """Which kernel answers for each operator on each device that is here, and the state of the extensions and of
+    Triton."""
+    each = {device.name: library.live(device.name, mode) for device in available()}
     triton = on_cuda.triton() if "cuda" in each else "not needed: no cuda device here"
-    npu = {"npu_extension": compiled.load(compiled.NPU)} if "npu" in each else {}
-    return {"extension": extension, "triton": triton, **npu, **each}
+    npu = {"npu_extension": loading.load(loading.NPU)} if "npu" in each else {}
+    return {"extension": library.EXTENSION, "triton": triton, **npu, **each}
 
 
 def processor() -> dict[str, Any]:

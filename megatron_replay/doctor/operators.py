@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from megatron_replay.config import Layout, RunConfig
 from megatron_replay.data.prefixes import SHORTEST, lay
 from megatron_replay.device import Device, dtype
+from megatron_replay.kernels import library
+from megatron_replay.kernels.schemas import OPERATORS
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.ops import library, torch_kernels
-from megatron_replay.optim import kernels as optimizer
 from megatron_replay.parallel.batch import flatten
 from megatron_replay.parallel.losses import restricted_task
 from megatron_replay.parallel.mcore.model import build
@@ -62,9 +62,10 @@ class Seen(TorchDispatchMode):
         kwargs = kwargs or {}
         device = device_type(args, kwargs)
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == library.NAMESPACE and name in library.SCHEMAS and library.live(device)[name] == "reference":
+        twin = OPERATORS[name].twin if namespace == library.NAMESPACE else None
+        if twin and library.answering(name, device, "auto") == "reference":
             with self:
-                return getattr(torch_kernels, name)(*args, **kwargs)
+                return twin(*args, **kwargs)
         if not _has_kernel(func.name(), _key(device)) and _has_kernel(func.name(), "CompositeImplicitAutograd"):
             with self:  # a name for other operators; those count
                 return func.decompose(*args, **kwargs)
@@ -123,7 +124,7 @@ def _samples(vocab: int, seed: int) -> list[np.ndarray]:
 
 
 def _key(device_type: str) -> str:
-    return optimizer.DISPATCH_KEYS.get(device_type, "CPU")
+    return library.DISPATCH_KEYS.get(device_type, "CPU")
 
 
 def _has_kernel(operator: str, key: str) -> bool:

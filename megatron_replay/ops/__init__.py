@@ -2,7 +2,6 @@
 positions."""
 
 from megatron_replay.ops.full import linear_cross_entropy, target_logprobs
-from megatron_replay.ops.library import kernels, live
 from megatron_replay.ops.local_sets import LocalSets
 from megatron_replay.ops.positions import BucketRule, bucket_counts, bucket_edges, position_uniform, select_positions
 from megatron_replay.ops.restricted import restricted_cross_entropy, restricted_linear_cross_entropy
@@ -18,10 +17,8 @@ __all__ = [
     "bucket_counts",
     "bucket_edges",
     "dynamic_topk",
-    "kernels",
     "linear_cross_entropy",
     "linear_dynamic_topk",
-    "live",
     "position_uniform",
     "restricted_cross_entropy",
     "restricted_linear_cross_entropy",

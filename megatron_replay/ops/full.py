@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_replay.errors import DataError
-from megatron_replay.ops.shard import VocabShard, accumulator, shard_of
-from megatron_replay.ops.torch_kernels import EMPTY
+from megatron_replay.kernels.precision import accumulator
+from megatron_replay.kernels.torch_twins import EMPTY
+from megatron_replay.ops.shard import VocabShard, shard_of
 
 CHUNK_ROWS = 256
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_replay.ops.torch_kernels import row_of
+from megatron_replay.kernels.torch_twins import row_of
 
 
 @dataclass(frozen=True, eq=False)

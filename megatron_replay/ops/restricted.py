@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_replay.errors import DataError
-from megatron_replay.ops.library import Kernels
-from megatron_replay.ops.library import kernels as choose
+from megatron_replay.kernels.library import Kernels, choose
+from megatron_replay.kernels.torch_twins import set_gradient
 from megatron_replay.ops.local_sets import LocalSets
 from megatron_replay.ops.sets import CandidateSets
 from megatron_replay.ops.shard import VocabShard, shard_of
-from megatron_replay.ops.torch_kernels import set_gradient
 
 
 def restricted_linear_cross_entropy(

@@ -209,19 +209,3 @@ def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
             f"the shard covers ids {shard.start}..{shard.stop} ({shard.size} rows), but the tensor has {columns}"
         )
     return shard
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by
-    one."""
-    return device.type in ("cpu", "cuda")
-
-
-def rows_within(budget: int, row_bytes: int) -> int:
-    """How many rows of `row_bytes` fit in `budget` bytes, at least one."""
-    return max(1, budget // math.ceil(max(row_bytes, 1)))

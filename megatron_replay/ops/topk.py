@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.ops.library import kernels as choose
+from megatron_replay.kernels.library import choose
+from megatron_replay.kernels.precision import has_float64
 from megatron_replay.ops.sets import CandidateSets
-from megatron_replay.ops.shard import VocabShard, has_float64, shard_of
+from megatron_replay.ops.shard import VocabShard, shard_of
 
 SLACK = 1e-12
 """A cumulative probability this close below tau (relative) counts as tau.

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_replay.optim import kernels
+from megatron_replay.kernels import optimizer as kernels
 from megatron_replay.optim.base import Group, Move, ReplayOptimizer, state_dtype
 from megatron_replay.optim.blocks import Scratch, cuts
 from megatron_replay.optim.shards import Placement
@@ -100,13 +100,13 @@ class AdamFamily(ReplayOptimizer):
             self._apply_fused([move for move, _ in fused], [piece for _, piece in fused])
         super().apply([move for move, piece in zip(moves, pieces, strict=True) if not piece], place)
 
-    def _apply_fused(self, moves: Sequence[Move], pieces: Sequence[kernels.Piece]) -> None:
+    def _apply_fused(self, moves: Sequence[Move], pieces: Sequence[kernels.TensorUpdate]) -> None:
         for move, piece, squares in zip(moves, pieces, kernels.update(pieces), strict=True):
             if not move.param.is_contiguous():
                 move.param.copy_(piece.weight)
             self.travelled(move.param, squares * self.gain(move.row) ** 2)
 
-    def _piece(self, move: Move) -> kernels.Piece | None:
+    def _piece(self, move: Move) -> kernels.TensorUpdate | None:
         """What the kernel needs to move this parameter as `_walk` would; None where it cannot."""
         weight = self.weight(move.param)
         known = _kernel_knows(type(self)) and kernels.updatable(weight, move.grad, mode=self.kernels)
@@ -129,7 +129,7 @@ class AdamFamily(ReplayOptimizer):
             fix.eps is None,
         )
         rounded = move.param if weight is not move.param and move.param.is_contiguous() else None
-        return kernels.Piece(
+        return kernels.TensorUpdate(
             weight.contiguous(), move.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], rounded, scalars
         )
 

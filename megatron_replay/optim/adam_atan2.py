@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from megatron_replay.kernels.optimizer import Correction
 from megatron_replay.optim.adam import AdamFamily
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
-from megatron_replay.optim.kernels import Correction
 from megatron_replay.optim.options import check_betas
 from megatron_replay.optim.shards import LOCAL, Shards
 

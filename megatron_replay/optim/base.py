@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron_replay import compiled
 from megatron_replay.errors import CheckpointError, ConfigError
-from megatron_replay.optim import kernels
+from megatron_replay.kernels.loading import Mode, check_mode
 from megatron_replay.optim.options import check_choice, check_number
 from megatron_replay.optim.pull import Pull
 from megatron_replay.optim.shards import Kind, Placement, Shards
-from megatron_replay.optim.stats import COLUMNS, clip_factor
+from megatron_replay.optim.stats import COLUMNS, clip_factor, sums_of_each
 from megatron_replay.registry import Registry
 
 Group = dict[str, Any]
@@ -43,8 +42,8 @@ class Common(TypedDict, total=False):
     pull_t0: float
     main_weights: bool
     """Keep a float32 copy of each bfloat16 parameter (state "main"), which is what moves; False when not given."""
-    kernels: compiled.Mode
-    """"auto", the default: compiled kernels where they are live (`optim.kernels`); "reference": plain torch."""
+    kernels: Mode
+    """"auto", the default: compiled kernels where they are live (`kernels.optimizer`); "reference": plain torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         check_number("clip_grad", clip_grad, at_least=0)
         self.pull = Pull(common.get("pull", 0.0), common.get("pull_k", 0.5), common.get("pull_t0", 250.0))
         self.main_weights, self.kernels = common.get("main_weights", False), common.get("kernels", "auto")
-        compiled.check_mode(self.kernels)
+        check_mode(self.kernels)
         super().__init__(params, {**defaults, "step": 0})
         self.clip_grad = clip_grad
         self.shards = shards
@@ -286,7 +285,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         moving = [(p, _dense(p.grad), row) for p, row in held if p.grad is not None]
         if moving:
             momenta = [self.state.get(p, {}).get("exp_avg") if self.reads_momentum else None for p, _, _ in moving]
-            sums = kernels.sums([grad for _, grad, _ in moving], momenta, mode=self.kernels)
+            sums = sums_of_each([grad for _, grad, _ in moving], momenta, mode=self.kernels)
             add(table[:, :3], [row for _, _, row in moving], sums)
         moved = [(p, row) for p, row in held if p in self._travelled]
         if moved:

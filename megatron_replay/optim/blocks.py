@@ -23,12 +23,6 @@ _CPU_BLOCK = 65_536
 _DEVICE_BLOCK = 1 << 24
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by
-    one."""
-    return device.type in ("cpu", "cuda")
-
-
 def block_size(device: torch.device) -> int:
     """Elements to process at a time on this device."""
     return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK

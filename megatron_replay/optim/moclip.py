@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from megatron_replay.kernels.optimizer import Correction
 from megatron_replay.optim.adam import Mix
 from megatron_replay.optim.adam_atan2 import Atan2Family
 from megatron_replay.optim.adamw import adamw_correction, adamw_direction
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
-from megatron_replay.optim.kernels import Correction
 from megatron_replay.optim.options import check_betas, check_choice, check_number
 from megatron_replay.optim.shards import LOCAL, Placement, Shards
 from megatron_replay.optim.stats import Scope, cosines, grouped

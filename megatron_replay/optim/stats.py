@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.blocks import cuts, has_float64
+from megatron_replay.kernels import optimizer
+from megatron_replay.kernels.precision import has_float64
+from megatron_replay.optim.blocks import cuts
 
 Scope = Literal["global", "layer", "tensor"]
 """Over what a gradient is compared with its momentum: the whole model, a layer, or each tensor."""
@@ -27,6 +29,14 @@ _CHUNK = 4096
 COLUMNS = ("sum m g", "sum m^2", "sum g^2", "sum u^2", "elements")
 """Of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step before and its
 elements."""
+
+
+def sums_of_each(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
+    """`tensor_sums` of each pair, [n, 3] float64, where that puts them; by the compiled kernel if `mode` and the pairs
+    allow it. n is at least 1."""
+    if optimizer.summable(grads, momenta, mode=mode):
+        return optimizer.sums(grads, momenta)
+    return torch.stack([tensor_sums(g, m) for g, m in zip(grads, momenta, strict=True)])
 
 
 def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_replay import ops
 from megatron_replay.config import RunConfig
 from megatron_replay.data.template import Template, load_template
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.device import choose, dtype
 from megatron_replay.errors import DataError
+from megatron_replay.kernels.loading import check_mode
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.mcore.model import Model, build
@@ -66,7 +66,7 @@ def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     template = load_template(config.data.template, tokenizer)
     device = choose(config.device)
     weights_dtype = dtype(config.precision, device)
-    ops.kernels(config.kernels)  # an unknown mode is told before the ranks start
+    check_mode(config.kernels)  # an unknown mode is told before the ranks start
     torch.manual_seed(config.seed)
     with worlds.running(layout, device, seed=config.seed) as world:
         model = build(source.spec, layout, world, weights_dtype, seq_length=seq_length)

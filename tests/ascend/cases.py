@@ -12,7 +12,7 @@ import torch
 from stand_in import Library, StandInError
 from torch import Tensor
 
-from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.kernels import torch_twins as plain
 from megatron_replay.ops.local_sets import ByColumn
 
 DTYPES = [torch.bfloat16, torch.float32]

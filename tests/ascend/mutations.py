@@ -71,7 +71,7 @@ RESTRICTED_BWD_DW = [
     Mutation("a row of just one part waits for the merge", DW, "tile.whole = stop_ - start_ <= kPart;", "tile.whole = stop_ - start_ < kPart;", "wrong"),
     Mutation("every tile begins a new sum", DW, "if (i == 0 && tile.opens)", "if (i == 0)", "wrong"),
     Mutation("the gradient is not read", DW, "    if (tile.closes && tile.whole) gradient_.Load(tile.target);\n", "", "DeQue: the queue is empty"),
-    Mutation("rows are counted, not looked up", DW, "entries_) : add_ ?", "entries_) : !add_ ?", "wrong"),
+    Mutation("rows are counted, not looked up", DW, ": add_      ?", ": !add_      ?", "wrong"),
     Mutation("the factor of the entry before", DW, "factor_table_.At(tile.first + i)", "factor_table_.At(tile.first + i - (i > 0))", "wrong"),
     Mutation("the sum is sent without the queue", DW, "      sums.EnQue(sum);\n      sum = sums.template DeQue<float>();\n      DataCopy(target", "      DataCopy(target", "MTE3 reads buffer byte"),
 ]
@@ -118,7 +118,7 @@ MS, CHUNKS = "moclip_stats.h", "chunks.h"
 MOCLIP_STATS = [
     Mutation("no barrier after the gradient is widened", MS, "Widen(grad, raw, tile.count);\n      PipeBarrier<PIPE_V>();", "Widen(grad, raw, tile.count);", NO_BARRIER),
     Mutation("no barrier before the reduction", MS, "    grad_in_.FreeTensor(raw);\n    PipeBarrier<PIPE_V>();", "    grad_in_.FreeTensor(raw);", NO_BARRIER),
-    Mutation("no barrier after the reduction", MS, "kStatsTile / kLanes), 1, 1, 8);\n    PipeBarrier<PIPE_V>();", "kStatsTile / kLanes), 1, 1, 8);", NO_BARRIER),
+    Mutation("no barrier after the reduction", MS, "kStatsTile / kLanes), 1,\n                   1, 8);\n    PipeBarrier<PIPE_V>();", "kStatsTile / kLanes), 1,\n                   1, 8);", NO_BARRIER),
     Mutation("the gradient is freed before it is read", MS, "      Widen(grad, raw, tile.count);", "      grad_in_.FreeTensor(raw);\n      Widen(grad, raw, tile.count);", "a stale tensor"),
     Mutation("the momentum skips the queue", MS, "    momentum_in_.EnQue(momentum);", "", "DeQue: the queue is empty"),
     Mutation("the momentum is never freed", MS, "      momentum_in_.FreeTensor(momentum);\n", "", "with a tensor of a queue not freed"),

@@ -8,7 +8,7 @@ from cases import DTYPES, Sets, close, logits_bwd, logits_fwd, sets
 from stand_in import Library
 from torch import Tensor
 
-from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.kernels import torch_twins as plain
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CASES = {

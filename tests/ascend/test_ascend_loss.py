@@ -8,8 +8,8 @@ import torch
 from cases import Sets, close, logits_bwd, logits_fwd, restricted_bwd_dh, restricted_bwd_dw, restricted_fwd
 from stand_in import Library
 
+from megatron_replay.kernels.torch_twins import row_of
 from megatron_replay.ops import CandidateSets, VocabShard, restricted_linear_cross_entropy
-from megatron_replay.ops.torch_kernels import row_of
 
 VOCAB, CUT, WIDTH = 300, 130, 96
 

@@ -11,8 +11,8 @@ from cases import CHUNK, DTYPES, close, moclip_stats, moclip_update
 from stand_in import Library
 from torch import Tensor
 
+from megatron_replay.kernels.optimizer import Scalars
 from megatron_replay.optim import MoClip
-from megatron_replay.optim.kernels import Scalars
 from megatron_replay.optim.stats import tensor_sums
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

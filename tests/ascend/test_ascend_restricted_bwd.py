@@ -9,7 +9,7 @@ from cases import DTYPES, Sets, close, restricted_bwd_dh, restricted_bwd_dw, res
 from stand_in import Library
 from torch import Tensor
 
-from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.kernels import torch_twins as plain
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CASES = {

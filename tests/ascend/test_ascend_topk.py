@@ -9,7 +9,7 @@ from cases import DTYPES, topk
 from stand_in import Library, StandInError
 from torch import Tensor
 
-from megatron_replay.ops import torch_kernels as plain
+from megatron_replay.kernels import torch_twins as plain
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_replay.device import CPU, available
-from megatron_replay.ops import library
-from megatron_replay.optim import kernels as optimizer
+from megatron_replay.kernels import library
+from megatron_replay.kernels.schemas import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,8 +55,8 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
         *(f"{part}: right" for part in ("doctor", "kernels", "collectives", "golden", "timings")),
     ]
     operators = [line for line in text.splitlines() if " compiled  right: off by " in line]
-    assert {line.split()[0] for line in operators} == {*library.SCHEMAS, *optimizer.OPERATORS}
-    assert len(operators) == 3 * len(set(library.SCHEMAS) | set(optimizer.OPERATORS)), "float32, bfloat16 and float64"
+    assert {line.split()[0] for line in operators} == set(OPERATORS)
+    assert len(operators) == 3 * len(OPERATORS), "float32, bfloat16 and float64"
     assert text.count(" right: loss and gradient norm of ten steps") == 4 and text.count("over gloo") == 8
 
 
@@ -64,7 +64,7 @@ def test_the_script_writes_its_report_on_the_cpu(tmp_path: Path) -> None:
 def test_a_wrong_kernel_is_noticed(
     selftest: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours, calls = library.kernels(), itertools.count()
+    ours, calls = library.choose(), itertools.count()
 
     def rows(*args: Any) -> Any:
         return ours.restricted_bwd_rows(*args) * 1.001
@@ -82,7 +82,7 @@ def test_a_wrong_kernel_is_noticed(
         "restricted_bwd_rows": rows,
         "topk_rows": restless,
     }
-    monkeypatch.setattr(selftest.operators, "kernels", lambda mode: dataclasses.replace(ours, **broken))
+    monkeypatch.setattr(selftest.library, "choose", lambda mode: dataclasses.replace(ours, **broken))
     assert selftest.kernels(CPU) == 1
     wrong = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
     assert [name for name, *_ in wrong] == list(broken) * 3

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from megatron_replay.optim import kernels
+from megatron_replay.kernels import library
 
 
 @pytest.fixture
 def compiled() -> None:
-    if kernels.EXTENSION != "loaded":
-        pytest.skip(f"compiled kernels: {kernels.EXTENSION}")
+    if library.EXTENSION != "loaded":
+        pytest.skip(f"compiled kernels: {library.EXTENSION}")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_cross_entropy
+from megatron_replay.kernels.library import choose
+from megatron_replay.ops import CandidateSets, VocabShard, restricted_cross_entropy
 from megatron_replay.ops.local_sets import LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -19,7 +20,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float64: 1e-13}
 """Of a gradient, which is rounded to the logits' dtype."""
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-OURS, PLAIN = kernels("auto"), kernels("reference")
+OURS, PLAIN = choose("auto"), choose("reference")
 ELSEWHERE = object()
 """Stands for a group whose other ranks hold the candidates that are not here; no collective is called."""
 

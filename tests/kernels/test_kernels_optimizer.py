@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
+from megatron_replay.kernels import library, optimizer
+from megatron_replay.kernels.loading import Mode
+from megatron_replay.kernels.schemas import OPERATORS
 from megatron_replay.optim import (
     TAM,
     AdamAtan2,
@@ -27,10 +30,9 @@ from megatron_replay.optim import (
     MuonClip,
     ObservedLogits,
     ReplayOptimizer,
-    kernels,
 )
 from megatron_replay.optim.adam import AdamFamily
-from megatron_replay.optim.stats import tensor_sums
+from megatron_replay.optim.stats import sums_of_each, tensor_sums
 
 compiled_only = pytest.mark.usefixtures("compiled")
 LR = 0.01
@@ -138,7 +140,7 @@ def test_sums(dtype: torch.dtype, with_momentum: bool) -> None:
     grads = [t.to(dtype) for t in tensors(1)]
     state = torch.float64 if dtype == torch.float64 else torch.float32
     momenta = [t.to(state) if with_momentum and i != 1 else None for i, t in enumerate(tensors(2))]
-    found = kernels.sums(grads, momenta, mode="auto")
+    found = sums_of_each(grads, momenta, mode="auto")
     wanted = torch.stack([tensor_sums(g, m) for g, m in zip(grads, momenta, strict=True)])
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-11)
 
@@ -148,7 +150,7 @@ def test_sums_of_what_is_not_finite() -> None:
     for bad in (math.inf, math.nan):
         grad = torch.ones(300)
         grad[299] = bad
-        assert not kernels.sums([grad], [None], mode="auto")[0, 2].isfinite()
+        assert not sums_of_each([grad], [None], mode="auto")[0, 2].isfinite()
 
 
 @every
@@ -213,8 +215,8 @@ def test_a_class_with_a_rule_of_its_own_is_moved_by_the_reference(monkeypatch: p
             return torch.sign(exp_avg, out=scratch[0][: exp_avg.numel()])
 
     calls: list[int] = []
-    fused = kernels.update
-    monkeypatch.setattr(kernels, "update", lambda pieces: calls.append(len(pieces)) or fused(pieces))
+    fused = optimizer.update
+    monkeypatch.setattr(optimizer, "update", lambda updates: calls.append(len(updates)) or fused(updates))
     for make in (partial(MoFO, lr=LR), Signs):
         train(make(parameters()) if make is not Signs else Signs(parameters(), LR), steps=1)
     assert not calls
@@ -229,14 +231,12 @@ def test_a_class_with_a_rule_of_its_own_is_moved_by_the_reference(monkeypatch: p
 def test_modes_are_checked_and_told() -> None:
     with pytest.raises(ConfigError, match="unknown kernels 'referense'; did you mean 'reference'"):
         AdamW(parameters(), LR, kernels="referense")  # type: ignore[arg-type]
-    assert set(kernels.live("cpu", "reference").values()) == {"reference"} == set(kernels.live("npu").values())
-    assert kernels.live() == dict.fromkeys(
-        kernels.OPERATORS, "compiled" if kernels.EXTENSION == "loaded" else "reference"
-    )
+    assert set(library.live("cpu", "reference").values()) == {"reference"} == set(library.live("npu").values())
+    assert library.live() == dict.fromkeys(OPERATORS, "compiled" if library.EXTENSION == "loaded" else "reference")
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference"])
-def test_main_weights_keep_what_bfloat16_loses(mode: kernels.Mode) -> None:
+def test_main_weights_keep_what_bfloat16_loses(mode: Mode) -> None:
     low, high = parameters(torch.bfloat16), [torch.nn.Parameter(p.detach().float()) for p in parameters(torch.bfloat16)]
     ours, theirs = MoClip(low, 1e-4, main_weights=True, kernels=mode), MoClip(high, 1e-4, kernels=mode)
     train(ours, lambda grads: [g.bfloat16() for g in grads], steps=6)
@@ -246,7 +246,7 @@ def test_main_weights_keep_what_bfloat16_loses(mode: kernels.Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference"])
-def test_main_weights_survive_a_checkpoint(mode: kernels.Mode) -> None:
+def test_main_weights_survive_a_checkpoint(mode: Mode) -> None:
     straight = train(MoClip(parameters(torch.bfloat16), LR, main_weights=True, kernels=mode), steps=4)
     first = train(MoClip(parameters(torch.bfloat16), LR, main_weights=True, kernels=mode), steps=2)
     again = [torch.nn.Parameter(p.detach().clone()) for p in first.param_groups[0]["params"]]

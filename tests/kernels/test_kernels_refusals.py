@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_replay.ops.library import NAMESPACE
+from megatron_replay.kernels.library import NAMESPACE
 
 pytestmark = pytest.mark.usefixtures("compiled")
 OPS = getattr(torch.ops, NAMESPACE)

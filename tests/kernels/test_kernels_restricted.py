@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_replay.ops import CandidateSets, VocabShard, kernels, restricted_linear_cross_entropy
+from megatron_replay.kernels.library import choose
+from megatron_replay.ops import CandidateSets, VocabShard, restricted_linear_cross_entropy
 from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -18,7 +19,7 @@ ISAS = ("baseline", "avx2", "avx512")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-OURS, PLAIN = kernels("auto"), kernels("reference")
+OURS, PLAIN = choose("auto"), choose("reference")
 
 
 def sets_of(sizes: Sequence[int], vocab: int, seed: int = 0, zipf: bool = False) -> CandidateSets:

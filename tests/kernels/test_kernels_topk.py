@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_replay.ops import kernels
+from megatron_replay.kernels.library import choose
 
 pytestmark = pytest.mark.usefixtures("compiled")
-OURS, PLAIN = kernels("auto").topk_rows, kernels("reference").topk_rows
+OURS, PLAIN = choose("auto").topk_rows, choose("reference").topk_rows
 KINDS = [
     "normal",
     "peaked",

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_replay.ops import library, on_cuda, torch_kernels
+from megatron_replay.kernels import library, on_cuda, torch_twins
+from megatron_replay.kernels.schemas import OPERATORS
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
@@ -60,8 +61,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 def test_importing_the_operators_leaves_triton_alone() -> None:
     run(
         "-c",
-        "import sys, megatron_replay.ops as o; o.live(); o.kernels('auto'); assert "
-        "'megatron_replay.ops.triton_launch' not in sys.modules",
+        "import sys, megatron_replay.kernels.library as o; o.live(); o.choose('auto'); assert "
+        "'megatron_replay.kernels.triton_launch' not in sys.modules",
     )
 
 
@@ -90,7 +91,7 @@ def test_without_triton_plain_torch_answers_and_says_so_once(
     )
     with caplog.at_level(logging.WARNING):
         found = [on_cuda.call("restricted_fwd", *args) for _ in range(2)]
-    assert all(map(torch.equal, found[1], torch_kernels.restricted_fwd(*args)))
+    assert all(map(torch.equal, found[1], torch_twins.restricted_fwd(*args)))
     assert [r.message for r in caplog.records] == [
         "triton not installed: the restricted loss runs in plain torch on cuda"
     ]
@@ -107,9 +108,9 @@ def test_a_triton_that_cannot_be_loaded_is_named(asked_anew: None, monkeypatch: 
 
 
 def test_the_operators_are_registered_for_cuda() -> None:
-    for name in library.SCHEMAS:
+    for name, operator in OPERATORS.items():
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_replay::{name}", "CUDA")
-        assert registered is (name in on_cuda.OPERATORS)
+        assert registered is (operator.triton)
     assert set(library.live("cuda", "reference").values()) == {"reference"}
 
 
@@ -117,6 +118,6 @@ def test_the_operators_are_registered_for_cuda() -> None:
 def test_live_says_triton() -> None:
     run(
         "-c",
-        "from megatron_replay.ops import live; found = live('cuda'); assert found.pop('topk_rows') == 'reference'; "
-        "assert set(found.values()) == {'triton'}, found",
+        "from megatron_replay.kernels import library, schemas; found = library.live('cuda'); "
+        "assert found == {n: 'triton' if o.triton else 'reference' for n, o in schemas.OPERATORS.items()}, found",
     )

@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_for
 
-from megatron_replay.ops import triton_kernels, triton_launch
+from megatron_replay.kernels import triton_launch, triton_programs
 
 KERNELS = (
     "flaws",
@@ -46,7 +46,7 @@ for capability, (matrix, kind) in TARGETS.items():
     values = {**tile, "MIX": True, "ADD": True, "ACC": triton_launch._SUM[kind], "SPLIT": triton_launch.SPLIT}
     values["BLOCK"] = triton_launch.BLOCK
     for name in KERNELS:
-        kernel = getattr(triton_kernels, name)
+        kernel = getattr(triton_programs, name)
         total = {torch.float32: "fp32", torch.float64: "fp64"}[kind]
         source = ASTSource(
             kernel,

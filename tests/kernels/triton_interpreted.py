@@ -13,19 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_replay.kernels import triton_launch
+from megatron_replay.kernels.library import Kernels, choose
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
-    kernels,
     restricted,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
-    triton_launch,
 )
-from megatron_replay.ops.library import Kernels
 from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
-PLAIN = kernels("reference")
+PLAIN = choose("reference")
 OURS = Kernels(
     triton_launch.restricted_fwd,
     triton_launch.restricted_bwd_dh,

@@ -42,13 +42,15 @@ uint32_t dw_bytes(Element element, Element grad_element, uint32_t width, bool ad
 
 void check_width(uint32_t width) {
   if (width == 0 || width % kWidthUnit || width > kMaxWidth) {
-    throw std::invalid_argument("the Ascend kernels take a hidden size that is a multiple of 16 up to 8192, not " + std::to_string(width));
+    throw std::invalid_argument("the Ascend kernels take a hidden size that is a multiple of 16 up to 8192, not " +
+                                std::to_string(width));
   }
 }
 
 void check_start(const void* rows, const char* name) {
   if (reinterpret_cast<uintptr_t>(rows) % kAlignment) {
-    throw std::invalid_argument(std::string("the Ascend kernels take rows that begin at a multiple of 32 bytes; clone ") + name);
+    throw std::invalid_argument(
+        std::string("the Ascend kernels take rows that begin at a multiple of 32 bytes; clone ") + name);
   }
 }
 
@@ -79,7 +81,9 @@ uint32_t restricted_bwd_dw_parts(uint32_t entries) { return 2 * ((entries + kPar
 uint64_t moclip_chunks(uint64_t length) { return (length + kChunk - 1) / kChunk; }
 
 uint32_t topk_capacity(uint32_t k) {
-  if (k == 0 || k > kMaxK) throw std::invalid_argument("the Ascend kernel selects 1 to 2048 of a row, not " + std::to_string(k));
+  if (k == 0 || k > kMaxK) {
+    throw std::invalid_argument("the Ascend kernel selects 1 to 2048 of a row, not " + std::to_string(k));
+  }
   return rounded_up(std::max(2 * k, 512u), 64);
 }
 

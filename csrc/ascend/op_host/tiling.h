@@ -1,4 +1,5 @@
-// How much of a problem fits the unified buffer of a vector core at a time. Plain C++, the same on a device and on the host stand-in.
+// How much of a problem fits the unified buffer of a vector core at a time. Plain C++, the same on a
+// device and on the host stand-in.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,9 @@ void check_width(uint32_t width);
 // Throws std::invalid_argument unless the rows begin at a multiple of 32 bytes, as every tensor of its own does.
 void check_start(const void* rows, const char* name);
 
-// rows: weight rows of a tile, at most 15 (so that no reduction takes more than 255 repeats); outs: buffers for rows of the mixture, two where
-// they fit; bytes: of the unified buffer. The same with and without a mixture, so that both sum in the same order.
+// rows: weight rows of a tile, at most 15 (so that no reduction takes more than 255 repeats); outs: buffers for
+// rows of the mixture, two where they fit; bytes: of the unified buffer. The same with and without a mixture, so
+// that both sum in the same order.
 struct FwdTiling {
   uint32_t rows, outs, bytes;
 };

@@ -1,5 +1,5 @@
-// How the optimizer's kernels cut a flat tensor: chunks of kChunk elements, whose sums are written each for itself so that no result depends on
-// the number of blocks; and tiles of a chunk, as much as the buffer holds.
+// How the optimizer's kernels cut a flat tensor: chunks of kChunk elements, whose sums are written each for itself so
+// that no result depends on the number of blocks; and tiles of a chunk, as much as the buffer holds.
 #pragma once
 
 #include "rows.h"

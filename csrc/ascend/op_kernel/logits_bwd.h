@@ -1,4 +1,5 @@
-// The gradient of the restricted loss in the logits: (p~ - y) times the position's gradient at the candidates, written one element each.
+// The gradient of the restricted loss in the logits: (p~ - y) times the position's gradient at the
+// candidates, written one element each.
 #pragma once
 
 #include "rows.h"
@@ -9,8 +10,9 @@ namespace megatron_replay::ascend {
 template <typename T>
 class LogitsBwd {
  public:
-  __aicore__ inline void Init(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor, GM_ADDR grad,
-                              GM_ADDR grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
+  __aicore__ inline void Init(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor,
+                              GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions, uint32_t vocab,
+                              uint32_t candidates) {
     vocab_ = vocab;
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
     grad_logits_.SetGlobalBuffer((__gm__ T*)grad_logits, static_cast<uint64_t>(positions) * vocab);
@@ -103,8 +105,9 @@ class LogitsBwd {
 };
 
 template <typename T>
-__aicore__ inline void logits_bwd(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor, GM_ADDR grad,
-                                  GM_ADDR grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
+__aicore__ inline void logits_bwd(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak,
+                                  GM_ADDR factor, GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions, uint32_t vocab,
+                                  uint32_t candidates) {
   LogitsBwd<T> kernel;
   kernel.Init(z, offsets, columns, gold, peak, factor, grad, grad_logits, positions, vocab, candidates);
   kernel.Process();

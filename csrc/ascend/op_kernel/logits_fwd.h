@@ -1,4 +1,5 @@
-// The restricted loss from logits that are there already: picks the candidates' logits, one element each, and takes their softmax statistics.
+// The restricted loss from logits that are there already: picks the candidates' logits, one element each, and
+// takes their softmax statistics.
 #pragma once
 
 #include "softmax_state.h"
@@ -9,8 +10,8 @@ namespace megatron_replay::ascend {
 template <typename T>
 class LogitsFwd {
  public:
-  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, uint32_t positions,
-                              uint32_t vocab, uint32_t stride, uint32_t candidates) {
+  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
+                              uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {
     stride_ = stride;
     logits_.SetGlobalBuffer((__gm__ T*)logits, positions ? static_cast<uint64_t>(positions - 1) * stride + vocab : 0);
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
@@ -92,8 +93,9 @@ class LogitsFwd {
 };
 
 template <typename T>
-__aicore__ inline void logits_fwd(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, uint32_t positions,
-                                  uint32_t vocab, uint32_t stride, uint32_t candidates) {
+__aicore__ inline void logits_fwd(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z,
+                                  GM_ADDR stats, uint32_t positions, uint32_t vocab, uint32_t stride,
+                                  uint32_t candidates) {
   LogitsFwd<T> kernel;
   kernel.Init(logits, offsets, columns, gold, z, stats, positions, vocab, stride, candidates);
   kernel.Process();

@@ -39,9 +39,11 @@ class MoclipStats {
 
   __aicore__ inline void Compute(const FlatTile& tile) {
     const int32_t count = static_cast<int32_t>(tile.count), all = static_cast<int32_t>(kSums * kStatsTile);
-    const LocalTensor<float> products = products_.Get<float>(), folded = folded_.Get<float>(), sums = sums_.Get<float>();
+    const LocalTensor<float> products = products_.Get<float>(), folded = folded_.Get<float>(),
+                             sums = sums_.Get<float>();
     if (tile.opens) Duplicate(sums, 0.0f, static_cast<int32_t>(kSums * kLanes));
-    if (tile.count < kStatsTile || !has_momentum_) Duplicate(products, 0.0f, all);  // what no element fills counts as nothing
+    // lanes that no element fills count as nothing
+    if (tile.count < kStatsTile || !has_momentum_) Duplicate(products, 0.0f, all);
     PipeBarrier<PIPE_V>();
     LocalTensor<G> raw = grad_in_.template DeQue<G>();
     LocalTensor<float> grad;
@@ -61,7 +63,8 @@ class MoclipStats {
     }
     grad_in_.FreeTensor(raw);
     PipeBarrier<PIPE_V>();
-    WholeReduceSum(folded, products, static_cast<int32_t>(kLanes), static_cast<int32_t>(kSums * kStatsTile / kLanes), 1, 1, 8);
+    WholeReduceSum(folded, products, static_cast<int32_t>(kLanes), static_cast<int32_t>(kSums * kStatsTile / kLanes), 1,
+                   1, 8);
     PipeBarrier<PIPE_V>();
     Add(sums, sums, folded, static_cast<int32_t>(kSums * kLanes));
     PipeBarrier<PIPE_V>();
@@ -95,7 +98,8 @@ class MoclipStats {
 };
 
 template <typename G>
-__aicore__ inline void moclip_stats(GM_ADDR grad, GM_ADDR momentum, GM_ADDR partial, uint64_t length, uint32_t has_momentum) {
+__aicore__ inline void moclip_stats(GM_ADDR grad, GM_ADDR momentum, GM_ADDR partial, uint64_t length,
+                                    uint32_t has_momentum) {
   MoclipStats<G> kernel;
   kernel.Init(grad, momentum, partial, length, has_momentum);
   kernel.Process();

@@ -1,5 +1,5 @@
-// The second pass of MoClip, and the whole of Adam-atan2 and AdamW: moments, direction, decay, step and the rounded copy, everything read and
-// written once. The operations and their order are those of csrc/cpu/adam.cpp.
+// The second pass of MoClip, and the whole of Adam-atan2 and AdamW: moments, direction, decay, step and the rounded
+// copy, everything read and written once. The operations and their order are those of csrc/cpu/adam.cpp.
 #pragma once
 
 #include "chunks.h"
@@ -16,8 +16,8 @@ struct UpdateScalars {
 template <typename P, typename G>
 class MoclipUpdate {
  public:
-  __aicore__ inline void Init(GM_ADDR param, GM_ADDR grad, GM_ADDR exp_avg, GM_ADDR exp_avg_sq, GM_ADDR rounded, GM_ADDR partial,
-                              uint64_t length, uint32_t round, const UpdateScalars& scalars) {
+  __aicore__ inline void Init(GM_ADDR param, GM_ADDR grad, GM_ADDR exp_avg, GM_ADDR exp_avg_sq, GM_ADDR rounded,
+                              GM_ADDR partial, uint64_t length, uint32_t round, const UpdateScalars& scalars) {
     s_ = scalars;
     round_ = round;
     tiles_.Init(length, kUpdateTile);
@@ -101,7 +101,8 @@ class MoclipUpdate {
   }
 
   template <typename T, typename Queue>
-  __aicore__ inline void Send(Queue& queue, LocalTensor<T>& local, const GlobalTensor<T>& target, const FlatTile& tile) {
+  __aicore__ inline void Send(Queue& queue, LocalTensor<T>& local, const GlobalTensor<T>& target,
+                              const FlatTile& tile) {
     queue.EnQue(local);
     local = queue.template DeQue<T>();
     SendFlat(target[tile.first], local, tile.count);
@@ -109,8 +110,9 @@ class MoclipUpdate {
   }
 
   // v <- beta2 v + (v_grad g + v_momentum m)^2 with the m before; m <- m_keep m + m_grad g.
-  __aicore__ inline void Moments(const LocalTensor<float>& grad, const LocalTensor<float>& m, const LocalTensor<float>& v,
-                                 const LocalTensor<float>& m_new, const LocalTensor<float>& v_new, int32_t n) {
+  __aicore__ inline void Moments(const LocalTensor<float>& grad, const LocalTensor<float>& m,
+                                 const LocalTensor<float>& v, const LocalTensor<float>& m_new,
+                                 const LocalTensor<float>& v_new, int32_t n) {
     const LocalTensor<float> w = Vector(2);
     Muls(w, grad, s_.v_grad, n);
     Muls(m_new, m, s_.m_keep, n);
@@ -123,10 +125,13 @@ class MoclipUpdate {
     PipeBarrier<PIPE_V>();
   }
 
-  // u = atan2(y, x) for x >= 0. With t = min(|y|, x) / max(|y|, x) in [0, 1], atan t = t + t z Q(z), z = t^2 (the coefficients are those of
-  // csrc/cpu/arctangent.h); where |y| > x the angle is pi / 2 less that, and it has the sign of y.
-  __aicore__ inline void Arctangent(const LocalTensor<float>& u, const LocalTensor<float>& y, const LocalTensor<float>& x, int32_t n) {
-    constexpr float kQ[8] = {-0.333331525f, 0.199937731f, -0.142110556f, 0.106660038f, -0.0755221248f, 0.0432118438f, -0.016367916f, 0.00292068906f};
+  // u = atan2(y, x) for x >= 0. With t = min(|y|, x) / max(|y|, x) in [0, 1], atan t = t + t z Q(z), z =
+  // t^2 (the coefficients are those of csrc/cpu/arctangent.h); where |y| > x the angle is pi / 2 less
+  // that, and it has the sign of y.
+  __aicore__ inline void Arctangent(const LocalTensor<float>& u, const LocalTensor<float>& y,
+                                    const LocalTensor<float>& x, int32_t n) {
+    constexpr float kQ[8] = {-0.333331525f,  0.199937731f,  -0.142110556f, 0.106660038f,
+                             -0.0755221248f, 0.0432118438f, -0.016367916f, 0.00292068906f};
     const LocalTensor<float> a = Vector(3), t = Vector(4), z = Vector(5);
     const LocalTensor<uint8_t> steep = mask_.Get<uint8_t>();
     Abs(a, y, n);
@@ -160,7 +165,8 @@ class MoclipUpdate {
     Adds(t, t, kHalfPi, n);
     PipeBarrier<PIPE_V>();
     Select(u, steep, t, u, SELMODE::VSEL_TENSOR_TENSOR_MODE, static_cast<uint32_t>(n));
-    const LocalTensor<uint16_t> signs = y.template ReinterpretCast<uint16_t>(), bits = u.template ReinterpretCast<uint16_t>();
+    const LocalTensor<uint16_t> signs = y.template ReinterpretCast<uint16_t>(),
+                                bits = u.template ReinterpretCast<uint16_t>();
     And(signs, signs, sign_.Get<uint16_t>(), 2 * n);
     PipeBarrier<PIPE_V>();
     Or(bits, bits, signs, 2 * n);
@@ -168,7 +174,8 @@ class MoclipUpdate {
   }
 
   // u = first m / (second sqrt v + eps).
-  __aicore__ inline void Quotient(const LocalTensor<float>& u, const LocalTensor<float>& m, const LocalTensor<float>& root, int32_t n) {
+  __aicore__ inline void Quotient(const LocalTensor<float>& u, const LocalTensor<float>& m,
+                                  const LocalTensor<float>& root, int32_t n) {
     Muls(root, root, s_.second, n);
     PipeBarrier<PIPE_V>();
     Adds(root, root, s_.eps, n);
@@ -244,9 +251,10 @@ class MoclipUpdate {
 };
 
 template <typename P, typename G>
-__aicore__ inline void moclip_update(GM_ADDR param, GM_ADDR grad, GM_ADDR exp_avg, GM_ADDR exp_avg_sq, GM_ADDR rounded, GM_ADDR partial,
-                                     uint64_t length, uint32_t round, uint32_t arctangent, float m_keep, float m_grad, float v_grad,
-                                     float v_momentum, float beta2, float first, float second, float eps, float keep, float rate) {
+__aicore__ inline void moclip_update(GM_ADDR param, GM_ADDR grad, GM_ADDR exp_avg, GM_ADDR exp_avg_sq, GM_ADDR rounded,
+                                     GM_ADDR partial, uint64_t length, uint32_t round, uint32_t arctangent,
+                                     float m_keep, float m_grad, float v_grad, float v_momentum, float beta2,
+                                     float first, float second, float eps, float keep, float rate) {
   MoclipUpdate<P, G> kernel;
   const UpdateScalars scalars{m_keep, m_grad, v_grad, v_momentum, beta2, first, second, eps, keep, rate, arctangent};
   kernel.Init(param, grad, exp_avg, exp_avg_sq, rounded, partial, length, round, scalars);

@@ -11,8 +11,8 @@ constexpr uint32_t kSlice = 4096;  // columns at a time
 template <typename T>
 class RestrictedBwdDh {
  public:
-  __aicore__ inline void Init(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale, uint32_t positions, uint32_t width,
-                              uint32_t candidates, uint32_t vocab) {
+  __aicore__ inline void Init(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale,
+                              uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
     width_ = width;
     slice_ = Least(width, kSlice);
     range_ = ShareOfBlock(positions);
@@ -113,8 +113,8 @@ class RestrictedBwdDh {
 };
 
 template <typename T>
-__aicore__ inline void restricted_bwd_dh(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale, uint32_t positions,
-                                         uint32_t width, uint32_t candidates, uint32_t vocab) {
+__aicore__ inline void restricted_bwd_dh(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale,
+                                         uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
   RestrictedBwdDh<T> kernel;
   kernel.Init(mixture, weight, columns, gold, scale, positions, width, candidates, vocab);
   kernel.Process();

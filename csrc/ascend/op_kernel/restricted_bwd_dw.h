@@ -1,9 +1,9 @@
-// The gradient of the weight, row by row: the entries of the candidate lists come sorted by column, and a row is the sum of its entries in
-// that order, added to the gradient once.
+// The gradient of the weight, row by row: the entries of the candidate lists come sorted by column, and a row is the
+// sum of its entries in that order, added to the gradient once.
 //
-// A column that is in most lists would keep one core busy while the others wait. So a row is summed in parts of kPart entries, whatever the
-// number of blocks; rows of more than one part go through a workspace, and restricted_bwd_dw_merge adds their parts up. No atomics: the same
-// bits every time.
+// A column that is in most lists would keep one core busy while the others wait. So a row is summed in parts of kPart
+// entries, whatever the number of blocks; rows of more than one part go through a workspace, and
+// restricted_bwd_dw_merge adds their parts up. No atomics: the same bits every time.
 #pragma once
 
 #include "rows.h"
@@ -13,8 +13,8 @@ namespace megatron_replay::ascend {
 
 constexpr uint32_t kPart = 64;  // entries
 
-// Rows of the workspace: parts after the first lie at their first entry / kPart, first parts behind all those. Two rows of several parts begin
-// more than kPart entries apart, so nothing lies on anything else.
+// Rows of the workspace: parts after the first lie at their first entry / kPart, first parts behind all those. Two rows
+// of several parts begin more than kPart entries apart, so nothing lies on anything else.
 __aicore__ inline uint32_t PartSlot(uint32_t start, uint32_t part, uint32_t entries) {
   const uint32_t slot = start / kPart + part;
   return part ? slot : slot + (entries + kPart - 1) / kPart;
@@ -91,9 +91,9 @@ class GradientRow {
 template <typename T, typename G>
 class RestrictedBwdDw {
  public:
-  __aicore__ inline void Init(GM_ADDR hidden, GM_ADDR starts, GM_ADDR touched, GM_ADDR tokens, GM_ADDR coefficient, GM_ADDR grad, GM_ADDR parts,
-                              uint32_t positions, uint32_t width, uint32_t num_touched, uint32_t entries, uint32_t vocab, uint32_t add,
-                              uint32_t rows, uint32_t outs) {
+  __aicore__ inline void Init(GM_ADDR hidden, GM_ADDR starts, GM_ADDR touched, GM_ADDR tokens, GM_ADDR coefficient,
+                              GM_ADDR grad, GM_ADDR parts, uint32_t positions, uint32_t width, uint32_t num_touched,
+                              uint32_t entries, uint32_t vocab, uint32_t add, uint32_t rows, uint32_t outs) {
     width_ = width;
     rows_ = rows;
     entries_ = entries;
@@ -142,7 +142,9 @@ class RestrictedBwdDw {
 
   struct Part {
     uint32_t row, part;
-    __aicore__ inline bool operator<(const Part& other) const { return row < other.row || (row == other.row && part < other.part); }
+    __aicore__ inline bool operator<(const Part& other) const {
+      return row < other.row || (row == other.row && part < other.part);
+    }
   };
 
   struct Tile {
@@ -156,7 +158,8 @@ class RestrictedBwdDw {
     const uint32_t row = FirstFrom(starts_, num_touched_, work);
     if (row == 0) return {0, 0};
     const uint32_t before = row - 1;
-    const uint32_t start = static_cast<uint32_t>(starts_.GetValue(before)), stop = static_cast<uint32_t>(starts_.GetValue(row));
+    const uint32_t start = static_cast<uint32_t>(starts_.GetValue(before)),
+                   stop = static_cast<uint32_t>(starts_.GetValue(row));
     const uint64_t place = static_cast<uint64_t>(start) + before;
     const uint64_t part = (work - place + kPart - 1) / kPart;
     return part * kPart < stop - start ? Part{before, static_cast<uint32_t>(part)} : Part{row, 0};
@@ -170,7 +173,8 @@ class RestrictedBwdDw {
   }
 
   __aicore__ inline void ClipEntries() {
-    const uint32_t last = end_.row < num_touched_ ? static_cast<uint32_t>(starts_.GetValue(end_.row)) + end_.part * kPart : entries_;
+    const uint32_t last =
+        end_.row < num_touched_ ? static_cast<uint32_t>(starts_.GetValue(end_.row)) + end_.part * kPart : entries_;
     token_table_.Clip(last);
     factor_table_.Clip(last);
   }
@@ -182,7 +186,9 @@ class RestrictedBwdDw {
     tile.opens = entry_ == start_ + at_.part * kPart;
     tile.closes = entry_ + tile.count == part_end_;
     tile.whole = stop_ - start_ <= kPart;
-    tile.target = !tile.whole ? PartSlot(start_, at_.part, entries_) : add_ ? static_cast<uint32_t>(touched_table_.At(at_.row)) : at_.row;
+    tile.target = !tile.whole ? PartSlot(start_, at_.part, entries_)
+                  : add_      ? static_cast<uint32_t>(touched_table_.At(at_.row))
+                              : at_.row;
     entry_ += tile.count;
     if (tile.closes) {
       at_ = part_end_ == stop_ ? Part{at_.row + 1, 0} : Part{at_.row, at_.part + 1};
@@ -253,8 +259,8 @@ class RestrictedBwdDw {
 template <typename G>
 class RestrictedBwdDwMerge {
  public:
-  __aicore__ inline void Init(GM_ADDR starts, GM_ADDR touched, GM_ADDR grad, GM_ADDR parts, uint32_t width, uint32_t num_touched,
-                              uint32_t entries, uint32_t vocab, uint32_t add) {
+  __aicore__ inline void Init(GM_ADDR starts, GM_ADDR touched, GM_ADDR grad, GM_ADDR parts, uint32_t width,
+                              uint32_t num_touched, uint32_t entries, uint32_t vocab, uint32_t add) {
     width_ = width;
     entries_ = entries;
     add_ = add;
@@ -314,17 +320,20 @@ class RestrictedBwdDwMerge {
 };
 
 template <typename T, typename G>
-__aicore__ inline void restricted_bwd_dw(GM_ADDR hidden, GM_ADDR starts, GM_ADDR touched, GM_ADDR tokens, GM_ADDR coefficient, GM_ADDR grad,
-                                         GM_ADDR parts, uint32_t positions, uint32_t width, uint32_t num_touched, uint32_t entries,
-                                         uint32_t vocab, uint32_t add, uint32_t rows, uint32_t outs) {
+__aicore__ inline void restricted_bwd_dw(GM_ADDR hidden, GM_ADDR starts, GM_ADDR touched, GM_ADDR tokens,
+                                         GM_ADDR coefficient, GM_ADDR grad, GM_ADDR parts, uint32_t positions,
+                                         uint32_t width, uint32_t num_touched, uint32_t entries, uint32_t vocab,
+                                         uint32_t add, uint32_t rows, uint32_t outs) {
   RestrictedBwdDw<T, G> kernel;
-  kernel.Init(hidden, starts, touched, tokens, coefficient, grad, parts, positions, width, num_touched, entries, vocab, add, rows, outs);
+  kernel.Init(hidden, starts, touched, tokens, coefficient, grad, parts, positions, width, num_touched, entries, vocab,
+              add, rows, outs);
   kernel.Process();
 }
 
 template <typename G>
-__aicore__ inline void restricted_bwd_dw_merge(GM_ADDR starts, GM_ADDR touched, GM_ADDR grad, GM_ADDR parts, uint32_t width,
-                                               uint32_t num_touched, uint32_t entries, uint32_t vocab, uint32_t add) {
+__aicore__ inline void restricted_bwd_dw_merge(GM_ADDR starts, GM_ADDR touched, GM_ADDR grad, GM_ADDR parts,
+                                               uint32_t width, uint32_t num_touched, uint32_t entries, uint32_t vocab,
+                                               uint32_t add) {
   RestrictedBwdDwMerge<G> kernel;
   kernel.Init(starts, touched, grad, parts, width, num_touched, entries, vocab, add);
   kernel.Process();

@@ -1,7 +1,9 @@
-// z, softmax statistics and mixture of the restricted loss: one dot product for each candidate, each weight row read once.
+// z, softmax statistics and mixture of the restricted loss: one dot product for each
+// candidate, each weight row read once.
 //
-// The block walks over tiles of up to `rows` candidates of one position. While the vector pipe works on a tile, the rows of the next one arrive
-// (two buffers), and nothing the scalar pipe needs comes from the vector pipe, so the program never waits for it.
+// The block walks over tiles of up to `rows` candidates of one position. While the vector pipe works on a tile,
+// the rows of the next one arrive (two buffers), and nothing the scalar pipe needs comes from the vector pipe, so
+// the program never waits for it.
 #pragma once
 
 #include "rows.h"
@@ -17,9 +19,9 @@ constexpr uint32_t kFoldUnit = 512;  // so that the partial sums of a row fill w
 template <typename T>
 class RestrictedFwd {
  public:
-  __aicore__ inline void Init(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
-                              GM_ADDR mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab, uint32_t mix,
-                              uint32_t rows, uint32_t outs) {
+  __aicore__ inline void Init(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z,
+                              GM_ADDR stats, GM_ADDR mixture, uint32_t positions, uint32_t width, uint32_t candidates,
+                              uint32_t vocab, uint32_t mix, uint32_t rows, uint32_t outs) {
     width_ = width;
     mix_ = mix;
     fold_ = Least(kFold, (width + kFoldUnit - 1) / kFoldUnit * kFoldUnit);
@@ -123,7 +125,8 @@ class RestrictedFwd {
 
   // z[i] = row i . hidden. The order of the additions depends on the width alone.
   __aicore__ inline void Dot(const LocalTensor<float>& z, const LocalTensor<float>& wide, uint32_t count) {
-    const LocalTensor<float> products = products_.Get<float>(), sums = sums_.Get<float>(), hidden = hidden_wide_.Get<float>();
+    const LocalTensor<float> products = products_.Get<float>(), sums = sums_.Get<float>(),
+                             hidden = hidden_wide_.Get<float>();
     for (uint32_t start = 0; start < width_; start += fold_) {
       const int32_t lanes = static_cast<int32_t>(Least(fold_, width_ - start));
       for (uint32_t i = 0; i < count; ++i) {
@@ -185,11 +188,12 @@ class RestrictedFwd {
 };
 
 template <typename T>
-__aicore__ inline void restricted_fwd(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
-                                      GM_ADDR mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab, uint32_t mix,
-                                      uint32_t rows, uint32_t outs) {
+__aicore__ inline void restricted_fwd(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold,
+                                      GM_ADDR z, GM_ADDR stats, GM_ADDR mixture, uint32_t positions, uint32_t width,
+                                      uint32_t candidates, uint32_t vocab, uint32_t mix, uint32_t rows, uint32_t outs) {
   RestrictedFwd<T> kernel;
-  kernel.Init(hidden, weight, offsets, columns, gold, z, stats, mixture, positions, width, candidates, vocab, mix, rows, outs);
+  kernel.Init(hidden, weight, offsets, columns, gold, z, stats, mixture, positions, width, candidates, vocab, mix, rows,
+              outs);
   kernel.Process();
 }
 

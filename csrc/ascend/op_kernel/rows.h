@@ -21,16 +21,16 @@ __aicore__ inline void Widen(const LocalTensor<float>& wide, const LocalTensor<T
 }
 
 // Every element times one number, which fills the block `factor`: no scalar has to leave the vector pipe.
-__aicore__ inline void ScaleRow(const LocalTensor<float>& row, const LocalTensor<float>& source, const LocalTensor<float>& factor,
-                                uint32_t width) {
+__aicore__ inline void ScaleRow(const LocalTensor<float>& row, const LocalTensor<float>& source,
+                                const LocalTensor<float>& factor, uint32_t width) {
   const BinaryRepeatParams broadcast{1, 1, 0, 8, 8, 0};
   const uint32_t repeats = width / kLanes, rest = width % kLanes;
   if (repeats) Mul(row, source, factor, kLanes, static_cast<uint8_t>(repeats), broadcast);
   if (rest) Mul(row[repeats * kLanes], source[repeats * kLanes], factor, rest, 1, broadcast);
 }
 
-__aicore__ inline void AddScaledRow(const LocalTensor<float>& row, const LocalTensor<float>& source, const LocalTensor<float>& factor,
-                                    uint32_t width) {
+__aicore__ inline void AddScaledRow(const LocalTensor<float>& row, const LocalTensor<float>& source,
+                                    const LocalTensor<float>& factor, uint32_t width) {
   const BinaryRepeatParams broadcast{1, 1, 0, 8, 8, 0};
   const uint32_t repeats = width / kLanes, rest = width % kLanes;
   if (repeats) MulAddDst(row, source, factor, kLanes, static_cast<uint8_t>(repeats), broadcast);

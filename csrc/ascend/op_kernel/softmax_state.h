@@ -1,5 +1,6 @@
-// Maximum, sum of exponentials and gold logit of a position while its logits arrive in tiles. All of it stays on the vector pipe: every number
-// fills a block of eight lanes, so that it can be an operand without passing through the scalar pipe.
+// Maximum, sum of exponentials and gold logit of a position while its logits arrive in tiles. All of it
+// stays on the vector pipe: every number fills a block of eight lanes, so that it can be an operand without
+// passing through the scalar pipe.
 #pragma once
 
 #include "rows.h"
@@ -28,9 +29,11 @@ class SoftmaxState {
     PipeBarrier<PIPE_V>();
   }
 
-  // Takes in z [count]. Afterwards Shares() is exp(z - max) and Fade() what everything taken in before must be multiplied by.
+  // Takes in z [count]. Afterwards Shares() is exp(z - max) and Fade() what everything taken
+  // in before must be multiplied by.
   __aicore__ inline void Add(const LocalTensor<float>& z, uint32_t count) {
-    const LocalTensor<float> top = scratch_[kTop], tops = scratch_[kTops], peak = scratch_[kPeak], fade = Fade(), shares = Shares(), sum = scratch_[kSum];
+    const LocalTensor<float> top = scratch_[kTop], tops = scratch_[kTops], peak = scratch_[kPeak], fade = Fade(),
+                             shares = Shares(), sum = scratch_[kSum];
     const int32_t lanes = static_cast<int32_t>(count), block = static_cast<int32_t>(kBlock);
     WholeReduceMax(top, z, lanes, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
     PipeBarrier<PIPE_V>();
@@ -71,7 +74,8 @@ class SoftmaxState {
   __aicore__ inline LocalTensor<float> Fade() { return scratch_[kFade]; }
 
  private:
-  static constexpr uint32_t kTop = 0, kSum = 8, kPeak = 16, kFade = 24, kZeros = 32, kTops = 64, kShares = 128, kWork = kShares + kMaxTile;
+  static constexpr uint32_t kTop = 0, kSum = 8, kPeak = 16, kFade = 24, kZeros = 32, kTops = 64, kShares = 128,
+                            kWork = kShares + kMaxTile;
 
   GlobalTensor<float> stats_;
   TQue<TPosition::VECOUT, 1> states_;

@@ -1,4 +1,5 @@
-// Tables in global memory that the scalar pipe reads: in stretches through the unified buffer, and here and there directly.
+// Tables in global memory that the scalar pipe reads: in stretches through the unified
+// buffer, and here and there directly.
 #pragma once
 
 #include "kernel_operator.h"
@@ -14,8 +15,8 @@ __aicore__ inline T Least(T a, T b) {
   return a < b ? a : b;
 }
 
-// A table that is read once and roughly in order, a stretch of kWindow entries at a time. It moves words of 32 bits, which every DataCopyPad
-// takes.
+// A table that is read once and roughly in order, a stretch of kWindow entries at a time. It moves words of 32 bits,
+// which every DataCopyPad takes.
 template <typename T>
 class Window {
  public:
@@ -63,8 +64,9 @@ struct Range {
   uint32_t first, last;  // first <= i < last
 };
 
-// The lists of a ragged table that this block takes. The work of a list is its length and one more, so list t begins at offsets[t] + t; every
-// block takes the lists that begin within its share. So shares are equal up to one list, and the host need not look at the offsets.
+// The lists of a ragged table that this block takes. The work of a list is its length and one more, so list t begins at
+// offsets[t] + t; every block takes the lists that begin within its share. So shares are equal up to one list, and the
+// host need not look at the offsets.
 template <typename T>
 __aicore__ inline uint32_t FirstFrom(GlobalTensor<T>& offsets, uint32_t lists, uint64_t work) {
   uint32_t low = 0, high = lists;

@@ -11,7 +11,8 @@ struct ListTile {
   bool opens, closes;  // the position
 };
 
-// The candidates of the positions that this block takes, in tiles of one position; a position without candidates has one empty tile.
+// The candidates of the positions that this block takes, in tiles of one position; a position without
+// candidates has one empty tile.
 class ListTiles {
  public:
   __aicore__ inline void Init(TPipe& pipe, GM_ADDR offsets, uint32_t positions, uint32_t candidates, uint32_t size) {
@@ -45,7 +46,9 @@ class ListTiles {
   }
 
  private:
-  __aicore__ inline uint64_t EndOf(uint32_t token) { return static_cast<uint64_t>(offsets_.At(static_cast<uint64_t>(token) + 1)); }
+  __aicore__ inline uint64_t EndOf(uint32_t token) {
+    return static_cast<uint64_t>(offsets_.At(static_cast<uint64_t>(token) + 1));
+  }
 
   Window<int64_t> offsets_;
   Range range_;

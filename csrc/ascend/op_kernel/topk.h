@@ -1,8 +1,9 @@
 // Stage 0: for each row of logits the candidates for its k largest, and its log-sum-exp as (max, sum of exponentials).
 //
-// A row passes through the buffer once, in chunks. Elements above a running threshold are compressed behind those already held; when more than
-// `capacity` are held, the threshold rises until at least k and at most half the capacity are above it. Columns come in ascending order, so
-// an element equal to a threshold that k held elements reach can never be among the k first, and the comparison may be strict.
+// A row passes through the buffer once, in chunks. Elements above a running threshold are compressed behind those
+// already held; when more than `capacity` are held, the threshold rises until at least k and at most half the capacity
+// are above it. Columns come in ascending order, so an element equal to a threshold that k held elements reach can
+// never be among the k first, and the comparison may be strict.
 #pragma once
 
 #include "rows.h"
@@ -16,8 +17,8 @@ constexpr float kLeast = -3.0e38f;
 template <typename T>
 class Topk {
  public:
-  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR values, GM_ADDR columns, GM_ADDR counts, GM_ADDR sums, uint32_t positions, uint32_t width,
-                              uint32_t stride, uint32_t k, uint32_t capacity) {
+  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR values, GM_ADDR columns, GM_ADDR counts, GM_ADDR sums,
+                              uint32_t positions, uint32_t width, uint32_t stride, uint32_t k, uint32_t capacity) {
     width_ = width;
     stride_ = stride;
     k_ = k;
@@ -85,7 +86,8 @@ class Topk {
   __aicore__ inline void Load(const Chunk& chunk) {
     const LocalTensor<T> raw = chunk_in_.template AllocTensor<T>();
     DataCopyPad(raw, logits_[static_cast<uint64_t>(chunk.row) * stride_ + chunk.start],
-                DataCopyExtParams{1, static_cast<uint32_t>(chunk.count * sizeof(T)), 0, 0, 0}, DataCopyPadExtParams<T>{false, 0, 0, T{}});
+                DataCopyExtParams{1, static_cast<uint32_t>(chunk.count * sizeof(T)), 0, 0, 0},
+                DataCopyPadExtParams<T>{false, 0, 0, T{}});
     chunk_in_.EnQue(raw);
   }
 
@@ -118,8 +120,10 @@ class Topk {
   // (max, sum exp(x - max)) takes in a chunk.
   __aicore__ inline void AddUp(const LocalTensor<float>& wide, uint32_t repeats) {
     const LocalTensor<float> work = scratch_.Get<float>(), shares = shares_.Get<float>();
-    const LocalTensor<float> top = work[0], peak = work[8], fade = work[16], sum = work[24], each = work[64], tops = work[128];
-    const int32_t lanes = static_cast<int32_t>(kLanes), chunks = static_cast<int32_t>(repeats), block = static_cast<int32_t>(kBlock);
+    const LocalTensor<float> top = work[0], peak = work[8], fade = work[16], sum = work[24], each = work[64],
+                             tops = work[128];
+    const int32_t lanes = static_cast<int32_t>(kLanes), chunks = static_cast<int32_t>(repeats),
+                  block = static_cast<int32_t>(kBlock);
     WholeReduceMax(each, wide, lanes, chunks, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
     PipeBarrier<PIPE_V>();
     WholeReduceMax(top, each, chunks, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
@@ -153,7 +157,8 @@ class Topk {
     CompareScalar(mask, wide, threshold_, CMPMODE::GT, count);
     PipeBarrier<PIPE_V>();
     GatherMask(values[held_], wide, mask.template ReinterpretCast<uint32_t>(), true, count, {1, 1, 8, 0}, found);
-    GatherMask(columns[held_], ramp_.Get<int32_t>(), mask.template ReinterpretCast<uint32_t>(), true, count, {1, 1, 8, 0}, same);
+    GatherMask(columns[held_], ramp_.Get<int32_t>(), mask.template ReinterpretCast<uint32_t>(), true, count,
+               {1, 1, 8, 0}, same);
     PipeBarrier<PIPE_V>();
     if (found) Adds(columns[held_], columns[held_], static_cast<int32_t>(start), static_cast<int32_t>(found));
     PipeBarrier<PIPE_V>();
@@ -179,7 +184,8 @@ class Topk {
     uint64_t found = 0;
     CompareScalar(mask, Values(now_), bound, mode, padded_);
     PipeBarrier<PIPE_V>();
-    GatherMask(Values(1 - now_)[at], Values(now_), mask.template ReinterpretCast<uint32_t>(), true, padded_, {1, 1, 8, 0}, found);
+    GatherMask(Values(1 - now_)[at], Values(now_), mask.template ReinterpretCast<uint32_t>(), true, padded_,
+               {1, 1, 8, 0}, found);
     PipeBarrier<PIPE_V>();
     return static_cast<uint32_t>(found);
   }
@@ -190,8 +196,8 @@ class Topk {
     PipeBarrier<PIPE_V>();
   }
 
-  // Halves what is held, by bisection between a bound with at least k elements above it and one with fewer. Where equal elements leave no
-  // such bound, the first of them fill up to k.
+  // Halves what is held, by bisection between a bound with at least k elements above it and one with fewer. Where equal
+  // elements leave no such bound, the first of them fill up to k.
   __aicore__ inline void Shrink() {
     padded_ = (held_ + kLanes - 1) / kLanes * kLanes;
     if (padded_ > held_) {
@@ -295,8 +301,8 @@ class Topk {
 };
 
 template <typename T>
-__aicore__ inline void topk(GM_ADDR logits, GM_ADDR values, GM_ADDR columns, GM_ADDR counts, GM_ADDR sums, uint32_t positions, uint32_t width,
-                            uint32_t stride, uint32_t k, uint32_t capacity) {
+__aicore__ inline void topk(GM_ADDR logits, GM_ADDR values, GM_ADDR columns, GM_ADDR counts, GM_ADDR sums,
+                            uint32_t positions, uint32_t width, uint32_t stride, uint32_t k, uint32_t capacity) {
   Topk<T> kernel;
   kernel.Init(logits, values, columns, counts, sums, positions, width, stride, k, capacity);
   kernel.Process();

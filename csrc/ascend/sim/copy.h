@@ -10,7 +10,8 @@ namespace AscendC {
 struct DataCopyExtParams {
   uint16_t blockCount = 1;
   uint32_t blockLen = 0;   // bytes
-  uint32_t srcStride = 0;  // between the end of a block and the next: bytes in global memory, units of 32 bytes in the buffer
+  // between the end of a block and the next: bytes in global memory, units of 32 bytes in the buffer
+  uint32_t srcStride = 0;
   uint32_t dstStride = 0;
   uint32_t rsv = 0;
 };
@@ -28,16 +29,20 @@ namespace detail {
 template <class T>
 void check_local(const char* api, const LocalTensor<T>& tensor, uint64_t bytes) {
   tensor.usable(api, 0);
-  if (tensor.position() == TPosition::VECCALC) ascend_sim::fail("%s: VECCALC is not a position that data is moved to or from", api);
+  if (tensor.position() == TPosition::VECCALC) {
+    ascend_sim::fail("%s: VECCALC is not a position that data is moved to or from", api);
+  }
   if (bytes > static_cast<uint64_t>(tensor.GetSize()) * sizeof(T)) {
-    ascend_sim::fail("%s: %llu bytes in a tensor of %zu", api, static_cast<unsigned long long>(bytes), tensor.GetSize() * sizeof(T));
+    ascend_sim::fail("%s: %llu bytes in a tensor of %zu", api, static_cast<unsigned long long>(bytes),
+                     tensor.GetSize() * sizeof(T));
   }
 }
 
 template <class T>
 void check_global(const char* api, const GlobalTensor<T>& tensor, uint64_t bytes) {
   if (bytes > tensor.length() * sizeof(T)) {
-    ascend_sim::fail("%s: %llu bytes of a global tensor that has %llu left", api, static_cast<unsigned long long>(bytes),
+    ascend_sim::fail("%s: %llu bytes of a global tensor that has %llu left", api,
+                     static_cast<unsigned long long>(bytes),
                      static_cast<unsigned long long>(tensor.length() * sizeof(T)));
   }
 }
@@ -59,10 +64,14 @@ inline void check_blocks(const DataCopyExtParams& p, size_t element) {
   if (p.blockCount > 4095 || p.blockLen > 2097151) {
     ascend_sim::fail("DataCopyPad: %u blocks of %u bytes, and 4095 of 2097151 are allowed", p.blockCount, p.blockLen);
   }
-  if (p.blockLen % element) ascend_sim::fail("DataCopyPad: blocks of %u bytes are not whole elements of %zu", p.blockLen, element);
+  if (p.blockLen % element) {
+    ascend_sim::fail("DataCopyPad: blocks of %u bytes are not whole elements of %zu", p.blockLen, element);
+  }
 }
 
-inline uint32_t padded(uint32_t bytes) { return (bytes + ascend_sim::kBlockBytes - 1) / ascend_sim::kBlockBytes * ascend_sim::kBlockBytes; }
+inline uint32_t padded(uint32_t bytes) {
+  return (bytes + ascend_sim::kBlockBytes - 1) / ascend_sim::kBlockBytes * ascend_sim::kBlockBytes;
+}
 
 }  // namespace detail
 
@@ -89,22 +98,29 @@ void DataCopy(const GlobalTensor<T>& dst, const LocalTensor<T>& src, uint32_t co
 }
 
 template <class T>
-void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const DataCopyExtParams& p, const DataCopyPadExtParams<T>& pad) {
+void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const DataCopyExtParams& p,
+                 const DataCopyPadExtParams<T>& pad) {
   detail::check_blocks(p, sizeof(T));
   const uint32_t left = pad.leftPadding * sizeof(T), right = pad.rightPadding * sizeof(T);
-  if (left > ascend_sim::kBlockBytes || right > ascend_sim::kBlockBytes) ascend_sim::fail("DataCopyPad: more than 32 bytes of padding");
+  if (left > ascend_sim::kBlockBytes || right > ascend_sim::kBlockBytes) {
+    ascend_sim::fail("DataCopyPad: more than 32 bytes of padding");
+  }
   if (!p.blockCount || !p.blockLen) return;
-  const uint32_t width = detail::padded(left + p.blockLen + right), step = width + p.dstStride * ascend_sim::kBlockBytes;
+  const uint32_t width = detail::padded(left + p.blockLen + right),
+                 step = width + p.dstStride * ascend_sim::kBlockBytes;
   detail::check_local("DataCopyPad", dst, static_cast<uint64_t>(p.blockCount - 1) * step + width);
-  detail::check_global("DataCopyPad", src, static_cast<uint64_t>(p.blockCount - 1) * (p.blockLen + p.srcStride) + p.blockLen);
+  detail::check_global("DataCopyPad", src,
+                       static_cast<uint64_t>(p.blockCount - 1) * (p.blockLen + p.srcStride) + p.blockLen);
   ascend_sim::Core& core = ascend_sim::core();
   core.issue(ascend_sim::kMte2, static_cast<uint64_t>(p.blockCount) * p.blockLen);
   for (uint32_t i = 0; i < p.blockCount; ++i) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(src.data()) + static_cast<uint64_t>(i) * (p.blockLen + p.srcStride);
+    const uint8_t* from =
+        reinterpret_cast<const uint8_t*>(src.data()) + static_cast<uint64_t>(i) * (p.blockLen + p.srcStride);
     const uint32_t to = dst.address() + i * step;
     ascend_sim::current_memory()->read("DataCopyPad", ascend_sim::kMte2, from, p.blockLen);
     core.write("DataCopyPad", ascend_sim::kMte2, to, width);
-    // what fills the last block up: the first element where no padding is asked for, else the padding value, or nothing known
+    // what fills the last block up: the first element where no padding is asked for, else the
+    // padding value, or nothing known
     std::memset(core.at(to), 0xFF, width);
     T fill;
     std::memcpy(&fill, left || right ? reinterpret_cast<const uint8_t*>(&pad.paddingValue) : from, sizeof(T));
@@ -121,7 +137,8 @@ void DataCopyPad(const GlobalTensor<T>& dst, const LocalTensor<T>& src, const Da
   if (!p.blockCount || !p.blockLen) return;
   const uint32_t width = detail::padded(p.blockLen), step = width + p.srcStride * ascend_sim::kBlockBytes;
   detail::check_local("DataCopyPad", src, static_cast<uint64_t>(p.blockCount - 1) * step + width);
-  detail::check_global("DataCopyPad", dst, static_cast<uint64_t>(p.blockCount - 1) * (p.blockLen + p.dstStride) + p.blockLen);
+  detail::check_global("DataCopyPad", dst,
+                       static_cast<uint64_t>(p.blockCount - 1) * (p.blockLen + p.dstStride) + p.blockLen);
   ascend_sim::Core& core = ascend_sim::core();
   core.issue(ascend_sim::kMte3, static_cast<uint64_t>(p.blockCount) * p.blockLen);
   for (uint32_t i = 0; i < p.blockCount; ++i) {

@@ -21,20 +21,23 @@ void Core::issue(Pipe pipe, uint64_t bytes) {
 
 void Core::check_range(const char* api, uint32_t address, uint64_t bytes) const {
   if (address + bytes > kBufferBytes) {
-    fail("%s: bytes %u..%llu lie beyond the unified buffer of %u", api, address, static_cast<unsigned long long>(address + bytes), kBufferBytes);
+    fail("%s: bytes %u..%llu lie beyond the unified buffer of %u", api, address,
+         static_cast<unsigned long long>(address + bytes), kBufferBytes);
   }
 }
 
 void Core::judge_read(const char* api, Pipe pipe, Touch& touch, const char* where, uint64_t address) {
   const uint8_t writer = touch.writer;
-  const bool settled = writer == kPipes || (writer == kScalar && pipe == kScalar) || touch.written <= known_[pipe][writer];
+  const bool settled =
+      writer == kPipes || (writer == kScalar && pipe == kScalar) || touch.written <= known_[pipe][writer];
   if (!settled) {
     if (writer == pipe && touch.written == issued_[pipe]) {
-      fail("%s: reads %s %llu, which an earlier repeat of the same instruction wrote", api, where, static_cast<unsigned long long>(address));
+      fail("%s: reads %s %llu, which an earlier repeat of the same instruction wrote", api, where,
+           static_cast<unsigned long long>(address));
     }
     if (writer == pipe) {
-      fail("%s: read after write of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, static_cast<unsigned long long>(address),
-           name_of(pipe), name_of(pipe));
+      fail("%s: read after write of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where,
+           static_cast<unsigned long long>(address), name_of(pipe), name_of(pipe));
     }
     fail("%s: read after write, %s reads %s %llu before %s is known to have written it", api, name_of(pipe), where,
          static_cast<unsigned long long>(address), name_of(writer));
@@ -47,14 +50,22 @@ void Core::judge_write(const char* api, Pipe pipe, Touch& touch, const char* whe
   const auto at = static_cast<unsigned long long>(address);
   if (writer != kPipes && !(writer == kScalar && pipe == kScalar) && touch.written > known_[pipe][writer] &&
       !(writer == pipe && touch.written == issued_[pipe])) {
-    if (writer == pipe) fail("%s: write after write of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, at, name_of(pipe), name_of(pipe));
-    fail("%s: write after write, %s overwrites %s %llu before %s is known to have written it", api, name_of(pipe), where, at, name_of(writer));
+    if (writer == pipe) {
+      fail("%s: write after write of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, at, name_of(pipe),
+           name_of(pipe));
+    }
+    fail("%s: write after write, %s overwrites %s %llu before %s is known to have written it", api, name_of(pipe),
+         where, at, name_of(writer));
   }
   for (int other = 0; other < kPipes; ++other) {
     const bool own = other == pipe && (pipe == kScalar || touch.read[other] == issued_[pipe]);
     if (own || touch.read[other] <= known_[pipe][other]) continue;
-    if (other == pipe) fail("%s: write after read of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, at, name_of(pipe), name_of(pipe));
-    fail("%s: write after read, %s overwrites %s %llu before %s is known to have read it", api, name_of(pipe), where, at, name_of(other));
+    if (other == pipe) {
+      fail("%s: write after read of %s %llu by %s without PipeBarrier<PIPE_%s>", api, where, at, name_of(pipe),
+           name_of(pipe));
+    }
+    fail("%s: write after read, %s overwrites %s %llu before %s is known to have read it", api, name_of(pipe), where,
+         at, name_of(other));
   }
   touch.writer = pipe;
   touch.written = issued_[pipe];
@@ -67,7 +78,9 @@ void Core::read(const char* api, Pipe pipe, uint32_t address, uint32_t bytes) {
     Shadow& shadow = shadow_[at / kBlockBytes];
     const uint32_t first = at % kBlockBytes / 2, last = (stop - 1) % kBlockBytes / 2;
     const uint32_t wanted = ((2u << last) - 1) & ~((1u << first) - 1);
-    if ((shadow.defined & wanted) != wanted) fail("%s: %s reads buffer bytes %u..%u that nothing has written", api, name_of(pipe), at, stop);
+    if ((shadow.defined & wanted) != wanted) {
+      fail("%s: %s reads buffer bytes %u..%u that nothing has written", api, name_of(pipe), at, stop);
+    }
     judge_read(api, pipe, shadow.touch, "buffer byte", at);
     at = stop;
   }
@@ -96,7 +109,9 @@ void Core::learn(Pipe pipe, const Clock& clock) {
 }
 
 void Core::set_flag(Pipe from, Pipe to, int event) {
-  if (event < 0 || event >= kMaxEvents) fail("SetFlag<%s_%s>: event id %d is not in 0..%d", name_of(from), name_of(to), event, kMaxEvents - 1);
+  if (event < 0 || event >= kMaxEvents) {
+    fail("SetFlag<%s_%s>: event id %d is not in 0..%d", name_of(from), name_of(to), event, kMaxEvents - 1);
+  }
   if (!flags_.emplace(std::array<int, 3>{from, to, event}, now(from)).second) {
     fail("SetFlag<%s_%s>: event %d is set already and nobody has waited for it", name_of(from), name_of(to), event);
   }
@@ -104,14 +119,19 @@ void Core::set_flag(Pipe from, Pipe to, int event) {
 
 void Core::wait_flag(Pipe from, Pipe to, int event) {
   const auto found = flags_.find({from, to, event});
-  if (found == flags_.end()) fail("WaitFlag<%s_%s>: event %d was never set, so the core hangs", name_of(from), name_of(to), event);
+  if (found == flags_.end()) {
+    fail("WaitFlag<%s_%s>: event %d was never set, so the core hangs", name_of(from), name_of(to), event);
+  }
   learn(to, found->second);
   flags_.erase(found);
   if (to == kScalar) {
     ++counters.scalar_waits;
-    // what the program issues from here on is issued after the wait; the scalar pipe's own stores need their flag all the same
+    // what the program issues from here on is issued after the wait; the scalar pipe's own
+    // stores need their flag all the same
     for (int pipe = kVector; pipe < kPipes; ++pipe) {
-      for (int other = kVector; other < kPipes; ++other) known_[pipe][other] = std::max(known_[pipe][other], known_[kScalar][other]);
+      for (int other = kVector; other < kPipes; ++other) {
+        known_[pipe][other] = std::max(known_[pipe][other], known_[kScalar][other]);
+      }
     }
   }
 }
@@ -131,7 +151,8 @@ uint32_t Core::allocate(uint32_t num, uint32_t bytes) {
   if ((buffers_ += num) > kMaxBuffers) fail("InitBuffer: %u buffers, and a kernel may have %u", buffers_, kMaxBuffers);
   const uint32_t address = top_;
   if (address + static_cast<uint64_t>(num) * bytes > kBufferBytes) {
-    fail("InitBuffer: the unified buffer overflows: %u bytes in use, %u x %u more, of %u", top_, num, bytes, kBufferBytes);
+    fail("InitBuffer: the unified buffer overflows: %u bytes in use, %u x %u more, of %u", top_, num, bytes,
+         kBufferBytes);
   }
   top_ += num * bytes;
   counters.buffer_bytes = top_;
@@ -150,7 +171,9 @@ void Core::live(int position, int change) {
 }
 
 void Core::finish() {
-  for (const auto& [key, clock] : flags_) fail("the kernel ended with flag %s_%s (event %d) still set", name_of(key[0]), name_of(key[1]), key[2]);
+  for (const auto& [key, clock] : flags_) {
+    fail("the kernel ended with flag %s_%s (event %d) still set", name_of(key[0]), name_of(key[1]), key[2]);
+  }
 }
 
 Core*& current_core() {

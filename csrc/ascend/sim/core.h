@@ -1,9 +1,10 @@
 // One vector core: its unified buffer, the pipes that work on it side by side, and what each pipe knows of the others.
 //
-// A kernel runs in program order, but on the device its instructions go to pipes (scalar, vector, MTE2 into the buffer, MTE3 out of it) that
-// do not wait for one another. So every access is judged by a vector clock: pipe p may touch what instruction n of pipe q wrote only if p knows
-// that q has finished n, through a flag, a queue or a barrier. The shadow of the buffer keeps, for each block of 32 bytes, who wrote and read it
-// last, and for each two bytes whether anything was ever written there.
+// A kernel runs in program order, but on the device its instructions go to pipes (scalar, vector, MTE2 into the
+// buffer, MTE3 out of it) that do not wait for one another. So every access is judged by a vector clock: pipe p may
+// touch what instruction n of pipe q wrote only if p knows that q has finished n, through a flag, a queue or a
+// barrier. The shadow of the buffer keeps, for each block of 32 bytes, who wrote and read it last, and for each two
+// bytes whether anything was ever written there.
 #pragma once
 
 #include <array>

@@ -33,7 +33,8 @@ Region& GlobalMemory::find(const char* api, const void* address, uint64_t bytes)
   for (Region& region : regions_) {
     if (at >= region.start && at + bytes <= region.start + region.bytes) return region;
   }
-  fail("%s: %llu bytes of global memory lie outside every argument of the kernel", api, static_cast<unsigned long long>(bytes));
+  fail("%s: %llu bytes of global memory lie outside every argument of the kernel", api,
+       static_cast<unsigned long long>(bytes));
 }
 
 void GlobalMemory::read(const char* api, Pipe pipe, const void* address, uint64_t bytes) {
@@ -44,8 +45,8 @@ void GlobalMemory::read(const char* api, Pipe pipe, const void* address, uint64_
   const uint64_t start = static_cast<const uint8_t*>(address) - region.start;
   for (uint64_t i = start / kGranule; i < (start + bytes + kGranule - 1) / kGranule; ++i) {
     if (region.writers[i] != kNobody && region.writers[i] != mine) {
-      fail("%s: race between blocks: %d reads byte %llu of an argument that %d writes", api, mine, static_cast<unsigned long long>(i * kGranule),
-           region.writers[i]);
+      fail("%s: race between blocks: %d reads byte %llu of an argument that %d writes", api, mine,
+           static_cast<unsigned long long>(i * kGranule), region.writers[i]);
     }
     if (pipe == kScalar && region.writers[i] == mine) {
       fail("%s: the scalar pipe reads global memory that this launch wrote, past its data cache", api);

@@ -1,5 +1,6 @@
-// The host stand-in for the AscendC header of this name: the calls our kernels use, run on the host one block after another, with the rules of
-// the public documentation enforced (docs/ascend-kernels.md lists them with their sources). Not a simulator of speed, and never shipped.
+// The host stand-in for the AscendC header of this name: the calls our kernels use, run on the host one block after
+// another, with the rules of the public documentation enforced (docs/ascend-kernels.md lists them with their sources).
+// Not a simulator of speed, and never shipped.
 #pragma once
 
 #include "copy.h"

@@ -1,4 +1,5 @@
-// How a vector instruction walks through the buffer: repeats of eight blocks of 32 bytes, with strides and a mask; and what it may not do.
+// How a vector instruction walks through the buffer: repeats of eight blocks of 32 bytes, with strides and
+// a mask; and what it may not do.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,8 @@
 namespace AscendC {
 
 struct BinaryRepeatParams {
-  uint8_t dstBlkStride = 1, src0BlkStride = 1, src1BlkStride = 1, dstRepStride = 8, src0RepStride = 8, src1RepStride = 8;
+  uint8_t dstBlkStride = 1, src0BlkStride = 1, src1BlkStride = 1, dstRepStride = 8, src0RepStride = 8,
+          src1RepStride = 8;
 };
 
 struct UnaryRepeatParams {
@@ -31,20 +33,26 @@ struct Mask {
 template <class T>
 Mask first_lanes(const char* api, uint64_t count) {
   constexpr uint32_t kLanes = ascend_sim::kRepeatBytes / sizeof(T);
-  if (count < 1 || count > kLanes) ascend_sim::fail("%s: a mask of %llu lanes, and a repeat has 1..%u", api, static_cast<unsigned long long>(count), kLanes);
+  if (count < 1 || count > kLanes) {
+    ascend_sim::fail("%s: a mask of %llu lanes, and a repeat has 1..%u", api, static_cast<unsigned long long>(count),
+                     kLanes);
+  }
   const auto low = [](uint64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; };
   return {{low(count), count > 64 ? low(count - 64) : 0}};
 }
 
 inline void check_repeats(const char* api, int64_t repeats) {
   if (repeats < 0 || repeats > ascend_sim::kMaxRepeats) {
-    ascend_sim::fail("%s: %lld repeats, and an instruction has 0..%u", api, static_cast<long long>(repeats), ascend_sim::kMaxRepeats);
+    ascend_sim::fail("%s: %lld repeats, and an instruction has 0..%u", api, static_cast<long long>(repeats),
+                     ascend_sim::kMaxRepeats);
   }
 }
 
 template <class T>
 void check_arithmetic(const char* api) {
-  if (!ascend_sim::kArithmetic<T>) ascend_sim::fail("%s: bfloat16 has no arithmetic on architecture 2201; Cast to float first", api);
+  if (!ascend_sim::kArithmetic<T>) {
+    ascend_sim::fail("%s: bfloat16 has no arithmetic on architecture 2201; Cast to float first", api);
+  }
 }
 
 // Two operands may be the same memory or disjoint, not shifted against each other.
@@ -54,11 +62,12 @@ inline void check_overlap(const char* api, uint32_t dst, uint64_t dst_bytes, uin
   }
 }
 
-// One vector instruction on elements that lie side by side: dst[i] = f(i) for i < count. Level 2 of the API splits what is longer than 255
-// repeats by itself.
+// One vector instruction on elements that lie side by side: dst[i] = f(i) for i < count. Level 2 of the API splits what
+// is longer than 255 repeats by itself.
 // `also` is what the instruction reads besides.
 template <class A, class D, class F, class... S>
-void elementwise_after(const char* api, A also, const LocalTensor<D>& dst, int64_t count, F f, const LocalTensor<S>&... src) {
+void elementwise_after(const char* api, A also, const LocalTensor<D>& dst, int64_t count, F f,
+                       const LocalTensor<S>&... src) {
   dst.usable(api, count);
   (src.usable(api, count), ...);
   if (!count) return;
@@ -91,8 +100,12 @@ Operand operand(const LocalTensor<T>& tensor, uint32_t block_stride, uint32_t re
 }
 
 inline uint32_t block_of(const char* api, const Operand& o, uint32_t repeat, uint32_t block) {
-  const uint64_t offset = (static_cast<uint64_t>(repeat) * o.repeat_stride + block * o.block_stride) * ascend_sim::kBlockBytes;
-  if (offset >= o.bytes) ascend_sim::fail("%s: repeat %u, block %u lies beyond the tensor's %llu bytes", api, repeat, block, static_cast<unsigned long long>(o.bytes));
+  const uint64_t offset =
+      (static_cast<uint64_t>(repeat) * o.repeat_stride + block * o.block_stride) * ascend_sim::kBlockBytes;
+  if (offset >= o.bytes) {
+    ascend_sim::fail("%s: repeat %u, block %u lies beyond the tensor's %llu bytes", api, repeat, block,
+                     static_cast<unsigned long long>(o.bytes));
+  }
   return o.address + static_cast<uint32_t>(offset);
 }
 

@@ -1,5 +1,5 @@
-// TPipe, TQue and TBuf. A queue carries its buffers between two pipes and makes each wait for the other: EnQue and DeQue hand a filled buffer
-// on, FreeTensor and AllocTensor an empty one back.
+// TPipe, TQue and TBuf. A queue carries its buffers between two pipes and makes each wait for the other: EnQue and
+// DeQue hand a filled buffer on, FreeTensor and AllocTensor an empty one back.
 #pragma once
 
 #include <exception>
@@ -48,7 +48,9 @@ class TQue {
   template <class T>
   bool EnQue(const LocalTensor<T>& filled) {
     Buffer& buffer = owned("EnQue", filled);
-    if (buffer.state != kAllocated) ascend_sim::fail("EnQue: the tensor was not allocated from this queue, or is in it already");
+    if (buffer.state != kAllocated) {
+      ascend_sim::fail("EnQue: the tensor was not allocated from this queue, or is in it already");
+    }
     if (waiting_.size() >= static_cast<size_t>(depth)) ascend_sim::fail("EnQue: the queue of depth %d is full", depth);
     buffer.state = kQueued;
     buffer.handed = ascend_sim::core().now(kProducer);
@@ -96,13 +98,16 @@ class TQue {
   template <class T>
   LocalTensor<T> tensor(uint32_t i) const {
     const auto slot = static_cast<int32_t>(first_ + i);
-    return {buffers_[i].address, static_cast<uint32_t>(bytes_ / sizeof(T)), position, slot, ascend_sim::core().generations[slot]};
+    return {buffers_[i].address, static_cast<uint32_t>(bytes_ / sizeof(T)), position, slot,
+            ascend_sim::core().generations[slot]};
   }
 
   template <class T>
   Buffer& owned(const char* api, const LocalTensor<T>& tensor) {
     const int64_t i = static_cast<int64_t>(tensor.slot()) - first_;
-    if (tensor.slot() < 0 || i < 0 || i >= static_cast<int64_t>(buffers_.size())) ascend_sim::fail("%s: a tensor of another queue", api);
+    if (tensor.slot() < 0 || i < 0 || i >= static_cast<int64_t>(buffers_.size())) {
+      ascend_sim::fail("%s: a tensor of another queue", api);
+    }
     if (ascend_sim::core().generations[tensor.slot()] != tensor.generation()) {
       ascend_sim::fail("%s: a stale tensor: its buffer was enqueued or freed since", api);
     }

@@ -18,8 +18,8 @@ inline float tree(float* lanes, uint32_t count) {
 }
 
 template <class F>
-void reduce(const char* api, const LocalTensor<float>& dst, const LocalTensor<float>& src, int32_t lanes, int32_t repeats, int32_t dst_stride,
-            int32_t block_stride, int32_t repeat_stride, float nothing, F f) {
+void reduce(const char* api, const LocalTensor<float>& dst, const LocalTensor<float>& src, int32_t lanes,
+            int32_t repeats, int32_t dst_stride, int32_t block_stride, int32_t repeat_stride, float nothing, F f) {
   check_repeats(api, repeats);
   const Mask mask = first_lanes<float>(api, lanes);
   dst.usable(api, repeats ? static_cast<int64_t>(repeats - 1) * dst_stride + 1 : 0, sizeof(float));
@@ -46,20 +46,23 @@ void reduce(const char* api, const LocalTensor<float>& dst, const LocalTensor<fl
 
 }  // namespace detail
 
-inline void WholeReduceSum(const LocalTensor<float>& dst, const LocalTensor<float>& src, const int32_t mask, const int32_t repeats,
-                           const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride) {
+inline void WholeReduceSum(const LocalTensor<float>& dst, const LocalTensor<float>& src, const int32_t mask,
+                           const int32_t repeats, const int32_t dstRepStride, const int32_t srcBlkStride,
+                           const int32_t srcRepStride) {
   detail::reduce("WholeReduceSum", dst, src, mask, repeats, dstRepStride, srcBlkStride, srcRepStride, 0.0f,
                  [](float* x) { return detail::tree(x, 64); });
 }
 
-inline void WholeReduceMax(const LocalTensor<float>& dst, const LocalTensor<float>& src, const int32_t mask, const int32_t repeats,
-                           const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride, ReduceOrder order) {
+inline void WholeReduceMax(const LocalTensor<float>& dst, const LocalTensor<float>& src, const int32_t mask,
+                           const int32_t repeats, const int32_t dstRepStride, const int32_t srcBlkStride,
+                           const int32_t srcRepStride, ReduceOrder order) {
   if (order != ReduceOrder::ORDER_ONLY_VALUE) ascend_sim::fail("WholeReduceMax: the stand-in knows ORDER_ONLY_VALUE");
-  detail::reduce("WholeReduceMax", dst, src, mask, repeats, dstRepStride, srcBlkStride, srcRepStride, -INFINITY, [](float* x) {
-    float top = x[0];
-    for (int i = 1; i < 64; ++i) top = x[i] > top || x[i] != x[i] ? x[i] : top;
-    return top;
-  });
+  detail::reduce("WholeReduceMax", dst, src, mask, repeats, dstRepStride, srcBlkStride, srcRepStride, -INFINITY,
+                 [](float* x) {
+                   float top = x[0];
+                   for (int i = 1; i < 64; ++i) top = x[i] > top || x[i] != x[i] ? x[i] : top;
+                   return top;
+                 });
 }
 
 // Each of eight elements fills one block.
@@ -76,7 +79,8 @@ void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, const uint8_t re
     for (uint32_t block = 0; block < 8; ++block) {
       const uint32_t at = detail::block_of("Brcb", to, repeat, block);
       core.write("Brcb", ascend_sim::kVector, at, ascend_sim::kBlockBytes);
-      std::fill_n(reinterpret_cast<T*>(core.at(at)), ascend_sim::kBlockBytes / sizeof(T), src.data()[repeat * 8 + block]);
+      std::fill_n(reinterpret_cast<T*>(core.at(at)), ascend_sim::kBlockBytes / sizeof(T),
+                  src.data()[repeat * 8 + block]);
     }
   }
 }

@@ -76,8 +76,8 @@ extern "C" {
 
 void sim_backwards(int yes) { ascend_sim::backwards() = yes != 0; }
 
-// Counters of a run of the last call (a launcher may start two kernels): of block `block`, or of all where it is -1. out [12]: instructions and bytes of S, V, MTE2, MTE3; repeats, barriers,
-// scalar waits, bytes of the unified buffer.
+// Counters of a run of the last call (a launcher may start two kernels): of block `block`, or of all where it is -1.
+// out [12]: instructions and bytes of S, V, MTE2, MTE3; repeats, barriers, scalar waits, bytes of the unified buffer.
 void sim_counters(int run, int block, uint64_t* out) {
   const ascend_sim::Report& report = ascend_sim::reports().at(run);
   const ascend_sim::Counters& c = block < 0 ? report.total : report.blocks.at(block);

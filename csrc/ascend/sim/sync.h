@@ -9,11 +9,25 @@ namespace AscendC {
 
 using TEventID = int8_t;
 
-enum class HardEvent : uint8_t { MTE2_V, V_MTE2, MTE3_V, V_MTE3, MTE3_MTE2, MTE2_MTE3, S_V, V_S, S_MTE2, MTE2_S, S_MTE3, MTE3_S };
+enum class HardEvent : uint8_t {
+  MTE2_V,
+  V_MTE2,
+  MTE3_V,
+  V_MTE3,
+  MTE3_MTE2,
+  MTE2_MTE3,
+  S_V,
+  V_S,
+  S_MTE2,
+  MTE2_S,
+  S_MTE3,
+  MTE3_S
+};
 
-constexpr ascend_sim::Pipe kFrom[] = {ascend_sim::kMte2,   ascend_sim::kVector, ascend_sim::kMte3,   ascend_sim::kVector,
-                                      ascend_sim::kMte3,   ascend_sim::kMte2,   ascend_sim::kScalar, ascend_sim::kVector,
-                                      ascend_sim::kScalar, ascend_sim::kMte2,   ascend_sim::kScalar, ascend_sim::kMte3};
+constexpr ascend_sim::Pipe kFrom[] = {ascend_sim::kMte2,   ascend_sim::kVector, ascend_sim::kMte3,
+                                      ascend_sim::kVector, ascend_sim::kMte3,   ascend_sim::kMte2,
+                                      ascend_sim::kScalar, ascend_sim::kVector, ascend_sim::kScalar,
+                                      ascend_sim::kMte2,   ascend_sim::kScalar, ascend_sim::kMte3};
 constexpr ascend_sim::Pipe kTo[] = {ascend_sim::kVector, ascend_sim::kMte2,   ascend_sim::kVector, ascend_sim::kMte3,
                                     ascend_sim::kMte2,   ascend_sim::kMte3,   ascend_sim::kVector, ascend_sim::kScalar,
                                     ascend_sim::kMte2,   ascend_sim::kScalar, ascend_sim::kMte3,   ascend_sim::kScalar};

@@ -54,11 +54,15 @@ class LocalTensor {
   uint32_t generation() const { return generation_; }
 
   void usable(const char* api, int64_t count, uint32_t alignment = ascend_sim::kBlockBytes) const {
-    if (!length_ && !address_ && position_ == TPosition::GM) ascend_sim::fail("%s: a tensor that was never allocated", api);
+    if (!length_ && !address_ && position_ == TPosition::GM) {
+      ascend_sim::fail("%s: a tensor that was never allocated", api);
+    }
     if (slot_ >= 0 && ascend_sim::core().generations[slot_] != generation_) {
       ascend_sim::fail("%s: a stale tensor: its buffer was enqueued or freed since", api);
     }
-    if (address_ % alignment) ascend_sim::fail("%s: buffer address %u is not aligned to %u bytes", api, address_, alignment);
+    if (address_ % alignment) {
+      ascend_sim::fail("%s: buffer address %u is not aligned to %u bytes", api, address_, alignment);
+    }
     if (count < 0 || count > length_) {
       ascend_sim::fail("%s: %lld elements of a tensor of %u", api, static_cast<long long>(count), length_);
     }

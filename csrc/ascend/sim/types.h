@@ -1,4 +1,5 @@
-// Element types of the device and their conversions to float, which is exact, and back, which rounds to the nearest, ties to even.
+// Element types of the device and their conversions to float, which is exact, and back, which
+// rounds to the nearest, ties to even.
 #pragma once
 
 #include <cmath>
@@ -12,8 +13,9 @@ struct bfloat16_t {
 
 namespace ascend_sim {
 
+// bfloat16 has none on architecture 2201
 template <class T>
-constexpr bool kArithmetic = std::is_same_v<T, float> || std::is_same_v<T, int32_t>;  // bfloat16 has none on architecture 2201
+constexpr bool kArithmetic = std::is_same_v<T, float> || std::is_same_v<T, int32_t>;
 
 template <class To, class From>
 To convert(From x) {

@@ -1,4 +1,5 @@
-// Element-wise vector instructions, in their two forms: a count of elements side by side, or a mask, repeats and strides.
+// Element-wise vector instructions, in their two forms: a count of elements side by side,
+// or a mask, repeats and strides.
 #pragma once
 
 #include "lanes.h"
@@ -13,19 +14,24 @@ template <class T, class F>
 void unary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& src, int64_t count, F f) {
   check_arithmetic<T>(api);
   const T* x = src.data();
-  if constexpr (ascend_sim::kArithmetic<T>) elementwise(api, dst, count, [&](int64_t i) { return static_cast<T>(f(x[i])); }, src);
+  if constexpr (ascend_sim::kArithmetic<T>) {
+    elementwise(api, dst, count, [&](int64_t i) { return static_cast<T>(f(x[i])); }, src);
+  }
 }
 
 template <class T, class F>
-void binary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& a, const LocalTensor<T>& b, int64_t count, F f) {
+void binary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& a, const LocalTensor<T>& b, int64_t count,
+            F f) {
   check_arithmetic<T>(api);
   const T *x = a.data(), *y = b.data();
-  if constexpr (ascend_sim::kArithmetic<T>) elementwise(api, dst, count, [&](int64_t i) { return static_cast<T>(f(x[i], y[i])); }, a, b);
+  if constexpr (ascend_sim::kArithmetic<T>) {
+    elementwise(api, dst, count, [&](int64_t i) { return static_cast<T>(f(x[i], y[i])); }, a, b);
+  }
 }
 
 template <class T, class F>
-void binary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& a, const LocalTensor<T>& b, uint64_t lanes, uint8_t repeats,
-            const BinaryRepeatParams& p, F f) {
+void binary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& a, const LocalTensor<T>& b,
+            uint64_t lanes, uint8_t repeats, const BinaryRepeatParams& p, F f) {
   check_arithmetic<T>(api);
   dst.usable(api, 0);
   a.usable(api, 0);
@@ -39,15 +45,15 @@ void binary(const char* api, const LocalTensor<T>& dst, const LocalTensor<T>& a,
 
 }  // namespace detail
 
-#define ASCEND_SIM_BINARY(NAME, EXPRESSION)                                                                                        \
-  template <class T>                                                                                                               \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count) {              \
-    detail::binary(#NAME, dst, src0, src1, count, [](auto x, auto y) { return EXPRESSION; });                                      \
-  }                                                                                                                                \
-  template <class T>                                                                                                               \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, uint64_t mask, const uint8_t repeats, \
-            const BinaryRepeatParams& params) {                                                                                    \
-    detail::binary(#NAME, dst, src0, src1, mask, repeats, params, [](auto x, auto y) { return EXPRESSION; });                      \
+#define ASCEND_SIM_BINARY(NAME, EXPRESSION)                                                                            \
+  template <class T>                                                                                                   \
+  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count) { \
+    detail::binary(#NAME, dst, src0, src1, count, [](auto x, auto y) { return EXPRESSION; });                          \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, uint64_t mask,          \
+            const uint8_t repeats, const BinaryRepeatParams& params) {                                                 \
+    detail::binary(#NAME, dst, src0, src1, mask, repeats, params, [](auto x, auto y) { return EXPRESSION; });          \
   }
 ASCEND_SIM_BINARY(Add, x + y)
 ASCEND_SIM_BINARY(Sub, x - y)
@@ -92,15 +98,16 @@ void Adds(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& s, uint
 
 // dst += src0 * src1; the product is taken to be rounded before it is added, which the public text leaves open.
 template <class T>
-void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count) {
+void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1,
+               const int32_t& count) {
   detail::check_arithmetic<T>("MulAddDst");
   const T *x = src0.data(), *y = src1.data(), *d = dst.data();
   detail::elementwise("MulAddDst", dst, count, [&](int64_t i) { return d[i] + x[i] * y[i]; }, src0, src1, dst);
 }
 
 template <class T>
-void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, uint64_t mask, const uint8_t repeats,
-               const BinaryRepeatParams& p) {
+void MulAddDst(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, uint64_t mask,
+               const uint8_t repeats, const BinaryRepeatParams& p) {
   detail::check_arithmetic<T>("MulAddDst");
   dst.usable("MulAddDst", 0);
   src0.usable("MulAddDst", 0);
@@ -119,12 +126,12 @@ void Axpy(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& s, cons
   detail::elementwise("Axpy", dst, count, [&](int64_t i) { return d[i] + x[i] * s; }, src, dst);
 }
 
-#define ASCEND_SIM_BITS(NAME, OPERATOR)                                                                                 \
-  template <class T>                                                                                                    \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count) {   \
-    static_assert(std::is_same_v<T, uint16_t> || std::is_same_v<T, int16_t>, #NAME " takes 16-bit integers");           \
-    const T *x = src0.data(), *y = src1.data();                                                                         \
-    detail::elementwise(#NAME, dst, count, [&](int64_t i) { return static_cast<T>(x[i] OPERATOR y[i]); }, src0, src1);  \
+#define ASCEND_SIM_BITS(NAME, OPERATOR)                                                                                \
+  template <class T>                                                                                                   \
+  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count) { \
+    static_assert(std::is_same_v<T, uint16_t> || std::is_same_v<T, int16_t>, #NAME " takes 16-bit integers");          \
+    const T *x = src0.data(), *y = src1.data();                                                                        \
+    detail::elementwise(#NAME, dst, count, [&](int64_t i) { return static_cast<T>(x[i] OPERATOR y[i]); }, src0, src1); \
   }
 ASCEND_SIM_BITS(And, &)
 ASCEND_SIM_BITS(Or, |)
@@ -137,8 +144,8 @@ void Duplicate(const LocalTensor<T>& dst, const T& value, const int32_t& count) 
 }
 
 template <class T>
-void Duplicate(const LocalTensor<T>& dst, const T& value, uint64_t mask[], const uint8_t repeats, const uint16_t block_stride,
-               const uint8_t repeat_stride) {
+void Duplicate(const LocalTensor<T>& dst, const T& value, uint64_t mask[], const uint8_t repeats,
+               const uint16_t block_stride, const uint8_t repeat_stride) {
   dst.usable("Duplicate", 0);
   const detail::Operand none[] = {detail::operand(dst, block_stride, repeat_stride)};
   detail::check_repeats("Duplicate", repeats);
@@ -150,7 +157,8 @@ void Duplicate(const LocalTensor<T>& dst, const T& value, uint64_t mask[], const
   for (uint32_t repeat = 0; repeat < repeats; ++repeat) {
     for (uint32_t lane = 0; lane < 8 * kPerBlock; ++lane) {
       if (!lanes.has(lane)) continue;
-      const uint32_t at = detail::block_of("Duplicate", none[0], repeat, lane / kPerBlock) + lane % kPerBlock * sizeof(T);
+      const uint32_t at =
+          detail::block_of("Duplicate", none[0], repeat, lane / kPerBlock) + lane % kPerBlock * sizeof(T);
       core.write("Duplicate", ascend_sim::kVector, at, sizeof(T));
       std::memcpy(core.at(at), &value, sizeof(T));
     }
@@ -159,8 +167,12 @@ void Duplicate(const LocalTensor<T>& dst, const T& value, uint64_t mask[], const
 
 template <class D, class S>
 void Cast(const LocalTensor<D>& dst, const LocalTensor<S>& src, const RoundMode& mode, const uint32_t count) {
-  if (sizeof(D) < sizeof(S) && mode == RoundMode::CAST_NONE) ascend_sim::fail("Cast: to a narrower type it needs a rounding mode");
-  if (sizeof(D) > sizeof(S) && mode != RoundMode::CAST_NONE) ascend_sim::fail("Cast: to a wider type it takes CAST_NONE only");
+  if (sizeof(D) < sizeof(S) && mode == RoundMode::CAST_NONE) {
+    ascend_sim::fail("Cast: to a narrower type it needs a rounding mode");
+  }
+  if (sizeof(D) > sizeof(S) && mode != RoundMode::CAST_NONE) {
+    ascend_sim::fail("Cast: to a wider type it takes CAST_NONE only");
+  }
   if (mode > RoundMode::CAST_RINT) ascend_sim::fail("Cast: the stand-in knows CAST_NONE and CAST_RINT");
   const S* x = src.data();
   detail::elementwise("Cast", dst, count, [&](int64_t i) { return ascend_sim::convert<D>(x[i]); }, src);

@@ -19,17 +19,16 @@ load(sys.argv[1])
 
 from hostmath import NPU, HostMath, serve_the_binding
 
+from megatron_replay.kernels import library
+from megatron_replay.kernels.library import choose
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
-    kernels,
-    library,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
 )
 from megatron_replay.ops.local_sets import ByColumn
 from megatron_replay.optim import MoClip
-from megatron_replay.optim import kernels as optimizer
 
 N, HIDDEN, VOCAB = 9, 32, 70
 KEPT = serve_the_binding()
@@ -88,7 +87,7 @@ def from_logits(dtype: torch.dtype) -> list[list[float]]:
 
 def empty() -> dict[str, Any]:
     """A shard without candidates, and no positions at all."""
-    ops, none = kernels(), torch.empty(0, dtype=torch.int32, device=NPU)
+    ops, none = choose(), torch.empty(0, dtype=torch.int32, device=NPU)
     logits, offsets, gold = (x.to(NPU) for x in (torch.randn(2, 5), torch.tensor([0, 0, 0]), torch.tensor([-1, -1])))
     z, stats = ops.restricted_logits_fwd(logits, offsets, none, gold)
     grad = torch.zeros_like(logits)
@@ -109,8 +108,8 @@ def touched_rows() -> float:
         torch.randn(N, HIDDEN),
         *ByColumn.of(chosen.offsets, chosen.columns).entries(torch.randn(chosen.columns.shape[0])),
     )
-    wanted = kernels("reference").restricted_bwd_rows(*entries)
-    found = kernels().restricted_bwd_rows(*(x.to(NPU) for x in entries))
+    wanted = choose("reference").restricted_bwd_rows(*entries)
+    found = choose().restricted_bwd_rows(*(x.to(NPU) for x in entries))
     return far(found, wanted)
 
 
@@ -120,15 +119,15 @@ def selection(dtype: torch.dtype) -> dict[str, Any]:
     logits[1, ::2] = -torch.inf
     logits[2] = 1.0
     logits[3, :48] = -torch.inf
-    wanted = kernels("reference").topk_rows(logits, 8)
-    found = kernels().topk_rows(logits.to(NPU), 8)
-    strided = kernels().topk_rows(logits.to(NPU)[:, 5:40], 8)
+    wanted = choose("reference").topk_rows(logits, 8)
+    found = choose().topk_rows(logits.to(NPU), 8)
+    strided = choose().topk_rows(logits.to(NPU)[:, 5:40], 8)
     usable = wanted[0] > -torch.inf
     return {
         "values": bool((found[0].cpu() == wanted[0]).all()),
         "columns": bool((found[1].cpu()[usable] == wanted[1][usable]).all()),
         "lse": float((found[2].cpu() - wanted[2]).abs().max()),
-        "strided": bool((strided[0].cpu() == kernels("reference").topk_rows(logits[:, 5:40], 8)[0]).all()),
+        "strided": bool((strided[0].cpu() == choose("reference").topk_rows(logits[:, 5:40], 8)[0]).all()),
         "types": [str(x.dtype) for x in found],
     }
 
@@ -198,7 +197,7 @@ def refusals() -> dict[str, str]:
 with HostMath() as seen:
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     found = {
-        "live": {**library.live("npu"), **optimizer.live("npu")},
+        "live": library.live("npu"),
         "loss": {name: loss_and_gradients(dtype) for name, dtype in types.items()},
         "into main_grad": {name: loss_and_gradients(dtype, into=True) for name, dtype in types.items()},
         "from logits": {name: from_logits(dtype) for name, dtype in types.items()},

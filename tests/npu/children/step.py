@@ -23,8 +23,7 @@ if extension:
 from megatron_replay import device
 from megatron_replay.config import Data, RunConfig
 from megatron_replay.doctor import operators
-from megatron_replay.ops import library
-from megatron_replay.optim import kernels
+from megatron_replay.kernels import library
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.ranks import world
 
@@ -51,7 +50,7 @@ print(
         {
             "steps": {precision: [dataclasses.asdict(step) for step in steps] for precision, steps in runs.items()},
             "places": seen.places(),
-            "ours": {**library.live(name), **kernels.live(name)},
+            "ours": library.live(name),
         }
     )
 )

@@ -12,8 +12,7 @@ import torch
 
 from megatron_replay import device
 from megatron_replay.doctor.operators import place
-from megatron_replay.ops import library
-from megatron_replay.optim import kernels
+from megatron_replay.kernels import library
 from megatron_replay.parallel.shims import npu_arguments as fused
 
 asked: dict[str, list[str]] = json.loads(sys.argv[1])
@@ -72,7 +71,7 @@ print(
             ],
             "modules": [name for name in asked["modules"] if importlib.util.find_spec(name) is None],
             "meta": on_meta(),
-            "ours": {**library.live("npu"), **kernels.live("npu")},
+            "ours": library.live("npu"),
             "places": {
                 name: place(name, "npu")
                 for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")

@@ -7,23 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import outside_mass, restricted_loss
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.errors import ConfigError, DataError, LayoutError
+from megatron_replay.kernels import torch_twins
+from megatron_replay.kernels.library import choose, live
+from megatron_replay.kernels.schemas import OPERATORS
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
     dynamic_topk,
-    kernels,
-    live,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
-    torch_kernels,
 )
-from megatron_replay.ops.library import SCHEMAS
 from megatron_replay.ops.local_sets import ByColumn
-from megatron_replay.ops.reference import outside_mass, restricted_loss
 
 
 def problem(
@@ -99,14 +98,14 @@ def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_a_rank_without_a_candidate_adds_nothing() -> None:
     hidden, weight, sets = problem(3, 12, 4)
     here = sets.local(VocabShard(12, 12, group=object()))  # type: ignore[arg-type]
-    z, stats, mixture = torch_kernels.restricted_fwd(
+    z, stats, mixture = torch_twins.restricted_fwd(
         hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold, True
     )
     assert z.shape == (0,)
     assert mixture.shape == (3, 4) and not mixture.any()
     assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
     some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(VocabShard(0, 4, group=object()))  # type: ignore[arg-type]
-    _, stats, _ = torch_kernels.restricted_fwd(
+    _, stats, _ = torch_twins.restricted_fwd(
         hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False
     )
     assert stats[:, 1].tolist() == [-3e38, 0.0, 0.0]
@@ -138,9 +137,9 @@ def test_small_pieces_of_gathered_rows_give_the_same(monkeypatch: pytest.MonkeyP
         return (loss, *torch.autograd.grad(loss.sum(), (hidden, weight)))
 
     whole = run()
-    monkeypatch.setattr(torch_kernels, "GATHER_BYTES", 700)
+    monkeypatch.setattr(torch_twins, "GATHER_BYTES", 700)
     in_pieces = run()
-    monkeypatch.setattr(torch_kernels, "_has_bag", lambda weight: False)
+    monkeypatch.setattr(torch_twins, "_has_bag", lambda weight: False)
     gathered = run()
     for other in (in_pieces, gathered):
         torch.testing.assert_close(other, whole, atol=1e-12, rtol=1e-12)
@@ -255,8 +254,8 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
 
 
 def test_doctor_can_ask_which_kernel_is_live() -> None:
-    assert live("cpu", "reference") == dict.fromkeys(SCHEMAS, "reference")
-    assert set(live()) == set(SCHEMAS)
+    assert live("cpu", "reference") == dict.fromkeys(OPERATORS, "reference")
+    assert set(live()) == set(OPERATORS)
     assert set(live().values()) <= {"reference", "compiled"}
-    assert live("npu", "auto").keys() == SCHEMAS.keys()
-    assert kernels("reference").topk_rows is torch_kernels.topk_rows
+    assert live("npu", "auto").keys() == OPERATORS.keys()
+    assert choose("reference").topk_rows is torch_twins.topk_rows

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import candidate_set, outside_mass
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError, LayoutError
+from megatron_replay.kernels.torch_twins import topk_rows
 from megatron_replay.ops import VocabShard, dynamic_topk, linear_dynamic_topk
-from megatron_replay.ops.reference import candidate_set, outside_mass
-from megatron_replay.ops.torch_kernels import topk_rows
 
 
 def draw(kind: str, n: int, v: int, seed: int) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_replay.ops import CandidateSets, dynamic_topk, restricted_linear_cross_entropy, topk, torch_kernels
+from megatron_replay.kernels import torch_twins
+from megatron_replay.ops import CandidateSets, dynamic_topk, restricted_linear_cross_entropy, topk
 
 
 @pytest.fixture
 def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (torch_kernels, topk):
+    for module in (torch_twins, topk):
         monkeypatch.setattr(module, "has_float64", lambda device: False)
 
 
@@ -37,8 +38,8 @@ def test_the_same_loss_and_gradients(request: pytest.FixtureRequest) -> None:
 
 def test_positions_without_a_candidate_here(without_float64: None) -> None:
     offsets, z = torch.tensor([0, 0, 2, 2]), torch.tensor([1.0, 3.0])
-    top, total, gold = torch_kernels.set_stats(z, offsets, torch.tensor([-1, 1, -1]))
-    assert top.tolist() == pytest.approx([torch_kernels.EMPTY, 3.0, torch_kernels.EMPTY])
+    top, total, gold = torch_twins.set_stats(z, offsets, torch.tensor([-1, 1, -1]))
+    assert top.tolist() == pytest.approx([torch_twins.EMPTY, 3.0, torch_twins.EMPTY])
     assert total.tolist() == pytest.approx([0.0, 1 + torch.exp(torch.tensor(-2.0)).item(), 0.0]) and gold.tolist() == [
         0.0,
         3.0,
@@ -61,5 +62,5 @@ def test_the_same_sets(request: pytest.FixtureRequest) -> None:
     [([float("nan"), 1.0], float("nan")), ([torch.inf, 1.0], float("nan")), ([-torch.inf] * 2, -torch.inf)],
 )
 def test_rows_that_cannot_be_used(row: list[float], lse: float, without_float64: None) -> None:
-    found = torch_kernels._lse(torch.tensor([row]))
+    found = torch_twins._lse(torch.tensor([row]))
     assert found.dtype == torch.float64 and found.tolist() == pytest.approx([lse], nan_ok=True)

@@ -1,10 +1,11 @@
-// A CANN runtime that has memory and nothing else: torch-npu loads on a machine without CANN and makes tensors on npu:0, which lie in host
-// memory. For tests only; never part of a package. It stands for every CANN library that torch-npu links against, so the one shared object
-// is linked to under each of their names (tests/npu/runtime.py).
+// A CANN runtime that has memory and nothing else: torch-npu loads on a machine without CANN and makes tensors on
+// npu:0, which lie in host memory. For tests only; never part of a package. It stands for every CANN library that
+// torch-npu links against, so the one shared object is linked to under each of their names (tests/npu/runtime.py).
 //
-// Memory, copies, streams and events do what the ACL documentation says of a device that has always finished. The rest is of two kinds:
-// accounts that nobody reads (profiling, logging, settings) do nothing, and everything that would compute or talk to another device
-// answers ACL_ERROR_FEATURE_UNSUPPORTED and leaves its name for aclGetRecentErrMsg. Signatures come from the headers in the torch-npu wheel.
+// Memory, copies, streams and events do what the ACL documentation says of a device that has always finished. The rest
+// is of two kinds: accounts that nobody reads (profiling, logging, settings) do nothing, and everything that would
+// compute or talk to another device answers ACL_ERROR_FEATURE_UNSUPPORTED and leaves its name for aclGetRecentErrMsg.
+// Signatures come from the headers in the torch-npu wheel.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -28,13 +29,17 @@ aclError fail(aclError code, const std::string& text) {
 
 aclError allocate(void** pointer, size_t size) {
   // torch-npu's allocator asks for 32 bytes more than it shows
-  if (posix_memalign(pointer, kAlignment, size + kAlignment)) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of host memory");
+  if (posix_memalign(pointer, kAlignment, size + kAlignment)) {
+    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of host memory");
+  }
   __atomic_add_fetch(&allocated, size, __ATOMIC_RELAXED);
   return ACL_SUCCESS;
 }
 
 aclError copy(void* to, size_t room, const void* from, size_t count) {
-  if (count > room) return fail(ACL_ERROR_INVALID_PARAM, std::to_string(count) + " bytes copied into " + std::to_string(room));
+  if (count > room) {
+    return fail(ACL_ERROR_INVALID_PARAM, std::to_string(count) + " bytes copied into " + std::to_string(room));
+  }
   std::memmove(to, from, count);
   return ACL_SUCCESS;
 }
@@ -59,7 +64,9 @@ aclError aclrtGetDeviceCount(uint32_t* count) {
   return ACL_SUCCESS;
 }
 aclError aclrtSetDevice(int32_t device) {
-  if (device != 0) return fail(ACL_ERROR_RT_INVALID_DEVICEID, "there is one device, asked for number " + std::to_string(device));
+  if (device != 0) {
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "there is one device, asked for number " + std::to_string(device));
+  }
   current_device = device;
   return ACL_SUCCESS;
 }
@@ -98,16 +105,22 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
   *free = used < kTotal ? kTotal - used : 0;
   return ACL_SUCCESS;
 }
-aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t count, aclrtMemcpyKind) { return copy(to, room, from, count); }
+aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t count, aclrtMemcpyKind) {
+  return copy(to, room, from, count);
+}
 aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t count, aclrtMemcpyKind, aclrtStream) {
   return copy(to, room, from, count);
 }
 aclError aclrtMemset(void* to, size_t room, int32_t value, size_t count) {
-  if (count > room) return fail(ACL_ERROR_INVALID_PARAM, std::to_string(count) + " bytes set of " + std::to_string(room));
+  if (count > room) {
+    return fail(ACL_ERROR_INVALID_PARAM, std::to_string(count) + " bytes set of " + std::to_string(room));
+  }
   std::memset(to, value, count);
   return ACL_SUCCESS;
 }
-aclError aclrtMemsetAsync(void* to, size_t room, int32_t value, size_t count, aclrtStream) { return aclrtMemset(to, room, value, count); }
+aclError aclrtMemsetAsync(void* to, size_t room, int32_t value, size_t count, aclrtStream) {
+  return aclrtMemset(to, room, value, count);
+}
 
 // streams and events: whatever was enqueued has run
 aclError aclrtCreateStream(aclrtStream* stream) { return handle(stream); }
@@ -147,7 +160,8 @@ aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent, aclrtEvent) {
   return ACL_SUCCESS;
 }
 
-// descriptions of an operator's arguments, which torch-npu makes before it asks for the operator and destroys after it was refused
+// descriptions of an operator's arguments, which torch-npu makes before it asks for the operator
+// and destroys after it was refused
 aclDataBuffer* aclCreateDataBuffer(void*, size_t) { return static_cast<aclDataBuffer*>(std::malloc(sizeof(int))); }
 aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
   std::free(const_cast<aclDataBuffer*>(buffer));

@@ -1,4 +1,4 @@
-"""The operators in plain torch: right on every device, and what a compiled kernel must equal.
+"""The operators in plain torch: right on every device, and the results that a compiled kernel must equal.
 
 N positions, H hidden, V vocabulary rows here, m candidate ids here. Ragged tables are `offsets [N+1] int64`, `columns
 [m] int32`. The restricted loss is a sampled dense-dense product forward (one dot product for each candidate) and two
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from megatron_replay.ops.shard import accumulator, has_float64, rows_within
+from megatron_replay.kernels.precision import accumulator, has_float64
 
 EMPTY = -3e38
 """Maximum of no candidates: finite, so that a rank without one adds exp(EMPTY - max) = 0 instead of a NaN."""
@@ -71,7 +71,7 @@ def restricted_bwd_dw(
 
 
 def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
-    """What `restricted_bwd_dw` adds to the touched rows: [U, H] in the coefficient's dtype."""
+    """The rows that `restricted_bwd_dw` adds to the touched ones: [U, H] in the coefficient's dtype."""
     return torch.cat(
         [coefficient.new_empty(0, hidden.shape[1]), *(rows for _, rows in _summed(hidden, begins, tokens, coefficient))]
     )
@@ -239,5 +239,5 @@ def _has_bag(weight: Tensor) -> bool:
 
 
 def _parts(count: int, row_bytes: int) -> list[slice]:
-    step = rows_within(GATHER_BYTES, row_bytes)
+    step = max(1, GATHER_BYTES // max(row_bytes, 1))
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]

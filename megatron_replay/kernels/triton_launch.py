@@ -1,8 +1,9 @@
-"""The operators on Triton's kernels, for CUDA tensors: the twins of `torch_kernels`, under the schemas of `library`.
+"""The operators of `torch_twins` for CUDA tensors: each checks its arguments and launches programs of
+`triton_programs`.
 
-Checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; never run on a GPU. No operator
-waits for the device. What does not fit together in shape or dtype is a RuntimeError; an id, offset or gold entry out of
-bounds is a device-side assertion, as in torch's own indexing.
+They are checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; they never ran on a
+GPU. No operator waits for the device. Shapes or dtypes that do not fit together raise RuntimeError. An id, offset or
+gold entry out of bounds is a device-side assertion, as in torch's own indexing.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_replay.ops import triton_kernels as programs
-from megatron_replay.ops.shard import accumulator
+from megatron_replay.kernels import triton_programs as programs
+from megatron_replay.kernels.precision import accumulator
 
 SPLIT = 256
-"""Entries of a set, or of an id, that one program sums, or takes at a time; above the usual k_max, so that few runs are
-cut."""
+"""Entries of a set, or of an id, that one program sums. It is above the usual k_max, so that few runs are cut."""
 
 TILE = 8192
-"""Elements a program holds at a time, where rows are not longer: 64 a thread."""
+"""Elements that a program holds at a time (64 a thread), unless one row is longer."""
 
 BLOCK = 1024
-"""Elements of a program that holds no rows."""
+"""Elements that a program without whole rows takes."""
 
 _KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SUM = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
@@ -33,7 +33,7 @@ _SUM = {torch.float32: triton.language.float32, torch.float64: triton.language.f
 def restricted_fwd(
     hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch_kernels.restricted_fwd`."""
+    """`torch_twins.restricted_fwd`."""
     op = "restricted_fwd"
     _check_matrix(op, "hidden", hidden)
     _need(
@@ -61,7 +61,7 @@ def restricted_fwd(
 
 
 def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
-    """`torch_kernels.restricted_bwd_dh`."""
+    """`torch_twins.restricted_bwd_dh`."""
     op, n, width = "restricted_bwd_dh", mixture.shape[0], weight.shape[-1]
     _check_matrix(op, "weight", weight)
     kind = accumulator(weight.dtype)
@@ -85,7 +85,7 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
 def restricted_bwd_dw(
     hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
 ) -> None:
-    """`torch_kernels.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded
+    """`torch_twins.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded
     once."""
     op = "restricted_bwd_dw"
     _check_gradient(op, hidden, touched, begins, tokens, coefficient, grad_weight.shape[0])
@@ -101,7 +101,7 @@ def restricted_bwd_dw(
 
 
 def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Tensor:
-    """`torch_kernels.restricted_bwd_rows`."""
+    """`torch_twins.restricted_bwd_rows`."""
     _check_gradient("restricted_bwd_rows", hidden, touched, begins, tokens, coefficient, torch.iinfo(torch.int32).max)
     rows = coefficient.new_empty(touched.shape[0], hidden.shape[1])
     _sum_by_column(hidden, touched, begins, tokens, coefficient, rows, add=False)
@@ -109,7 +109,7 @@ def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens:
 
 
 def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch_kernels.restricted_logits_fwd`."""
+    """`torch_twins.restricted_logits_fwd`."""
     op = "restricted_logits_fwd"
     _check_matrix(op, "logits", logits)
     _check_table(op, logits, offsets, columns, logits.shape[1], gold)
@@ -125,7 +125,7 @@ def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold
 def restricted_logits_bwd(
     z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
 ) -> None:
-    """`torch_kernels.restricted_logits_bwd`."""
+    """`torch_twins.restricted_logits_bwd`."""
     op = "restricted_logits_bwd"
     _check_matrix(op, "grad_logits", grad_logits)
     _check_table(op, grad_logits, offsets, columns, grad_logits.shape[1], gold)

@@ -1,5 +1,4 @@
-"""Which kernels answer for CUDA tensors: Triton's, imported when the first such tensor comes, or plain torch where
-there is no Triton."""
+"""The operators on CUDA tensors: Triton's, imported when the first such tensor comes, or plain torch without Triton."""
 
 from __future__ import annotations
 
@@ -11,16 +10,6 @@ from types import ModuleType
 from typing import Any
 
 log = logging.getLogger(__name__)
-
-OPERATORS = (
-    "restricted_fwd",
-    "restricted_bwd_dh",
-    "restricted_bwd_dw",
-    "restricted_bwd_rows",
-    "restricted_logits_fwd",
-    "restricted_logits_bwd",
-)
-"""Those with a Triton kernel."""
 
 
 def call(operator: str, *args: Any) -> Any:
@@ -34,7 +23,7 @@ def triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
     try:
-        importlib.import_module("megatron_replay.ops.triton_launch")
+        importlib.import_module("megatron_replay.kernels.triton_launch")
     except (ImportError, OSError, AttributeError) as err:  # a Triton of another age, or without its libraries
         return f"cannot be loaded: {err}"
     return "loaded"
@@ -43,6 +32,6 @@ def triton() -> str:
 @cache
 def _source() -> ModuleType:
     if triton() == "loaded":
-        return importlib.import_module("megatron_replay.ops.triton_launch")
+        return importlib.import_module("megatron_replay.kernels.triton_launch")
     log.warning("triton %s: the restricted loss runs in plain torch on cuda", triton())
-    return importlib.import_module("megatron_replay.ops.torch_kernels")
+    return importlib.import_module("megatron_replay.kernels.torch_twins")

@@ -1,4 +1,4 @@
-"""The method written down literally on whole float64 tensors: slow, and what the tests take for true."""
+"""The method written down literally on whole float64 tensors: slow, and the truth that the tests compare with."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The extensions of compiled kernels, which register themselves with torch when they are loaded, and the choice whether
-to use them."""
+"""Loading the extensions of compiled kernels, and the mode that says whether to use them."""
 
 from __future__ import annotations
 
@@ -25,8 +24,10 @@ def check_mode(mode: str) -> None:
 
 
 def load(extension: str = "_C") -> str:
-    """Load the kernels, once torch is imported (the NPU's: torch-npu): "loaded", or why not ("not built", "cannot be
-    loaded: ...")."""
+    """Load an extension, which registers its kernels with torch: "loaded", or the reason why it is not.
+
+    The reasons are "not built" and "cannot be loaded: ...". torch must be imported before, and torch-npu for the NPU's.
+    """
     try:
         importlib.import_module(f"megatron_replay.{extension}")
     except ModuleNotFoundError:

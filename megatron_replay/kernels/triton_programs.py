@@ -1,12 +1,11 @@
-"""The restricted loss in Triton: what each program of a grid does. `triton_launch` calls these; importing this imports
-Triton.
+"""The restricted loss in Triton, as the programs of each grid; `triton_launch` starts them.
 
-Forward, a program for each position: an online softmax over the candidates, each weight row read once for its logit and
-for the mixture that becomes the gradient of the hidden state (as in flash attention, with keys = values = the set's
-rows of the weight). The weight's gradient, a program for each distinct id: the entries lie by id, and its row is summed
-in the order of the positions and written once. From logits that are there already, a program for each position reads
-those of its candidates, and writes their gradient backward. There are no atomics and no collectives, so the same input
-gives the same bits.
+The forward pass has a program for each position: an online softmax over the candidates. It reads each weight row once,
+for the logit and for the mixture that becomes the gradient of the hidden state. (So does flash attention; here keys and
+values are the set's rows of the weight.) The gradient of the weight has a program for each distinct id: the entries lie
+by id, and the program sums its row in the order of the positions and writes it once. From logits that are there
+already, a program for each position reads those of its candidates, and in the backward pass writes their gradient.
+There are no atomics and no collectives, so the same input gives the same bits.
 
 A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The
 `further` kernels sum the pieces after the first into scratch rows, and the program of the run adds those in order.
@@ -14,14 +13,14 @@ Piece starts of all runs are at least SPLIT apart, so at / SPLIT is a scratch ro
 without asking the device how long the runs are.
 
 A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H,
-`num` N, `entries` m; `hidden_row` and its like are strides in elements; rows are contiguous where there is no stride of
-the columns.
+`num` N and `entries` m. `hidden_row` and its like are strides in elements; without a stride of the columns, rows are
+contiguous.
 """
 
 import triton
 import triton.language as tl
 
-EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_kernels.EMPTY
+EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_twins.EMPTY
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def gathered(matrix, stride, rows, across, wanted, width, ACC: tl.constexpr):
 @triton.jit
 def taken_in(top, total, logits):
     """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum,
-    the logits' shares, and what everything taken in before must be multiplied by."""
+    the logits' shares, and the factor for everything taken in before."""
     peak = tl.maximum(top, tl.max(logits, 0))
     share = tl.exp(logits - peak)
     shrink = tl.exp(top - peak)
