@@ -53,8 +53,8 @@ def test_a_rank_without_pieces_keeps_pace() -> None:
         calls["idle"] += 1
         return table + tables[calls["idle"] - 1]
 
-    pieces = [ShardValues(torch.linspace(-3, 5, 99, dtype=torch.float64), 1, True), ShardValues(torch.linspace(0, 1, 30), 0, True)]
-    found = thresholds(pieces, 2, 0.2, holder)
+    doubles, singles = torch.linspace(-3, 5, 99, dtype=torch.float64), torch.linspace(0, 1, 30)
+    found = thresholds([ShardValues(doubles, 1, True), ShardValues(singles, 0, True)], 2, 0.2, holder)
     assert thresholds([], 2, 0.2, idle) == found and calls["idle"] == calls["holder"] == 7
 
 

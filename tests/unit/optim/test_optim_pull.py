@@ -17,7 +17,7 @@ def test_the_share_of_the_task_grows_from_nothing_to_all() -> None:
     assert pull.task_weight(10) == 0.5
     assert pull.task_weight(0) == pytest.approx(1 / (1 + math.exp(5)))
     assert pull.task_weight(20) == pytest.approx(1 / (1 + math.exp(-5)))
-    assert (Pull(1.0, 1e3, 1e3).task_weight(0), Pull(1.0, 1e3, 0).share(10**6)) == (0.0, 1.0)  # nothing overflows
+    assert (Pull(1.0, 1e3, 1e3).task_weight(0), Pull(1.0, 1e3, 0).task_weight(10**6)) == (0.0, 1.0)  # nothing overflows
     assert Pull(0.0).task_weight(0) == 1.0
 
 
