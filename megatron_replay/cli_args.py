@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_replay import config as config_module
-from megatron_replay.config import RunConfig, load
+from megatron_replay.config import ADAM_BETAS, RunConfig, load
 from megatron_replay.errors import ConfigError
 from megatron_replay.registry import nearest
 
@@ -113,14 +113,16 @@ def is_file(word: str) -> bool:
 
 
 def configuration(path: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The RunConfig of a file and overrides, the last one winning; `optimizer.betas.0=` and `.1=` change one beta and
-    leave the other."""
+    """The RunConfig of a file and overrides, the last one winning.
+
+    `optimizer.betas.0=` and `.1=` change one beta and leave the other, which is Adam's where none is set.
+    """
     plain = [item for item in overrides if not item.startswith("optimizer.betas")]
     betas: list[str] = []
     for item in overrides:
         one = _ONE_BETA.fullmatch(item)
         if one:
-            pair: list[object] = list(load(RunConfig, path, plain + betas).optimizer.betas)
+            pair: list[object] = list(load(RunConfig, path, plain + betas).optimizer.betas or ADAM_BETAS)
             pair[int(one[1])] = one[2]
             item = f"optimizer.betas=[{', '.join(map(str, pair))}]"
         if item.startswith("optimizer.betas"):
@@ -166,7 +168,7 @@ def _fields(kind: ast.ClassDef, defaults: object, prefix: str) -> list[str]:
         )
         if isinstance(node.annotation, ast.Subscript) and ast.unparse(node.annotation.value) == "Literal":
             said.insert(0, " | ".join(ast.literal_eval(node.annotation.slice)) + ".")
-        lines.append(entry(f"{prefix}{node.target.id}={_yaml(value)}", " ".join(said)))
+        lines.append(entry(f"{prefix}{node.target.id}={_yaml(value)}", " ".join(" ".join(said).split())))
     return lines
 
 

@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+ADAM_BETAS = (0.9, 0.95)
+"""The betas of every optimizer here that keeps Adam's two moments, where a run sets none."""
+
+
 def _positive(section: Any, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
@@ -56,11 +60,11 @@ class Data:
     """Compute a beginning that samples of a micro-batch have in common once; exact but for rounding. `collect` and
     `evaluate` also lay samples that begin alike together."""
     group_prefixes: bool = False
-    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once;
-    docs/prefixes.md has what that changes. Needs share_prefixes."""
+    """`train` draws rows of samples that begin alike, as many as fit with the shared tokens counted once. An epoch then
+    has fewer steps, and the gradients of a step are more alike. Needs share_prefixes."""
     shuffle: bool = True
     limit: int | None = None
-    """Use only the first so many samples."""
+    """Use only this many samples, from the first on."""
 
     def __post_init__(self) -> None:
         _positive(self, "seq_length", "limit")
@@ -83,9 +87,8 @@ class Collect:
     min_set_size: int = 2
     """Keep at least this many: a set of one has no gradient. 1 is the paper's literal rule."""
     stop_token: bool = False
-    """Keep the tokens that end an answer in every set, beyond the paper's rule. Else nothing in Stage 1 lowers their
-    probability where an answer is to go on, while the end of each answer raises it (docs/reports/log.md has what that
-    did)."""
+    """Keep the tokens that end an answer in every set, beyond the paper's rule. Else the end of each answer raises
+    their probability, and nothing in Stage 1 lowers it where an answer is to go on: answers may then stop too early."""
     strategy: Literal["all", "random", "last", "bucket"] = "bucket"
     fraction: float = 0.5
     """Share of the target positions to keep (random, bucket)."""
@@ -184,7 +187,9 @@ class Optimizer:
 
     name: str = "moclip"
     lr: float = 1.25e-6
-    betas: tuple[float, ...] = (0.9, 0.95)
+    betas: tuple[float, ...] | None = None
+    """Decay rates of the optimizer's moments; when unset its own default, which is [0.9, 0.95] for those with Adam's
+    two moments."""
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
@@ -193,7 +198,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         if not self.lr >= 0:
             raise ConfigError(f"lr must be at least 0, got {self.lr}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        if self.betas is not None and (len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas)):
             raise ConfigError(f"betas are two numbers in [0, 1), got {list(self.betas)}")
         if not self.clip_grad >= 0:
             raise ConfigError(f"clip_grad must be at least 0, got {self.clip_grad}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for optimizer_cases
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,5 +1,7 @@
-"""Adam-atan2 (arXiv 2407.05872, section 5): Adam without epsilon, invariant to the gradient's scale, with steps of at
-most lr pi / 2."""
+"""Adam-atan2 (arXiv 2407.05872, section 5): Adam without epsilon.
+
+It does not depend on the gradient's scale, and its steps are at most lr pi / 2.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from typing_extensions import Unpack
 from megatron_replay.kernels.optimizer import Correction
 from megatron_replay.optim.adam import AdamFamily
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
-from megatron_replay.optim.options import check_betas
+from megatron_replay.optim.option_checks import check_betas
 from megatron_replay.optim.shards import LOCAL, Shards
 
 
 def atan2_correction(step: int, betas: tuple[float, float]) -> Correction:
-    """Both bias corrections as one factor of the momentum."""
+    """Adam's two bias corrections as one factor of the momentum."""
     return Correction(first=math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step))
 
 
@@ -29,8 +31,8 @@ def atan2_direction(
     atan2(0, 0) is 0.
 
     Both sides are multiplied by sqrt(1 - beta2^t), which leaves the angle as it is. `out` are two vectors of n elements
-    or more: the arctangent is taken of all of them, so that padding decides which code computes the last ones; n of the
-    first are returned.
+    or more, and the result is the first n of the first. The arctangent is taken of all elements, so that padding
+    decides which code computes the last ones.
     """
     y, x = out
     n = exp_avg.numel()
@@ -40,7 +42,7 @@ def atan2_direction(
 
 
 class Atan2Family(AdamFamily):
-    """Steps in the arctangent direction."""
+    """An optimizer of Adam's family that steps in the arctangent direction."""
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         return atan2_direction(exp_avg, exp_avg_sq, scratch, step=group["step"], betas=self.setting(group, "betas"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.base import OPTIMIZERS, Move
+from megatron_replay.optim.base import OPTIMIZERS, ParamUpdate
 from megatron_replay.optim.muon import Muon
 from megatron_replay.optim.stats import sum_of_squares
 
@@ -18,8 +18,8 @@ def adamuon_direction(
 ) -> tuple[Tensor, Tensor]:
     """(direction, new second moment) of a whole matrix [rows, cols]: O = NS(sign(blend)), V <- mu V + (1 - mu) O^2.
 
-    The direction is 0.2 sqrt(rows cols) / |O^| O^ with O^ = O / (sqrt V + eps) and |.| the Frobenius norm; its rms is
-    0.2.
+    The direction is 0.2 sqrt(rows cols) / |O^| O^ with O^ = O / (sqrt V + eps), where |.| is the Frobenius norm. Its
+    root mean square is 0.2.
     """
     o = orthogonal(blend.sign())
     second = second.mul(momentum).add_(o.square(), alpha=1 - momentum)
@@ -36,12 +36,12 @@ class AdaMuon(Muon):
     prefix = "adamuon"
     matrix_keys = ("exp_avg", "exp_avg_sq")
 
-    def before(self, move: Move) -> Tensor:
-        return torch.stack([super().before(move)[0], self.state[move.param]["exp_avg_sq"]])
+    def before(self, update: ParamUpdate) -> Tensor:
+        return torch.stack([super().before(update)[0], self.state[update.param]["exp_avg_sq"]])
 
     def whole(self, values: Tensor) -> Tensor:
         return torch.stack(adamuon_direction(values[0], values[1], self.orthogonal, momentum=self.momentum))
 
-    def after(self, move: Move, result: Tensor) -> Tensor:
-        self.state[move.param]["exp_avg_sq"].copy_(result[1])
-        return self.stride(move.param, result[0], move.group)
+    def after(self, update: ParamUpdate, result: Tensor) -> Tensor:
+        self.state[update.param]["exp_avg_sq"].copy_(result[1])
+        return self.take_step(update.param, result[0], update.group)

@@ -12,12 +12,12 @@ from typing_extensions import Unpack
 from megatron_replay.kernels.optimizer import Correction
 from megatron_replay.optim.adam import AdamFamily
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
-from megatron_replay.optim.options import check_betas, check_number
+from megatron_replay.optim.option_checks import check_betas, check_number
 from megatron_replay.optim.shards import LOCAL, Shards
 
 
 def adamw_correction(step: int, betas: tuple[float, float], eps: float) -> Correction:
-    """AdamW's bias corrections after a number of steps."""
+    """AdamW's bias corrections after `step` steps."""
     return Correction(first=1 / (1 - betas[0] ** step), second=1 / math.sqrt(1 - betas[1] ** step), eps=eps)
 
 

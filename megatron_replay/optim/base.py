@@ -1,6 +1,6 @@
-"""What all our optimizers share: statistics, the norm, clipping, skipping, state and its file form.
+"""The base class of every optimizer here: statistics, the norm, clipping, skipping, state and its file form.
 
-A rule only says how a parameter moves.
+A subclass only says how a parameter moves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.kernels.loading import Mode, check_mode
-from megatron_replay.optim.options import check_choice, check_number
+from megatron_replay.optim.option_checks import check_choice, check_number
 from megatron_replay.optim.pull import Pull
 from megatron_replay.optim.shards import Kind, Placement, Shards
 from megatron_replay.optim.stats import COLUMNS, clip_factor, sums_of_each
@@ -31,24 +31,26 @@ OPTIMIZERS: Registry[ReplayOptimizer] = Registry("optimizer")
 
 
 class Common(TypedDict, total=False):
-    """The keyword arguments every optimizer takes besides its own, `weight_decay` (decoupled) and `shards` (who holds
-    the rest)."""
+    """The keyword arguments every optimizer takes besides its own.
+
+    Each also takes `weight_decay` (decoupled) and `shards` (who holds the rest of the model).
+    """
 
     clip_grad: float
     """Largest global gradient norm; 0, the default: no clipping."""
     pull: float
-    """RecAdam's pull towards the weights of the start: its strength gamma; 0, the default: none. See `optim.pull`."""
+    """Strength gamma of RecAdam's pull towards the weights of the start; 0, the default: no pull. See `optim.pull`."""
     pull_k: float
     pull_t0: float
     main_weights: bool
-    """Keep a float32 copy of each bfloat16 parameter (state "main"), which is what moves; False when not given."""
+    """Keep a float32 copy of each bfloat16 parameter (state "main"), and update that; False when not given."""
     kernels: Mode
     """"auto", the default: compiled kernels where they are live (`kernels.optimizer`); "reference": plain torch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One parameter (or piece of one) that is to move in this step."""
+class ParamUpdate:
+    """A parameter (or a shard of one) that this step updates, with its gradient and its group."""
 
     param: Tensor
     grad: Tensor
@@ -60,18 +62,21 @@ class Move:
 class ReplayOptimizer(torch.optim.Optimizer, ABC):
     """A torch optimizer whose tensors may be shards, with clipping and the test for a finite gradient inside.
 
-    A step is one pass over the gradients for their sums, one collective (`shards`), one pass for the update. `step` is
-    counted in the parameter group (as apex and Megatron do); the rest of the state is per parameter, float32, or
-    float64 for float64 parameters. bfloat16 parameters are updated in float32 and rounded, and without `main_weights`
-    updates below their resolution are lost. With it the parameter is only ever the rounded copy of the state `main`,
-    taken from it at its first step; write to `weight(param)` to change it. Megatron's wrappers may assign
-    `param_groups` after construction (then call `remember_base`); groups need `params`, `lr` and `weight_decay`,
-    whatever else is missing is taken from `defaults`. A group's `kind` overrides what `shards` says its tensors are.
-    Parameters without a gradient are left alone.
+    A step is one pass over the gradients for their sums, one collective (`shards`), and one pass for the update. The
+    parameter group counts `step`, as in apex and Megatron. All other state is per parameter: float32, or float64 for
+    float64 parameters.
 
-    After each `step()`: `grad_norm` (before clipping), `last_step_ok`, `metrics` (empty after a skipped step);
-    `skipped` counts the steps not done because the gradient was not finite. Those leave parameters, state and step
-    count untouched on every rank.
+    bfloat16 parameters are updated in float32 and rounded. Without `main_weights` updates below their resolution are
+    lost. With it the parameter is only ever the rounded copy of the state `main`, which is taken from it at its first
+    step; write to `weight(param)` to change it.
+
+    Megatron's wrappers may assign `param_groups` after construction; then call `remember_base`. Groups need `params`,
+    `lr` and `weight_decay`; `defaults` give every other setting that a group lacks. A group's `kind` overrides what
+    `shards` says its tensors are. Parameters without a gradient are left alone.
+
+    After each `step()` there are `grad_norm` (before clipping), `last_step_ok` and `metrics` (empty after a skipped
+    step). `skipped` counts the steps not done because the gradient was not finite. Those leave parameters, state and
+    step count untouched on every rank.
     """
 
     state_keys: tuple[str, ...] = ()
@@ -79,7 +84,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     reads_momentum = False
     """Whether the statistics need `exp_avg` as well as the gradient."""
     prefix = "optimizer"
-    """Of the metrics' names."""
+    """First part of the names of the metrics."""
 
     def __init__(self, params: ParamsT, defaults: Group, shards: Shards, common: Common) -> None:
         clip_grad = common.get("clip_grad", 0.0)
@@ -96,11 +101,11 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self.last_step_ok = True
         self.skipped = 0
         self.metrics: dict[str, float] = {}
-        self._travelled: dict[Tensor, Tensor] = {}
-        self._carried = (0.0, 0.0)
+        self._squares: dict[Tensor, Tensor] = {}  # of each parameter's last direction
+        self._restored = (0.0, 0.0)
 
     def attach(self, shards: Shards) -> None:
-        """Say who holds the rest of these parameters; from the next step on."""
+        """Take `shards` for what says who holds the rest of these parameters, from the next step on."""
         self.shards = shards
 
     def add_param_group(self, param_group: Group) -> None:
@@ -110,16 +115,16 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self._remember(self.param_groups[-1])
 
     def setting(self, group: Group, key: str) -> Any:
-        """A group's own value, or the default for groups that were made elsewhere and lack the key."""
+        """A group's own value, or the default where a group was made elsewhere and lacks the key."""
         return group.get(key, self.defaults[key])
 
     def remember_base(self) -> None:
-        """Take the parameters as they are for the base weights of `pull`; a no-op without it."""
+        """Take the parameters as they are for the base weights of `pull`; does nothing without a pull."""
         for group in self.param_groups:
             self._remember(group)
 
     def placed(self) -> tuple[list[Tensor], Placement]:
-        """All parameters in order, and where they lie; a group's own `kind` goes before what `shards` says."""
+        """All parameters in order, and where they lie; a group's own `kind` overrides what `shards` says."""
         params = [p for group in self.param_groups for p in group["params"]]
         place = self.shards.place(params)
         own = [group.get("kind") for group in self.param_groups for _ in group["params"]]
@@ -151,8 +156,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             state["main"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state["main"]
 
-    def settle(self, param: Tensor) -> None:
-        """Round the main weights, where they are kept, into the parameter: to be called after they moved."""
+    def round_main_weights(self, param: Tensor) -> None:
+        """Round the main weights into the parameter, where they are kept; call it after they moved."""
         if self._has_main(param):
             param.copy_(self.weight(param))
 
@@ -171,7 +176,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return cls.state_keys
 
     def state_of(self, param: Tensor, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """This parameter's state tensors, zeros when it has none yet; all of `state_keys` unless told otherwise."""
+        """This parameter's state tensors of these keys (`state_keys` by default), zeros where it has none yet."""
         state: dict[str, Tensor] = self.state[param]
         for key in self.state_keys if keys is None else keys:
             if key not in state:
@@ -191,58 +196,59 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self.last_step_ok = math.isfinite(self.grad_norm)
         self.metrics = {}
         if self.last_step_ok:
-            self.metrics = travel_metrics(self.prefix, *self._last_travel(sums))
+            self.metrics = update_rms_metric(self.prefix, *self._summed_squares(sums))
             self.plan(sums, place, clip_factor(self.grad_norm, self.clip_grad))
-            moves = self._moves(place)
+            updates = self._updates(place)
             if self.pull.strength:
-                for move in moves:
-                    base = self.state[move.param]["base"]
-                    self.pull.towards(
-                        self.weight(move.param), base, step=move.group["step"], lr=float(move.group["lr"])
-                    )
-            # not before: a skipped step leaves what the last one noted
-            self._travelled.clear()
-            self._carried = (0.0, 0.0)
-            self.apply(moves, place)
+                self._pull(updates)
+            # only now: a skipped step keeps what the step before recorded
+            self._squares.clear()
+            self._restored = (0.0, 0.0)
+            self.apply(updates, place)
         else:
             self.skipped += 1
         return loss
+
+    def _pull(self, updates: Sequence[ParamUpdate]) -> None:
+        for update in updates:
+            weight, base = self.weight(update.param), self.state[update.param]["base"]
+            self.pull.towards(weight, base, step=update.group["step"], lr=float(update.group["lr"]))
 
     @abstractmethod
     def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
         """Decide what `apply` will do: `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping
         factor."""
 
-    def apply(self, moves: Sequence[Move], place: Placement) -> None:
+    def apply(self, updates: Sequence[ParamUpdate], place: Placement) -> None:
         """Move the parameters, in place; `group["step"]` counts this step already."""
-        for move in moves:
-            self.travelled(move.param, self.update(move))
+        for update in updates:
+            self.record_squares(update.param, self.update_param(update))
 
     @abstractmethod
-    def update(self, move: Move) -> Tensor:
+    def update_param(self, update: ParamUpdate) -> Tensor:
         """Move one parameter, in place; returns the sum of squares [] float64 of its direction (the step by lr, without
         decay)."""
 
-    def travelled(self, param: Tensor, squares: Tensor) -> None:
-        """Note how far a parameter went; the next step's table carries it to all ranks."""
-        self._travelled[param] = squares
+    def record_squares(self, param: Tensor, squares: Tensor) -> None:
+        """Record the sum of squares of a parameter's direction; the next step's table takes it to all ranks."""
+        self._squares[param] = squares
 
     def rate(self, group: Group) -> float:
-        """The learning rate of this step, of which `pull` leaves the task its share."""
-        return float(group["lr"]) * self.pull.share(group["step"])
+        """The learning rate of the optimizer's own step, which a `pull` shortens."""
+        return float(group["lr"]) * self.pull.task_weight(group["step"])
 
-    def travel(self) -> tuple[float, float]:
+    def update_rms_sums(self) -> tuple[float, float]:
         """Sum of squares and number of elements of the last step's direction, over all ranks: for a checkpoint. Every
         rank must call it."""
-        return self._last_travel(self.shards.sum(self._table(*self.placed())).cpu())
+        return self._summed_squares(self.shards.sum(self._table(*self.placed())).cpu())
 
-    def carry(self, squares: float, elements: float) -> None:
-        """Take what `travel` said when the run that goes on here was saved."""
-        self._carried = (squares, elements)
+    def restore_update_rms(self, squares: float, elements: float) -> None:
+        """Take the numbers that `update_rms_sums` gave when the run that goes on here was saved."""
+        self._restored = (squares, elements)
 
-    def _last_travel(self, sums: Tensor) -> tuple[float, float]:
+    def _summed_squares(self, sums: Tensor) -> tuple[float, float]:
         squares, elements = float(sums[:, 3].sum()), float(sums[:, 4].sum())
-        return (squares, elements) if elements else self._carried
+        return (squares, elements) if elements else self._restored
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state, also from torch.optim.AdamW, whose per-parameter `step` becomes the group's.
@@ -276,6 +282,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
                 state[name] = value.to(param.device, state_dtype(param)).contiguous()
 
     def _table(self, params: Sequence[Tensor], place: Placement) -> Tensor:
+        """This rank's part of the table of sums [rows, COLUMNS], float64 on the cpu."""
         held = [(p, row) for p, row, counted in zip(params, place.rows, place.counted, strict=True) if counted]
         table = torch.zeros(len(place.layers), len(COLUMNS), dtype=torch.float64)
 
@@ -287,33 +294,30 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
             momenta = [self.state.get(p, {}).get("exp_avg") if self.reads_momentum else None for p, _, _ in moving]
             sums = sums_of_each([grad for _, grad, _ in moving], momenta, mode=self.kernels)
             add(table[:, :3], [row for _, _, row in moving], sums)
-        moved = [(p, row) for p, row in held if p in self._travelled]
+        moved = [(self._squares[p], p.numel(), row) for p, row in held if p in self._squares]
         if moved:
-            trace = [
-                torch.stack([self._travelled[p], torch.full_like(self._travelled[p], p.numel())]) for p, _ in moved
-            ]
-            add(table[:, 3:], [row for _, row in moved], torch.stack(trace))
+            trace = torch.stack([torch.stack([squares, torch.full_like(squares, n)]) for squares, n, _ in moved])
+            add(table[:, 3:], [row for _, _, row in moved], trace)
         return table
 
-    def _moves(self, place: Placement) -> list[Move]:
-        moves = []
+    def _updates(self, place: Placement) -> list[ParamUpdate]:
+        updates = []
         rows = iter(place.rows)
         for group in self.param_groups:
             group["step"] = steps_of(group) + 1
             for param, row in zip(group["params"], itertools.islice(rows, len(group["params"])), strict=True):
                 if param.grad is not None:
-                    moves.append(Move(param, param.grad, group, row))
-        return moves
+                    updates.append(ParamUpdate(param, param.grad, group, row))
+        return updates
 
 
-def travel_metrics(prefix: str, squares: float, elements: float) -> dict[str, float]:
-    """Root mean square of the direction of the step before (the step's length is lr times this); empty where there was
-    none."""
+def update_rms_metric(prefix: str, squares: float, elements: float) -> dict[str, float]:
+    """Root mean square of the direction of the step before, which is lr times as long; empty where there was none."""
     return {f"{prefix}/update_rms": math.sqrt(squares / elements)} if elements else {}
 
 
 def steps_of(group: Group) -> int:
-    """Steps a group has taken; groups made by other optimizers may have no count, or None, or a tensor."""
+    """Number of steps a group has taken; a group made by another optimizer may have no count, or None, or a tensor."""
     return int(group.get("step") or 0)
 
 

@@ -1,9 +1,8 @@
-"""Flat blocks of a parameter: temporaries stay as small as a block, and the result does not depend on where the blocks
-were cut.
+"""Flat blocks of a parameter: temporaries stay as small as a block, and the cuts do not change the result.
 
-On CPU torch handles the last elements of a loop (fewer than two vector registers, for each thread) by scalar code, and
-the scalar arctangent differs from the vectorised one in the last bit. A parameter sharded at another place would then
-train to other bits. So `padded` lengthens the scratch vectors until no element falls in such a remainder; the other
+On CPU torch computes the last elements of each thread's loop (fewer than two vector registers) by scalar code, and the
+scalar arctangent differs from the vectorised one in the last bit. A parameter sharded at another place would then train
+to other bits. So `padded` lengthens the scratch vectors until no element falls in such a remainder. The other
 operations used (one IEEE rounding each) are the same in both loops.
 """
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 _GRAIN = 32_768
-"""torch gives a thread at least this many elements of an elementwise loop."""
+"""The fewest elements of an elementwise loop that torch gives a thread."""
 _LANES = 64
 """A multiple of two vector registers of float32 on every CPU torch vectorises for."""
 _CPU_BLOCK = 65_536
@@ -29,7 +28,7 @@ def block_size(device: torch.device) -> int:
 
 
 def padded(length: int) -> int:
-    """The next length at which every thread's share of an elementwise loop is a whole number of vector registers."""
+    """The next length at which every thread's part of an elementwise loop is a whole number of vector registers."""
     threads = min(torch.get_num_threads(), -(-length // _GRAIN))
     unit = _LANES * max(threads, 1)
     return -(-length // unit) * unit
@@ -49,6 +48,6 @@ class Scratch:
         self._pair = torch.empty(2, padded(min(longest, block_size(device))), dtype=dtype, device=device)
 
     def vectors(self, length: int) -> tuple[Tensor, Tensor]:
-        """Two scratch vectors of at least `length` elements, padded; what lies in them is left from earlier use."""
+        """Two scratch vectors of at least `length` elements, padded; they hold the values of their last use."""
         first, second = self._pair[:, : padded(length)]
         return first, second

@@ -1,5 +1,4 @@
-"""Half fine-tuning: which tensors stay as they are, chosen by their names alone (arXiv 2404.18466, category-level
-selection)."""
+"""Half fine-tuning (arXiv 2404.18466, category-level selection): the tensors that stay as they are, chosen by name."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 from megatron_replay.errors import ConfigError
 
 ATTENTION = "att"
-"""In the name of what belongs to attention: self_attn, self_attention, attn, attention."""
+"""Part of the names of attention's tensors: self_attn, self_attention, attn, attention."""
 
 
 def half(named_parameters: Iterable[tuple[str, Any]], share: float = 0.5, seed: int = 42) -> list[str]:
@@ -20,10 +19,12 @@ def half(named_parameters: Iterable[tuple[str, Any]], share: float = 0.5, seed: 
     vectors (norms).
 
     named_parameters: (name, anything with a `shape`), as `model.named_parameters()` of any torch model gives them. A
-    layer is the first number in a name; what has none (embeddings, output layer, final norm) is trained. Where a
-    layer's share is not whole (one and a half of three MLP matrices) it is rounded up in some layers and down in
-    others, drawn like everything else: the sum is right to within one tensor. The choice is a function of names, share
-    and seed: the same for every layout, order and machine. A fused tensor is one tensor. ConfigError for a share
+    layer is the first number in a name; a tensor without one (embedding, output layer, final norm) is trained. A fused
+    tensor is one tensor.
+
+    A layer's share may not be whole, such as one and a half of three MLP matrices. It is then rounded up in some layers
+    and down in others, drawn like everything else, so that the sum is right to within one tensor. The choice is a
+    function of names, share and seed: the same for every layout, order and machine. Raises ConfigError for a share
     outside [0, 1).
 
         for name, parameter in model.named_parameters():
@@ -54,7 +55,7 @@ def _category(name: str, dimensions: int) -> str:
 
 
 def _draw(seed: int, *words: object) -> str:
-    """A number that nobody chose, as a string of digits."""
+    """A pseudo-random number that depends on seed and words alone, as a string of hexadecimal digits."""
     return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).hexdigest()
 
 

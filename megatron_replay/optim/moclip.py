@@ -1,6 +1,6 @@
-"""MoClip (arXiv 2510.09152, section 3): the gradient may turn away from the momentum by max_angle at most.
+"""MoClip (arXiv 2510.09152, section 3): the gradient may turn away from the momentum by `max_angle` at most.
 
-Then follow Adam's moments and an arctangent step.
+Adam's moments and an arctangent step follow.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.kernels.optimizer import Correction
-from megatron_replay.optim.adam import Mix
+from megatron_replay.optim.adam import MomentCoefficients
 from megatron_replay.optim.adam_atan2 import Atan2Family
 from megatron_replay.optim.adamw import adamw_correction, adamw_direction
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
-from megatron_replay.optim.options import check_betas, check_choice, check_number
+from megatron_replay.optim.option_checks import check_betas, check_choice, check_number
 from megatron_replay.optim.shards import LOCAL, Placement, Shards
 from megatron_replay.optim.stats import Scope, cosines, grouped
 
@@ -39,13 +39,14 @@ class Cap(NamedTuple):
 
 def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse: Obtuse = "signed") -> Cap:
     """How far each group's gradient must turn towards its momentum: c = sum m g, mm = sum m^2, gg = sum g^2, [groups]
-    float64; degrees.
+    float64; `max_angle` is in degrees.
 
-    With x the cosine of the angle between m and g, nothing happens where x >= cos(max_angle), m or g is zero, or
-    max_angle >= 90. Otherwise the part of g across m shrinks to tan(max_angle) times the part along it (the paper's eq.
-    5 divides by |m| where |g_across| is meant). That leaves an obtuse gradient 180 - max_angle or more away: `signed`,
-    the paper's rule as it stands. `restart` drops the momentum there instead; `project` takes the point nearest to g
-    within max_angle of m, which may be zero.
+    x is the cosine of the angle between m and g. Nothing happens where x >= cos(max_angle), m or g is zero, or
+    max_angle >= 90. Otherwise the part of g across m shrinks to tan(max_angle) times the part along it. (The paper's
+    eq. 5 divides by |m| where |g_across| is meant.) That leaves an obtuse gradient 180 - max_angle or more away.
+
+    `obtuse` says what happens to such a gradient. `signed` is the paper's rule as it stands. `restart` drops the
+    momentum instead. `project` takes the point nearest to g within max_angle of m, which may be zero.
     """
     one, zero = torch.ones_like(c), torch.zeros_like(c)
     known = (mm > 0) & (gg > 0)
@@ -71,11 +72,11 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
 
 @OPTIMIZERS.register("moclip")
 class MoClip(Atan2Family):
-    """MoClip; `max_angle` in degrees, 90 or more is Adam-atan2 bit for bit.
+    """MoClip; `max_angle` is in degrees, and 90 or more is Adam-atan2 bit for bit.
 
-    scope: what a gradient is compared with its momentum over: the whole model, a layer (as `shards` numbers them), or
-    each tensor. obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one.
-    eps: when given, AdamW's direction with this epsilon in place of the arctangent (the paper's ablation).
+    scope: a gradient is compared with its momentum over the whole model, a layer (as `shards` numbers them), or each
+    tensor. obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one. eps:
+    when given, the direction is AdamW's with this epsilon, not the arctangent (the paper's ablation).
     """
 
     reads_momentum = True
@@ -116,13 +117,18 @@ class MoClip(Atan2Family):
         self._rows = list(zip(a, b, restart, strict=True))
         self.metrics |= cap_metrics(groups, cap)
 
-    def mix(self, row: int, betas: tuple[float, float]) -> Mix:
+    def moment_coefficients(self, row: int, betas: tuple[float, float]) -> MomentCoefficients:
         beta1, beta2 = betas
         a, b, restart = self._rows[row]
         a, b = a * self._scale, b * self._scale
         keep = 0.0 if restart else beta1 + (1 - beta1) * b
         root, clipped = math.sqrt(1 - beta2), self.v_source == "clipped"
-        return Mix(keep, (1 - beta1) * a, root * (a if clipped else self._scale), root * b if clipped else 0.0)
+        return MomentCoefficients(
+            m_keep=keep,
+            m_grad=(1 - beta1) * a,
+            v_grad=root * (a if clipped else self._scale),
+            v_momentum=root * b if clipped else 0.0,
+        )
 
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         if self.eps is None:
@@ -138,8 +144,8 @@ class MoClip(Atan2Family):
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:
-    """What the cap did in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for
-    the length only."""
+    """Metrics of the cap in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for
+    `grad_ratio` only."""
     c, mm, gg = groups.unbind(1)
     known = ~cap.cosine.isnan()
     before = float(gg.sum())

@@ -1,5 +1,7 @@
-"""MoFO (arXiv 2407.20999): Adam's state for every parameter, but only those with the largest momentum move, which
-forgets less."""
+"""MoFO (arXiv 2407.20999): Adam's state for every parameter, but only those with the largest momentum move.
+
+Moving fewer of them forgets less.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing_extensions import Unpack
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.optim.adamw import AdamW, AdamWOptions
-from megatron_replay.optim.base import OPTIMIZERS, Move
-from megatron_replay.optim.radix import Piece, thresholds
+from megatron_replay.optim.base import OPTIMIZERS, ParamUpdate
+from megatron_replay.optim.radix import ShardValues, thresholds
 from megatron_replay.optim.shards import Placement
 
 
@@ -25,9 +27,9 @@ def momentum_filter(direction: Tensor, exp_avg: Tensor, threshold: float) -> Non
 class MoFO(AdamW):
     """AdamW whose step is taken only where |m|, after its update, is among the top `fraction` of its logical tensor.
 
-    The threshold is the whole tensor's, however it is sharded (three more small collectives a step, seven for float64).
-    1-D tensors are not filtered; decay acts on every coordinate. The tensors are those of the model as it is built:
-    megatron fuses query, key and value, and gate and up.
+    The threshold is the whole tensor's, however it is sharded; it takes three more small collectives a step, and seven
+    for float64. 1-D tensors are not filtered; decay acts on every coordinate. The tensors are those of the model as it
+    is built: megatron fuses query, key and value, and gate and up.
     """
 
     def __init__(
@@ -44,17 +46,21 @@ class MoFO(AdamW):
         self.fraction = fraction
         self._thresholds: dict[int, float] = {}
 
-    def apply(self, moves: Sequence[Move], place: Placement) -> None:
-        for move in moves:
-            self.advance(move)
+    def apply(self, updates: Sequence[ParamUpdate], place: Placement) -> None:
+        for update in updates:
+            self.advance(update)
         rows = {row: index for index, row in enumerate(row for row, kind in enumerate(place.kinds) if kind != "vector")}
         counted = dict(zip((p for group in self.param_groups for p in group["params"]), place.counted, strict=True))
-        pieces = [Piece(self.state[m.param]["exp_avg"], rows[m.row], counted[m.param]) for m in moves if m.row in rows]
-        found = thresholds(pieces, len(rows), self.fraction, self.shards.sum)
+        momenta = [
+            ShardValues(self.state[update.param]["exp_avg"], rows[update.row], counted[update.param])
+            for update in updates
+            if update.row in rows
+        ]
+        found = thresholds(momenta, len(rows), self.fraction, self.shards.sum)
         self._thresholds = {row: found[index] for row, index in rows.items()}
-        for move in moves:
-            self.travelled(move.param, self.descend(move))
+        for update in updates:
+            self.record_squares(update.param, self.descend(update))
 
-    def filter(self, direction: Tensor, exp_avg: Tensor, row: int) -> None:
+    def filter(self, direction: Tensor, exp_avg: Tensor, grad: Tensor, row: int) -> None:
         if row in self._thresholds:
             momentum_filter(direction, exp_avg, self._thresholds[row])

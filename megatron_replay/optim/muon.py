@@ -1,5 +1,7 @@
-"""Muon (Keller Jordan; arXiv 2502.16982 for the scale): momentum whose matrix is orthogonalised; AdamW for all that is
-no hidden matrix."""
+"""Muon (Keller Jordan; arXiv 2502.16982 for the scale): the momentum of a hidden matrix is orthogonalised.
+
+Everything else gets AdamW.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from typing_extensions import Unpack
 
 from megatron_replay.optim.adam import decayed_step
 from megatron_replay.optim.adamw import AdamW, AdamWOptions
-from megatron_replay.optim.base import OPTIMIZERS, Group, Move, state_dtype
+from megatron_replay.optim.base import OPTIMIZERS, Group, ParamUpdate, state_dtype
 from megatron_replay.optim.newton_schulz import PRECISIONS, Precision, orthogonalised
-from megatron_replay.optim.options import check_beta, check_choice, check_number
+from megatron_replay.optim.option_checks import check_beta, check_choice, check_number
 from megatron_replay.optim.shards import Kind, Placement
 from megatron_replay.optim.stats import sum_of_squares
 
@@ -30,23 +32,25 @@ class MuonOptions(AdamWOptions, total=False):
 
 
 HIDDEN: frozenset[Kind] = frozenset({"matrix", "attention"})
-"""What Muon is for: hidden matrices."""
+"""The kinds of tensors that Muon orthogonalises: hidden matrices."""
 
 
 def muon_direction(blend: Tensor, orthogonal: Callable[[Tensor], Tensor]) -> Tensor:
-    """0.2 sqrt(max(rows, cols)) NS(blend) for a momentum [rows, cols]: as long as AdamW's steps usually are
-    ("match_rms_adamw")."""
+    """0.2 sqrt(max(rows, cols)) NS(blend) for a momentum [rows, cols].
+
+    That is as long as AdamW's steps usually are ("match_rms_adamw").
+    """
     return orthogonal(blend).mul_(0.2 * math.sqrt(max(blend.shape)))
 
 
 @OPTIMIZERS.register("muon")
 class Muon(AdamW):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and nesterov on hidden matrices, AdamW (`betas`, `eps`) on
-    everything else.
+    """torch.optim.Muon on hidden matrices, with adjust_lr_fn="match_rms_adamw" and nesterov; AdamW on everything else.
 
-    In a model of your own give embeddings and the head a parameter group with `kind="embedding"` (`optim.muon_groups`
-    does it by name): their shape does not tell. Where megatron fuses matrices (query, key and value; gate and up) each
-    is orthogonalised by itself, as it is in a Hugging Face model. Matrices keep one state tensor, `exp_avg`.
+    `betas` and `eps` are AdamW's. In a model of your own give embeddings and the head a parameter group with
+    `kind="embedding"`, because their shape does not tell; `optim.muon_groups` does it by name. Where megatron fuses
+    matrices (query, key and value; gate and up) each is orthogonalised by itself, as in a Hugging Face model. Matrices
+    keep one state tensor, `exp_avg`.
     """
 
     prefix = "muon"
@@ -75,36 +79,36 @@ class Muon(AdamW):
     def keys_of(cls, kind: Kind) -> tuple[str, ...]:
         return cls.matrix_keys if kind in HIDDEN else cls.state_keys
 
-    def apply(self, moves: Sequence[Move], place: Placement) -> None:
-        hidden = [move for move in moves if place.kinds[move.row] in HIDDEN]
-        super().apply([move for move in moves if place.kinds[move.row] not in HIDDEN], place)
-        params = [move.param for move in hidden]
+    def apply(self, updates: Sequence[ParamUpdate], place: Placement) -> None:
+        hidden = [update for update in updates if place.kinds[update.row] in HIDDEN]
+        super().apply([update for update in updates if place.kinds[update.row] not in HIDDEN], place)
+        params = [update.param for update in hidden]
         for i, result in self.shards.each_whole(
             params, lambda i: self.before(hidden[i]), self.whole, len(self.matrix_keys)
         ):
-            self.travelled(params[i], self.after(hidden[i], result))
+            self.record_squares(params[i], self.after(hidden[i], result))
 
-    def before(self, move: Move) -> Tensor:
-        """Advance the momentum; what Newton-Schulz is to see of this piece, [1, *shape]."""
-        momentum = self.state_of(move.param, self.matrix_keys)["exp_avg"]
-        g = move.grad.to(momentum.dtype) * self.gradient_scale(move.row)
+    def before(self, update: ParamUpdate) -> Tensor:
+        """Advance the momentum; returns this shard's part of what Newton-Schulz orthogonalises, [1, *shape]."""
+        momentum = self.state_of(update.param, self.matrix_keys)["exp_avg"]
+        g = update.grad.to(momentum.dtype) * self.gradient_scale(update.row)
         momentum.lerp_(g, 1 - self.momentum)
         return (g.lerp_(momentum, self.momentum) if self.nesterov else momentum.clone())[None]
 
     def whole(self, values: Tensor) -> Tensor:
-        """The direction of a whole matrix, [1, rows, cols] of `before` -> [1, rows, cols]."""
+        """The direction of a whole matrix: [1, rows, cols] of `before` -> [1, rows, cols]."""
         return muon_direction(values[0], self.orthogonal)[None]
 
-    def after(self, move: Move, result: Tensor) -> Tensor:
+    def after(self, update: ParamUpdate, result: Tensor) -> Tensor:
         """Take the step; returns the sum of squares of the direction."""
-        return self.stride(move.param, result[0], move.group)
+        return self.take_step(update.param, result[0], update.group)
 
     def orthogonal(self, matrix: Tensor) -> Tensor:
-        """Newton-Schulz as this optimizer is set."""
+        """Newton-Schulz with this optimizer's steps and precision."""
         return orthogonalised(matrix, steps=self.ns_steps, precision=self.ns_precision)
 
-    def stride(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
-        """One decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of
+    def take_step(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
+        """Take one decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of
         squares."""
         squares = sum_of_squares(direction)
         weight = self.weight(param)
@@ -112,13 +116,15 @@ class Muon(AdamW):
         decayed_step(theta, direction, lr=self.rate(group), weight_decay=group["weight_decay"])
         if theta is not weight:
             weight.copy_(theta)
-        self.settle(param)
+        self.round_main_weights(param)
         return squares
 
 
 def muon_groups(model: torch.nn.Module) -> list[Group]:
-    """Parameter groups of any model for the Muon family: everything in an nn.Embedding or named lm_head is no hidden
-    matrix."""
+    """Parameter groups of any model for the Muon family.
+
+    Every parameter in an nn.Embedding or named lm_head is of kind "embedding", so it counts as no hidden matrix.
+    """
     tables = {p for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
     tables |= {p for name, p in model.named_parameters() if "lm_head" in name.split(".")}
     hidden = [p for p in model.parameters() if p not in tables]

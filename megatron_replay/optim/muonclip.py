@@ -1,4 +1,4 @@
-"""MuonClip (arXiv 2507.20534): Muon, and query and key weights shrink after a step where attention logits grew too
+"""MuonClip (arXiv 2507.20534): Muon whose query and key weights shrink after a step in which attention logits grew too
 large."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.optim.base import OPTIMIZERS, Move
+from megatron_replay.optim.base import OPTIMIZERS, ParamUpdate
 from megatron_replay.optim.muon import Muon, MuonOptions
-from megatron_replay.optim.options import check_choice, check_number
+from megatron_replay.optim.option_checks import check_choice, check_number
 from megatron_replay.optim.shards import Placement
 from megatron_replay.optim.stats import clip_factor
 
@@ -23,19 +23,20 @@ Variant = Literal["qk", "paper"]
 
 
 def qk_factor(max_logit: Tensor, threshold: float) -> Tensor:
-    """sqrt(min(1, threshold / S)) for the largest attention logit S of each head [heads]: on query and key both, it
-    takes S there."""
+    """sqrt(min(1, threshold / S)) for the largest attention logit S of each head [heads].
+
+    Applied to query and key both, it takes S down to the threshold.
+    """
     return (threshold / max_logit.clamp(min=threshold)).sqrt()
 
 
 class AttentionLogits(Protocol):
-    """What knows the attention logits of the forward passes since the last step."""
+    """A source of the attention logits of the forward passes since the last step."""
 
     def factors(self, threshold: float) -> Iterable[tuple[Tensor, Tensor]]:
-        """(parameter of the optimizer, factor that broadcasts to it) of the query and key weights that must shrink;
-        forgets the logits.
+        """(parameter of the optimizer, factor that broadcasts to it) of the query and key weights that must shrink.
 
-        Called once after each update, on every rank.
+        It forgets the logits. It is called once after each update, on every rank.
         """
         ...
 
@@ -43,9 +44,8 @@ class AttentionLogits(Protocol):
 class ObservedLogits:
     """`AttentionLogits` for a model of your own: call `observe` with the largest logits of every forward pass.
 
-    layers: for each attention layer its query and key weights, [heads D, H] and [kv heads D, H]; or, where a norm
-    follows the projections (Qwen3), the weights [D] of these norms, since then scaling the projections would change
-    nothing.
+    layers: for each attention layer its query and key weights, [heads D, H] and [kv heads D, H]. Where a norm follows
+    the projections (Qwen3) give the weights [D] of these norms, since scaling the projections would change nothing.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], num_kv_heads: int) -> None:
@@ -54,7 +54,7 @@ class ObservedLogits:
         self._largest: dict[int, Tensor] = {}
 
     def observe(self, layer: int, max_logit: Tensor) -> None:
-        """Note the largest scaled attention logit of each head, [heads]; query heads of one kv head follow each
+        """Record the largest scaled attention logit of each head, [heads]; query heads of one kv head follow each
         other."""
         largest = max_logit.detach().view(self.num_kv_heads, -1).amax(1)
         self._largest[layer] = torch.maximum(largest, self._largest[layer]) if layer in self._largest else largest
@@ -76,8 +76,8 @@ class MuonClip(Muon):
     exceeds `threshold`.
 
     Key/value heads are scaled as a whole: the factor of a group is that of its largest logit. `logits` says where the
-    logits come from; the trainer gives its own. `variant="paper"` is how arXiv 2510.09152 describes MuonClip: the
-    gradients of attention's matrices are clipped to `clip_grad` by themselves, and all others by themselves.
+    logits come from; the trainer gives its own. `variant="paper"` is how arXiv 2510.09152 describes MuonClip. It clips
+    the gradients of attention's matrices to `clip_grad` by themselves, and all others by themselves.
     """
 
     prefix = "muonclip"
@@ -122,10 +122,10 @@ class MuonClip(Muon):
     def gradient_scale(self, row: int) -> float:
         return self._scales[row]
 
-    def apply(self, moves: Sequence[Move], place: Placement) -> None:
-        super().apply(moves, place)
+    def apply(self, updates: Sequence[ParamUpdate], place: Placement) -> None:
+        super().apply(updates, place)
         if self.logits is not None and self.variant == "qk":
             for param, factor in self.logits.factors(self.threshold):
                 weight = self.weight(param)
                 weight.mul_(factor.to(weight.dtype))
-                self.settle(param)
+                self.round_main_weights(param)

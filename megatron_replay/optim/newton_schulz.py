@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Chosen for the steepest slope at zero; the singular values end in about 0.7..1.2, not at 1."""
+"""Keller Jordan chose them for the steepest slope at zero; the singular values end in about 0.7..1.2, not at 1."""
 
 Precision = Literal["auto", "bfloat16", "float32"]
 PRECISIONS = get_args(Precision)
@@ -17,8 +17,8 @@ PRECISIONS = get_args(Precision)
 def orthogonalised(matrix: Tensor, *, steps: int = 5, precision: Precision = "auto") -> Tensor:
     """About U V^T of the singular value decomposition U S V^T of a matrix [rows, cols], in its dtype; zero stays zero.
 
-    precision: of the products; auto is bfloat16, as published, but float32 on cpu: there bfloat16 products are fast on
-    some processors and very slow on others, and runs are compared. float64 matrices are computed in float64.
+    precision: that of the products. auto is bfloat16, as published, but float32 on cpu: there bfloat16 products are
+    fast on some processors and very slow on others, and runs are compared. float64 matrices are computed in float64.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

@@ -1,8 +1,8 @@
 """The exact k-th largest magnitude of a tensor of which every rank holds a part: radix selection on histograms.
 
-Non-negative floats order as their bits do. Each round counts the next bits of the values that share the bits chosen so
-far, adds the counts of all ranks, and picks the bucket that holds the k-th largest: three rounds for float32 (31 bits),
-seven for float64 (63).
+Non-negative floats order as their bits do. Each round counts the next bits of the values that begin with the bits
+chosen so far, adds the counts of all ranks, and picks the bucket that holds the k-th largest. float32 (31 bits) takes
+three rounds, float64 (63) seven.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """This rank's part of a logical tensor."""
+class ShardValues:
+    """This rank's values of a logical tensor."""
 
     values: Tensor
     """Any shape, float32 or float64; signs are ignored."""
@@ -30,12 +30,14 @@ class Piece:
     """False for a replica that another rank counts."""
 
 
-def thresholds(pieces: Sequence[Piece], rows: int, fraction: float, add: Callable[[Tensor], Tensor]) -> list[float]:
-    """For each of `rows` logical tensors, the magnitude of its k-th largest element, k = ceil(fraction n) >= 1; 0 for
+def thresholds(
+    shards: Sequence[ShardValues], rows: int, fraction: float, add: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """The magnitude of the k-th largest element of each of `rows` logical tensors, k = ceil(fraction n) >= 1; 0 for
     empty ones.
 
-    `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64); every rank calls it as often
-    as the widest dtype among the pieces of all ranks needs, so a rank without pieces keeps pace.
+    `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64). Every rank calls it as often
+    as the widest dtype among the shards of all ranks needs, so a rank without shards keeps pace.
     """
     left = [0] * rows
     chosen = [0] * rows
@@ -43,10 +45,10 @@ def thresholds(pieces: Sequence[Piece], rows: int, fraction: float, add: Callabl
     doubles = [False] * rows
     while step < rounds:
         table = torch.zeros(rows, (1 << _WIDTH) + 1, dtype=torch.float64)
-        for piece in pieces:
-            if piece.counted:
-                table[piece.row, :-1] += _counts(piece.values, step, chosen[piece.row])
-                table[piece.row, -1] += piece.values.dtype == torch.float64
+        for shard in shards:
+            if shard.counted:
+                table[shard.row, :-1] += _counts(shard.values, step, chosen[shard.row])
+                table[shard.row, -1] += shard.values.dtype == torch.float64
         table = add(table).cpu()
         if step == 0:
             doubles = (table[:, -1] > 0).tolist()
@@ -71,7 +73,7 @@ def _width(shifts: Sequence[int], step: int) -> int:
 
 
 def _counts(values: Tensor, step: int, prefix: int) -> Tensor:
-    """How many magnitudes that begin with `prefix` go on with each next value of the round's bits: [2048]."""
+    """Number of magnitudes that begin with `prefix` and go on with each value of the round's bits: [2048]."""
     shifts = _SHIFTS[values.dtype]
     if step >= len(shifts):
         return torch.zeros(1 << _WIDTH, dtype=torch.float64)

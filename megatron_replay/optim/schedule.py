@@ -6,7 +6,7 @@ import math
 from typing import Literal, get_args
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.optim.options import check_choice
+from megatron_replay.optim.option_checks import check_choice
 
 Style = Literal["cosine", "linear", "constant"]
 
@@ -29,5 +29,5 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup: int, total:
     if step > total:
         return minimum
     ratio = (step - warmup) / (total - warmup)
-    share = 0.5 * (math.cos(math.pi * ratio) + 1.0) if style == "cosine" else 1.0 - ratio
-    return minimum + share * (peak - minimum)
+    factor = 0.5 * (math.cos(math.pi * ratio) + 1.0) if style == "cosine" else 1.0 - ratio
+    return minimum + factor * (peak - minimum)

@@ -1,10 +1,10 @@
 """The seam between an optimizer and the ranks: who holds which part of which tensor, and one sum over all of them.
 
-An optimizer sees the parameters (or pieces of parameters) of its own rank. A few numbers a tensor (see `stats.COLUMNS`)
-are all it needs of the others, so it fills a table with one row for every logical tensor of the *whole model*, over all
-pipeline stages, and asks `Shards.sum` to add the tables of all ranks. The gradient norm and the groups of every scope
-(tensor, layer, global) are then derived from the same summed table on each rank alone: one collective a step, of a few
-numbers a row, whatever the layout.
+An optimizer sees the parameters (or pieces of parameters) of its own rank. All it needs of the others is a few numbers
+a tensor (see `stats.COLUMNS`). So it fills a table with one row for every logical tensor of the *whole model*, over all
+pipeline stages, and asks `Shards.sum` to add the tables of all ranks. Each rank derives the gradient norm and the
+groups of every scope (tensor, layer, global) from the summed table alone. That is one collective a step, of a few
+numbers a row, for every layout.
 
 Example: tensor-parallel rank 1 of 2, ZeRO-1 over 2 data ranks, a model of one embedding (split), one norm weight
 (replicated) and one matrix (split). This rank's shard of the flat buffer covers the end of the embedding and the whole
@@ -20,7 +20,7 @@ matrix, none of which lies here: its row arrives by the sum. A tied embedding on
 the one on the first, and `counted=False`.
 
 Optimizers that need whole matrices (Newton-Schulz) give `Shards.each_whole` a function of a whole matrix and get back
-their own pieces of its results; who gathers and computes what is the implementer's affair.
+their own pieces of its results. The implementer decides which rank gathers and computes each matrix.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 Kind = Literal["matrix", "attention", "embedding", "vector"]
-"""What a logical tensor is: a hidden matrix, one of attention's projections (a hidden matrix too), an embedding or
+"""The kind of a logical tensor: a hidden matrix, one of attention's projections (a hidden matrix too), an embedding or
 head, or 1-D."""
 
 
@@ -52,7 +52,7 @@ class Placement:
 
 
 class Shards(Protocol):
-    """What an optimizer knows of sharding; `LOCAL` is the whole model in one process."""
+    """All that an optimizer knows of sharding; `LOCAL` is the whole model in one process."""
 
     def place(self, params: Sequence[Tensor]) -> Placement:
         """Find these parameters (the optimizer's own, in its order) in the table; asked before every step, so it must
@@ -110,7 +110,7 @@ class _Local:
 
 
 def kind_of(param: Tensor) -> Kind:
-    """What a whole tensor's shape says of its kind; embeddings look like matrices (a parameter group's `kind` says
+    """The kind of a whole tensor by its shape; an embedding looks like a matrix (a parameter group's `kind` says
     otherwise)."""
     return "matrix" if param.ndim == 2 else "vector"
 

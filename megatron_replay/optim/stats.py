@@ -1,10 +1,10 @@
 """The sums an optimizer needs of its gradients: per tensor and in float64, so that they hardly depend on how a tensor
 is cut.
 
-Products of two float32 numbers are exact in float64; only the order of the additions is left to rounding (1e-16), far
-below the float32 resolution of the scalars made from the sums. A device without float64 adds up chunks in float32 and
-the host adds the chunks in float64: there a sum of n products is off by about 1e-7 of the sum of their magnitudes,
-whatever n.
+Products of two float32 numbers are exact in float64. Only the order of the additions is left to rounding (1e-16), far
+below the float32 resolution of the scalars made from the sums. A device without float64 adds up chunks in float32, and
+the host adds the chunks in float64. There a sum of n products is off by about 1e-7 of the sum of their magnitudes, for
+any n.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_replay.kernels.precision import has_float64
 from megatron_replay.optim.blocks import cuts
 
 Scope = Literal["global", "layer", "tensor"]
-"""Over what a gradient is compared with its momentum: the whole model, a layer, or each tensor."""
+"""The extent over which a gradient is compared with its momentum: the whole model, a layer, or each tensor."""
 
 _CHUNK = 4096
-"""Products that are added up in float32 where there is no float64."""
+"""Number of products that are added up in float32 where there is no float64."""
 
 COLUMNS = ("sum m g", "sum m^2", "sum g^2", "sum u^2", "elements")
-"""Of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step before and its
-elements."""
+"""The columns of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step
+before, of which `elements` is the number of elements."""
 
 
 def sums_of_each(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
@@ -40,10 +40,10 @@ def sums_of_each(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, m
 
 
 def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
-    """The row (sum m g, sum m^2, sum g^2) of one tensor or piece: [3] float64; zero momentum when none is given.
+    """The row (sum m g, sum m^2, sum g^2) of one tensor or shard, [3] float64; no momentum counts as zero.
 
-    Both are read once; temporaries are two blocks of float64. The row lies on their device, or on the cpu where that
-    has no float64.
+    Both tensors are read once; temporaries are two blocks of float64. The row lies on their device, or on the cpu where
+    that has no float64.
     """
     g = grad.reshape(-1)
     m = None if momentum is None else momentum.reshape(-1)
@@ -60,7 +60,7 @@ def tensor_sums(grad: Tensor, momentum: Tensor | None = None) -> Tensor:
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
-    """[] float64, where `tensor_sums` would put it."""
+    """The sum of squares, [] float64, on the device where `tensor_sums` would put it."""
     if has_float64(values.device):
         squares: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64).square()
         return squares
@@ -69,7 +69,7 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 
 def home(device: torch.device) -> torch.device:
-    """Where sums in float64 of tensors of this device lie."""
+    """The device on which float64 sums of this device's tensors lie."""
     return device if has_float64(device) else torch.device("cpu")
 
 
@@ -87,7 +87,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def grouped(sums: Tensor, layers: Sequence[int], *, scope: Scope) -> tuple[Tensor, Tensor]:
-    """Sums [groups, 3] of a scope, and the group of each row [rows]: the whole model, a layer, or each tensor."""
+    """Sums [groups, 3] of a scope, and the group of each row [rows]."""
     rows = sums.shape[0]
     if scope == "tensor":
         return sums, torch.arange(rows)
@@ -108,7 +108,7 @@ def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What to scale a gradient of this norm by so that it is at most about `limit` long (Megatron's rule); 1 when the
-    limit is 0."""
+    """The factor that makes a gradient of this norm at most about `limit` long (Megatron's rule); 1 for a limit of
+    0."""
     assert math.isfinite(norm), "a gradient that is not finite is skipped, not clipped"
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0

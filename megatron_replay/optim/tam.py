@@ -1,7 +1,7 @@
 """Torque-aware momentum (TAM): the more a gradient points along the momentum, the more it counts.
 
-Two forms. `adatamw` (arXiv 2412.18790, AdaTAMW): the cosine S of momentum and gradient is smoothed, s <- gamma s + (1 -
-gamma) S, and the gradient enters the momentum damped by it, m <- beta1 m + (eps + (1 + s) / 2) g. That momentum has no
+There are two forms. `adatamw` (arXiv 2412.18790, AdaTAMW) smooths the cosine S of momentum and gradient, s <- gamma s +
+(1 - gamma) S. The gradient enters the momentum damped by it, m <- beta1 m + (eps + (1 + s) / 2) g. That momentum has no
 factor 1 - beta1, so its steps are up to 1 / (1 - beta1) times AdamW's: lower the learning rate by as much for a
 comparison. `paper` is what arXiv 2510.09152 compares with: AdamW's step times max(0, cos phi).
 """
@@ -16,10 +16,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from megatron_replay.errors import CheckpointError
-from megatron_replay.optim.adam import Mix
+from megatron_replay.optim.adam import MomentCoefficients
 from megatron_replay.optim.adamw import AdamW, AdamWOptions
 from megatron_replay.optim.base import OPTIMIZERS
-from megatron_replay.optim.options import check_beta, check_choice
+from megatron_replay.optim.option_checks import check_beta, check_choice
 from megatron_replay.optim.shards import Placement
 from megatron_replay.optim.stats import Scope, cosines, grouped
 
@@ -33,10 +33,11 @@ def smoothed(similarity: Tensor, cosine: Tensor, decay: float) -> Tensor:
 
 @OPTIMIZERS.register("tam")
 class TAM(AdamW):
-    """Both forms; `scope` says over what momentum and gradient are compared: each tensor, a layer, or the whole model.
+    """Torque-aware momentum in both forms; momentum and gradient are compared over each tensor, a layer, or the whole
+    model (`scope`).
 
-    `decay` is gamma. The smoothed similarities of the whole model (one number a group) are kept in the parameter
-    groups, beside `step`.
+    `decay` is gamma. The smoothed similarities of the whole model (one number a group of the scope) are kept in the
+    parameter groups, beside `step`.
     """
 
     reads_momentum = True
@@ -85,11 +86,11 @@ class TAM(AdamW):
             )
         return torch.tensor(saved, dtype=torch.float64)
 
-    def mix(self, row: int, betas: tuple[float, float]) -> Mix:
-        plain = super().mix(row, betas)
+    def moment_coefficients(self, row: int, betas: tuple[float, float]) -> MomentCoefficients:
+        plain = super().moment_coefficients(row, betas)
         if self.variant == "paper":
             return plain
-        return Mix(betas[0], (self.defaults["eps"] + self._row[row]) * self._scale, plain.v_grad)
+        return MomentCoefficients(betas[0], (self.defaults["eps"] + self._row[row]) * self._scale, plain.v_grad)
 
     def gain(self, row: int) -> float:
         return self._row[row] if self.variant == "paper" else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -78,10 +79,19 @@ def test_help_lists_every_verb_key_and_spelling(capsys: pytest.CaptureFixture[st
     cli.main(["train", "--help"])
     text = capsys.readouterr().out
     assert "train.save_interval=unset" in text and "Steps between checkpoints" in text
-    assert "optimizer.betas=[0.9, 0.95]" in text and "train.loss=restricted" in text and "restricted | full" in text
+    assert "optimizer.betas=unset" in text and "[0.9, 0.95]" in text
+    assert "train.loss=restricted" in text and "restricted | full" in text
     assert "--ranks N" in text and "--dry-run" in text
     assert all(f"--{flag}" in text for flag in cli_args.ALIASES)
     assert max(map(len, text.splitlines())) <= cli_args.WIDTH
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_names_no_file_that_only_the_repository_has(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([verb, "--help"] if verb else ["--help"])
+    text = capsys.readouterr().out
+    assert text and not re.findall(r"\b(?:docs|examples|benchmarks|tools|tests|csrc|docker)/\S*|\S+\.(?:md|py)\b", text)
+    assert not re.search(r"[.,;:] {2,}\w", text), "a text of several lines becomes one paragraph"
 
 
 def test_the_installed_command_and_python_m_are_the_same() -> None:

@@ -263,7 +263,7 @@ def test_main_weights_survive_a_checkpoint(mode: Mode) -> None:
 
 
 def test_every_way_of_moving_acts_on_the_main_weights() -> None:
-    """The pull, Muon's stride and QK-Clip's factor: float32 parameters that see the same gradients go the same way."""
+    """The pull, Muon's step and QK-Clip's factor: float32 parameters that see the same gradients go the same way."""
     shapes = [(8, 6), (8, 6)]
     makes: list[Make] = [
         partial(AdamW, lr=LR, pull=3.0, pull_k=0.5, pull_t0=2.0),

@@ -24,7 +24,7 @@ CONFIGS = st.builds(
         Optimizer,
         name=TEXT,
         lr=st.floats(0, 1e300),
-        betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+        betas=st.none() | st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
         options=st.dictionaries(
             st.from_regex(r"max_[a-z]{1,8}", fullmatch=True),
             st.one_of(st.integers(), TEXT, st.booleans(), st.none()),
@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == (
         "moclip",
         1.25e-6,
-        (0.9, 0.95),
+        None,  # moclip's own, (0.9, 0.95): tests/unit/optim/test_optim_betas.py
         0.1,
         1.0,
     )
@@ -103,6 +103,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("optimizer.lr=1e-6", "optimizer", "lr", 1e-6),  # a string to YAML 1.1
         ("optimizer.lr=1", "optimizer", "lr", 1.0),
         ("optimizer.betas=[0.5, 0.6]", "optimizer", "betas", (0.5, 0.6)),
+        ("optimizer.betas=null", "optimizer", "betas", None),
         ("layout.split=[3, 4]", "layout", "split", (3, 4)),
         ("layout.split=null", "layout", "split", None),
         ("layout.stripe=false", "layout", "stripe", False),

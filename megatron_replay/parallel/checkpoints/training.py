@@ -43,7 +43,7 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
     try:
         with adam_form(trainer.inner, zero1=_zero1(trainer)):
             dist_checkpointing.save(
-                _state(trainer, {**progress, "travel": trainer.inner.travel()}, loading=False), str(target)
+                _state(trainer, {**progress, "travel": trainer.inner.update_rms_sums()}, loading=False), str(target)
             )
     # the latter is what megatron gathers from all ranks, and no Exception
     except (Exception, CheckpointException) as err:
@@ -92,7 +92,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     if reader.striped != trainer.model.layout.striped:
         restripe_state(trainer.model, trainer.outer, trainer.inner, striped=reader.striped)
         _restripe(trainer.model, reader)  # last: in fp32 the weights that were just moved are these
-    trainer.inner.carry(*saved["travel"])
+    trainer.inner.restore_update_rms(*saved["travel"])
     # every rank continues from the state of the rank that wrote it: order and selection are seeded functions, nothing
     # random depends on the rank
     torch.set_rng_state(saved["rng"].cpu())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_replay.config import ADAM_BETAS
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.errors import ConfigError
 from megatron_replay.models.weights import Weight
@@ -89,14 +90,15 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
     from megatron.core.optimizer import OptimizerConfig as MegatronConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
+    beta1, beta2 = settings.betas or ADAM_BETAS  # of the Adam that is exchanged, so they decide nothing
     outer = get_megatron_optimizer(
         MegatronConfig(
             optimizer="adam",
             lr=settings.lr,
             min_lr=settings.lr,
             weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
+            adam_beta1=beta1,
+            adam_beta2=beta2,
             bf16=model.dtype == torch.bfloat16,
             params_dtype=model.dtype,
             clip_grad=0.0,  # the inner optimizer clips: its one collective yields the norm too
@@ -108,15 +110,21 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
 
 
 def foreign_options(settings: OptimizerConfig) -> dict[str, str]:
-    """Options that another optimizer takes, with its name: left out, so that changing `optimizer.name` alone makes a
-    comparison."""
-    return OPTIMIZERS.foreign(settings.name, settings.options)
+    """Options that this optimizer does not take but another does, with the name of that one.
+
+    They are left out, so that changing `optimizer.name` alone makes a comparison.
+    """
+    return OPTIMIZERS.foreign(settings.name, _given(settings))
+
+
+def _given(settings: OptimizerConfig) -> dict[str, Any]:
+    """The options that a configuration sets, `betas` among them; the optimizer has a default for every other one."""
+    return settings.options if settings.betas is None else {"betas": settings.betas, **settings.options}
 
 
 def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str) -> ReplayOptimizer:
     old = outer.optimizer
     placeholder = [torch.nn.Parameter(torch.zeros(1))]
-    betas = (settings.betas[0], settings.betas[1])
     for option in ("shards", "logits", "kernels", "main_weights"):
         if option in settings.options:
             raise ConfigError(f"optimizer.{option} is given by the trainer, not by a configuration; remove it")
@@ -125,11 +133,10 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
         settings.name,
         placeholder,
         settings.lr,
-        betas=betas,
         weight_decay=settings.weight_decay,
         clip_grad=settings.clip_grad,
         kernels=kernels,
-        **{option: value for option, value in settings.options.items() if option not in foreign},
+        **{option: value for option, value in _given(settings).items() if option not in foreign},
     )
     for group in old.param_groups:
         for key in old.defaults.keys() - {"lr", "weight_decay"}:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.optim import AdamW, MoFO
-from megatron_replay.optim.radix import Piece, thresholds
+from megatron_replay.optim.radix import ShardValues, thresholds
 
 VALUES = st.one_of(st.floats(-(2.0**90), 2.0**90, width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38]))
 
@@ -32,8 +32,8 @@ def test_threshold_is_the_kth_largest_of_the_whole_tensor(
     rows: list[list[float]], fraction: float, dtype: torch.dtype, cut: int
 ) -> None:
     tensors = [torch.tensor(row, dtype=torch.float32).to(dtype) for row in rows]
-    pieces = [Piece(part, row, True) for row, t in enumerate(tensors) for part in (t[:cut], t[cut:])]
-    pieces += [Piece(tensors[0], 0, False)]  # a replica that another rank counts
+    pieces = [ShardValues(part, row, True) for row, t in enumerate(tensors) for part in (t[:cut], t[cut:])]
+    pieces += [ShardValues(tensors[0], 0, False)]  # a replica that another rank counts
     for tensor, found in zip(tensors, thresholds(pieces, len(rows), fraction, alone), strict=True):
         k = max(1, math.ceil(fraction * len(tensor) - 1e-9))
         assert found == tensor.abs().sort(descending=True).values[k - 1]
@@ -53,8 +53,8 @@ def test_a_rank_without_pieces_keeps_pace() -> None:
         calls["idle"] += 1
         return table + tables[calls["idle"] - 1]
 
-    pieces = [Piece(torch.linspace(-3, 5, 99, dtype=torch.float64), 1, True), Piece(torch.linspace(0, 1, 30), 0, True)]
-    found = thresholds(pieces, 2, 0.2, holder)
+    doubles, singles = torch.linspace(-3, 5, 99, dtype=torch.float64), torch.linspace(0, 1, 30)
+    found = thresholds([ShardValues(doubles, 1, True), ShardValues(singles, 0, True)], 2, 0.2, holder)
     assert thresholds([], 2, 0.2, idle) == found and calls["idle"] == calls["holder"] == 7
 
 

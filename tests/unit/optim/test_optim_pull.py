@@ -14,11 +14,11 @@ from megatron_replay.optim.pull import Pull
 
 def test_the_share_of_the_task_grows_from_nothing_to_all() -> None:
     pull = Pull(1.0, k=0.5, t0=10)
-    assert pull.share(10) == 0.5
-    assert pull.share(0) == pytest.approx(1 / (1 + math.exp(5)))
-    assert pull.share(20) == pytest.approx(1 / (1 + math.exp(-5)))
-    assert (Pull(1.0, 1e3, 1e3).share(0), Pull(1.0, 1e3, 0).share(10**6)) == (0.0, 1.0)  # nothing overflows
-    assert Pull(0.0).share(0) == 1.0
+    assert pull.task_weight(10) == 0.5
+    assert pull.task_weight(0) == pytest.approx(1 / (1 + math.exp(5)))
+    assert pull.task_weight(20) == pytest.approx(1 / (1 + math.exp(-5)))
+    assert (Pull(1.0, 1e3, 1e3).task_weight(0), Pull(1.0, 1e3, 0).task_weight(10**6)) == (0.0, 1.0)  # nothing overflows
+    assert Pull(0.0).task_weight(0) == 1.0
 
 
 def test_the_method_written_out() -> None:

@@ -20,9 +20,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizer_cases import BY_MATRIX, Case, further, registered
 from torch import Tensor
 
-from megatron_replay.optim import TAM, AdamAtan2, AdamW, Kind, MoClip, MoFO, Placement, ReplayOptimizer
+from megatron_replay.optim import AdamW, Kind, MoClip, Placement, ReplayOptimizer
 
 SIZES = {"embedding": 600, "norm0": 30, "qkv0": 200, "fc0": 500, "norm1": 30, "qkv1": 200, "fc1": 500}
 NAMES = list(SIZES)
@@ -165,21 +166,17 @@ def equal(whole: dict[str, Tensor], ranks: list[Rank], parts: list[list[Tensor]]
 
 
 CUTS = [[150, 700], [299, 301], [1, 360], [364, 365]]
-MAKES: dict[str, Make] = {
-    "adamw": partial(AdamW, lr=0.01, clip_grad=1.0),
-    "adam_atan2": partial(AdamAtan2, lr=0.01, clip_grad=1.0),
+MAKES = {
+    **registered(lr=0.01, without=BY_MATRIX),
+    **further(lr=0.01),
     **{
-        f"moclip-{scope}-{obtuse}": partial(MoClip, lr=0.01, scope=scope, obtuse=obtuse, clip_grad=1.0)
+        f"moclip-{scope}-{obtuse}": Case(name="moclip", lr=0.01, options={"scope": scope, "obtuse": obtuse})
         for scope in ("global", "layer", "tensor")
         for obtuse in ("signed", "restart", "project")
     },
-    "moclip-clipped": partial(MoClip, lr=0.01, v_source="clipped"),
-    "moclip-eps": partial(MoClip, lr=0.01, eps=1e-8, clip_grad=1.0),
-    "mofo": partial(MoFO, lr=0.01, clip_grad=1.0),
-    "tam-paper": partial(TAM, lr=0.01, variant="paper", scope="global"),
-    "tam-adatamw": partial(TAM, lr=0.01, variant="adatamw", scope="layer"),
-    "tam-tensor": partial(TAM, lr=0.01, scope="tensor", clip_grad=1.0),
-    "adamw-pull": partial(AdamW, lr=0.01, pull=3.0, pull_k=0.5, pull_t0=2.0),
+    "moclip-clipped": Case(name="moclip", lr=0.01, clip_grad=0.0, options={"v_source": "clipped"}),
+    "tam-tensor": Case(name="tam", lr=0.01, options={"scope": "tensor"}),
+    "tam-unclipped": Case(name="tam", lr=0.01, clip_grad=0.0, options={"scope": "layer"}),
 }
 
 

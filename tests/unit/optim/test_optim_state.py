@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
 import pytest
 import torch
+from optimizer_cases import Case, registered
 
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.optim import AdamAtan2, AdamW, MoClip, build_optimizer
 
-KINDS = ["adamw", "adam_atan2", "moclip", "mofo", "tam", "muon", "adamuon"]
+ALL = registered(lr=0.01)
+every = pytest.mark.parametrize("make", ALL.values(), ids=ALL.keys())
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -37,14 +40,14 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", KINDS)
-def test_resuming_is_exact(name: str, dtype: torch.dtype) -> None:
+@every
+def test_resuming_is_exact(make: Case, dtype: torch.dtype) -> None:
     straight, halted = parameters(dtype), parameters(dtype)
-    whole, first = build_optimizer(name, straight, 0.01), build_optimizer(name, halted, 0.01)
+    whole, first = make(straight), make(halted)
     train(whole, range(8))
     train(first, range(4))
     fresh = [torch.nn.Parameter(p.detach().clone()) for p in halted]
-    second = build_optimizer(name, fresh, 0.5)
+    second = dataclasses.replace(make, lr=0.5)(fresh)
     second.load_state_dict(saved(first.state_dict()))
     train(second, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(straight, fresh, strict=True))
@@ -155,11 +158,11 @@ def test_unknown_name() -> None:
         build_optimizer("moclp", parameters(), 0.1)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_float16_is_refused_also_in_groups_assigned_later(name: str) -> None:
+@every
+def test_float16_is_refused_also_in_groups_assigned_later(make: Case) -> None:
     with pytest.raises(ConfigError, match=r"\(11, 3\) is torch.float16"):
-        build_optimizer(name, parameters(torch.float16), 0.1)
-    opt = build_optimizer(name, parameters(), 0.1)
+        make(parameters(torch.float16))
+    opt = make(parameters())
     opt.param_groups = [{"params": parameters(torch.float16), "lr": 0.1, "weight_decay": 0.0}]
     with pytest.raises(ConfigError, match="float16"):
         opt.init_state()

@@ -9,37 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizer_cases import BY_SHAPE, Case, further, registered
 from torch import Tensor
 
-from megatron_replay.optim import (
-    TAM,
-    AdamAtan2,
-    AdaMuon,
-    AdamW,
-    MoClip,
-    MoFO,
-    Muon,
-    MuonClip,
-    ObservedLogits,
-    Placement,
-    ReplayOptimizer,
-)
+from megatron_replay.optim import AdamAtan2, AdamW, MoClip, Placement, ReplayOptimizer
 
 Make = Callable[[list[torch.nn.Parameter]], ReplayOptimizer]
-ALL: dict[str, Make] = {
-    "adamw": lambda p: AdamW(p, 0.01),
-    "adam_atan2": lambda p: AdamAtan2(p, 0.01),
-    "moclip": lambda p: MoClip(p, 0.01, clip_grad=1.0),
-    "moclip-project": lambda p: MoClip(p, 0.01, scope="tensor", obtuse="project", v_source="clipped"),
-    "moclip-eps": lambda p: MoClip(p, 0.01, eps=1e-8),
-    "mofo": lambda p: MoFO(p, 0.01, fraction=0.3),
-    "tam": lambda p: TAM(p, 0.001),
-    "tam-paper": lambda p: TAM(p, 0.01, variant="paper", clip_grad=1.0),
-    "muon": lambda p: Muon(p, 0.01),
-    "adamuon": lambda p: AdaMuon(p, 0.01, clip_grad=1.0),
-    "muonclip": lambda p: MuonClip(p, 0.01, logits=ObservedLogits([], 1)),
-    "pull": lambda p: AdamW(p, 0.01, pull=1.0, pull_k=0.1, pull_t0=5),
-    "moclip-restart": lambda p: MoClip(p, 0.01, scope="tensor", obtuse="restart", max_angle=60),
+ALL = {
+    **registered(lr=0.01),
+    **further(lr=0.01),
+    "adamw-unclipped": Case(name="adamw", lr=0.01, clip_grad=0.0),
+    "muon-unclipped": Case(name="muon", lr=0.01, clip_grad=0.0),
+    "moclip-project": Case(
+        name="moclip", lr=0.01, clip_grad=0.0, options={"scope": "tensor", "obtuse": "project", "v_source": "clipped"}
+    ),
+    "moclip-restart": Case(
+        name="moclip", lr=0.01, clip_grad=0.0, options={"scope": "tensor", "obtuse": "restart", "max_angle": 60}
+    ),
 }
 every = pytest.mark.parametrize("make", ALL.values(), ids=ALL.keys())
 SHAPES = [(7, 5), (130,), (1,), (3, 4, 6)]
@@ -317,12 +303,11 @@ def test_a_transposed_parameter_moves_like_any_other(make: Make) -> None:
     assert not turned.is_contiguous() and torch.equal(plain, turned)
 
 
-ELEMENTWISE = ["adamw", "adam_atan2", "moclip", "moclip-eps", "moclip-project", "tam-paper"]
-"""Those for which a flat view is as good as the matrix, in one group or in the whole model; and none that goes by the
-default rate."""
+ELEMENTWISE = {name: case for name, case in ALL.items() if case.name not in BY_SHAPE and "pull" not in case.options}
+"""Those for which a flat view is as good as the matrix; a pull would want the base weights of the groups assigned."""
 
 
-@pytest.mark.parametrize("make", [ALL[name] for name in ELEMENTWISE], ids=ELEMENTWISE)
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
 def test_assigned_groups_of_views_without_our_keys(make: Make) -> None:
     """Megatron's wrappers replace the groups by ones whose parameters are views into a flat buffer."""
     whole = parameters()

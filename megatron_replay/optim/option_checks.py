@@ -1,4 +1,4 @@
-"""Checks of the options every optimizer takes; each message names the option, the value and what is allowed."""
+"""Checks of optimizers' options; each message names the option, the value and what is allowed."""
 
 from __future__ import annotations
 
