@@ -97,7 +97,7 @@ def batches(rows: Sequence[Row], total: int) -> list[list[Row]]:
     return [list(rows[i : i + total]) for i in range(0, len(rows), total)]
 
 
-def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[list[Row]]:
+def rank_micro_batches(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[list[Row]]:
     """The micro-batches of one data-parallel rank: contiguous, so joining all ranks' shares gives the batch back.
 
     Raises LayoutError unless the number of rows is a multiple of dp_size * micro.
@@ -110,6 +110,24 @@ def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[l
         )
     size = len(rows) // dp_size
     return batches(rows[dp_rank * size : (dp_rank + 1) * size], micro)
+
+
+def windows(
+    ids: Sequence[int] | NDArray[np.integer], window: int, tokens: int | None = None
+) -> list[NDArray[np.int32]]:
+    """The first `tokens` ids cut into windows of `window` ids that do not overlap; each predicts all but its first.
+
+    The last window may be shorter; a single id left over is dropped, as it predicts nothing. Raises DataError when
+    nothing is predicted.
+    """
+    kept = np.asarray(ids, dtype=np.int32)[:tokens]
+    if window < 2 or len(kept) < 2:
+        raise DataError(
+            f"perplexity needs at least 2 tokens in the text and in a window, got {len(kept)} and {window}; give a "
+            "longer text or window"
+        )
+    parts = [kept[i : i + window] for i in range(0, len(kept), window)]
+    return [part for part in parts if len(part) > 1]
 
 
 class Stream:

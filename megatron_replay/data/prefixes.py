@@ -37,12 +37,12 @@ class Tree:
         return len(self.tokens)
 
     @cached_property
-    def places(self) -> NDArray[np.int64]:
+    def position_ids(self) -> NDArray[np.int64]:
         """[T] each token's position within its sample."""
-        return places(self.segments)
+        return position_ids(self.segments)
 
 
-def places(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T] position of each token in the samples that it belongs to: a branch counts on from where its parent ends."""
     begins: list[int] = []
     for _, _, parent in segments.tolist():
@@ -51,9 +51,9 @@ def places(segments: NDArray[np.int64]) -> NDArray[np.int64]:
     return _joined(parts)
 
 
-def lay(samples: Sequence[Ids], *, share: bool) -> Tree:
-    """The samples in a row; `share`: as a forest, else one after the other."""
-    forest = Forest(share=share)
+def lay(samples: Sequence[Ids], *, share_prefixes: bool) -> Tree:
+    """The samples in a row; `share_prefixes`: as a forest, else one after the other."""
+    forest = Forest(share=share_prefixes)
     for ids in samples:
         forest.add(ids)
     return forest.tree()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from megatron_replay.demo.schemas import Schema, Table
+from megatron_replay.demo.schemas import DatabaseSchema, Table
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """The rows of each table, as column -> value."""
@@ -25,7 +25,7 @@ SORT = (("ASC", "lowest"), ("DESC", "highest"))
 
 
 @dataclass(frozen=True)
-class Template:
+class QuestionTemplate:
     """One kind of question. `sql` and `asked` name slots in braces."""
 
     name: str
@@ -40,7 +40,7 @@ class Template:
 
 JOIN = "{t} JOIN {p} ON {t}.{link} = {p}.id"
 TEMPLATES = tuple(
-    Template(name, sql, tuple(asked))
+    QuestionTemplate(name, sql, tuple(asked))
     for name, sql, *asked in (
         ("count", "SELECT COUNT(*) FROM "
                   "{t}", "How many {many} are there?", "Count the {many}.", "What is the number of {many}?"),
@@ -208,7 +208,7 @@ TEMPLATES = tuple(
 )  # fmt: skip
 
 
-def ask(template: Template, schema: Schema, rows: Rows, rng: random.Random) -> tuple[str, str]:
+def ask(template: QuestionTemplate, schema: DatabaseSchema, rows: Rows, rng: random.Random) -> tuple[str, str]:
     """One question and its SQL: the template with a random table, columns and values."""
     tables = [table for table in schema.tables if table.links or not template.needs_parent]
     table = rng.choice(tables)
@@ -243,7 +243,7 @@ def _words(rng: random.Random) -> dict[str, Any]:
     return slots
 
 
-def _parent(schema: Schema, table: Table, rows: Rows, rng: random.Random) -> dict[str, Any]:
+def _parent(schema: DatabaseSchema, table: Table, rows: Rows, rng: random.Random) -> dict[str, Any]:
     link = rng.choice(table.links)
     parent = next(other for other in schema.tables if other.name == link.parent)
     group = rng.choice(parent.groups)

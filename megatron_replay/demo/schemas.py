@@ -67,7 +67,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Schema:
+class DatabaseSchema:
     """One database; a table comes after those it links to."""
 
     db_id: str
@@ -102,7 +102,7 @@ THINGS = words("River Garden Lantern Mountain Letter Orchestra Window Harvest Is
 SKIES = words("North South Morning Evening Silver Amber Coral Misty Bright Stormy")
 BIRDS = words("Heron Gull Swan Falcon Petrel Tern Osprey Plover Curlew Puffin")
 
-LIBRARY = Schema(
+LIBRARY = DatabaseSchema(
     "library",
     (
         Table(
@@ -122,7 +122,7 @@ LIBRARY = Schema(
         ),
     ),
 )  # fmt: skip
-CLINIC = Schema(
+CLINIC = DatabaseSchema(
     "clinic",
     (
         Table(
@@ -144,7 +144,7 @@ CLINIC = Schema(
         ),
     ),
 )  # fmt: skip
-CINEMA = Schema(
+CINEMA = DatabaseSchema(
     "cinema",
     (
         Table(
@@ -164,7 +164,7 @@ CINEMA = Schema(
         ),
     ),
 )  # fmt: skip
-SCHOOL = Schema(
+SCHOOL = DatabaseSchema(
     "school",
     (
         Table(
@@ -187,7 +187,7 @@ SCHOOL = Schema(
         ),
     ),
 )  # fmt: skip
-HARBOUR = Schema(
+HARBOUR = DatabaseSchema(
     "harbour",
     (
         Table(
@@ -211,7 +211,7 @@ HARBOUR = Schema(
         ),
     ),
 )  # fmt: skip
-ORCHARD = Schema(
+ORCHARD = DatabaseSchema(
     "orchard",
     (
         Table(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.demo.questions import TEMPLATES, Rows, ask
-from megatron_replay.demo.schemas import TEST, TRAIN, Link, Number, Schema, Table
+from megatron_replay.demo.schemas import TEST, TRAIN, DatabaseSchema, Link, Number, Table
 from megatron_replay.errors import ConfigError, DataError
 
 GENERAL_TEXT = Path(__file__).with_name("text.txt")
@@ -28,7 +28,7 @@ TRIES = 40
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskFiles:
     """Where the parts of the task lie."""
 
     train: Path
@@ -36,7 +36,7 @@ class Task:
     databases: Path
 
 
-def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 120) -> Task:
+def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 120) -> TaskFiles:
     """Write `train.jsonl`, `test.jsonl` and `databases/<db_id>.sqlite` into the folder; the same arguments give the
     same bytes.
 
@@ -47,7 +47,7 @@ def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 1
     """
     if min(train, test) < 1:
         raise ConfigError(f"the demo task needs at least one example in each split, got train={train}, test={test}")
-    task = Task(Path(folder) / "train.jsonl", Path(folder) / "test.jsonl", Path(folder) / "databases")
+    task = TaskFiles(Path(folder) / "train.jsonl", Path(folder) / "test.jsonl", Path(folder) / "databases")
     try:
         task.databases.mkdir(parents=True, exist_ok=True)
         for path, schemas, size in ((task.train, TRAIN, train), (task.test, TEST, test)):
@@ -58,12 +58,12 @@ def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 1
     return task
 
 
-def prompt(schema: Schema, question: str) -> str:
+def prompt(schema: DatabaseSchema, question: str) -> str:
     """What the model is given; the SQL follows."""
     return f"Schema:\n{schema.compact()}\nQuestion: {question}\nSQL:\n"
 
 
-def _examples(schemas: Sequence[Schema], folder: Path, size: int, seed: int) -> list[dict[str, str]]:
+def _examples(schemas: Sequence[DatabaseSchema], folder: Path, size: int, seed: int) -> list[dict[str, str]]:
     """`size` examples, the databases in turn, each going through the templates in turn, then shuffled."""
     streams = [_stream(schema, folder / f"{schema.db_id}.sqlite", seed) for schema in schemas]
     examples: list[dict[str, str]] = []
@@ -82,7 +82,7 @@ def _examples(schemas: Sequence[Schema], folder: Path, size: int, seed: int) -> 
     return examples
 
 
-def _stream(schema: Schema, path: Path, seed: int) -> Iterator[dict[str, str]]:
+def _stream(schema: DatabaseSchema, path: Path, seed: int) -> Iterator[dict[str, str]]:
     """Examples of one database, each with another query, until the templates are used up. Writes the database first."""
     rng = random.Random(f"{seed}:{schema.db_id}")  # of a text: the same stream on every Python version and platform
     rows = _rows(schema, rng)
@@ -109,7 +109,7 @@ def _stream(schema: Schema, path: Path, seed: int) -> Iterator[dict[str, str]]:
                 }
 
 
-def _rows(schema: Schema, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+def _rows(schema: DatabaseSchema, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     sizes = {table.name: table.rows for table in schema.tables}
     return {table.name: _table_rows(table, sizes, rng) for table in schema.tables}
 
@@ -137,7 +137,7 @@ def _parents(link: Link, sizes: dict[str, int], count: int, rng: random.Random) 
     return rng.choices(parents, k=count)
 
 
-def _write(schema: Schema, rows: Rows, path: Path) -> None:
+def _write(schema: DatabaseSchema, rows: Rows, path: Path) -> None:
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path)) as db, db:
         for table in schema.tables:

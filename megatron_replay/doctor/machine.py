@@ -111,7 +111,7 @@ def operators(config: RunConfig) -> dict[str, dict[str, int]]:
     seen = Seen()
     with seen:
         steps(config, asked(config))
-    return seen.places()
+    return seen.by_device()
 
 
 def model(config: RunConfig) -> dict[str, Any]:

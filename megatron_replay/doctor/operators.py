@@ -75,15 +75,15 @@ class Seen(TorchDispatchMode):
         """Call the operator."""
         return func(*args, **kwargs)
 
-    def places(self) -> dict[str, dict[str, int]]:
+    def by_device(self) -> dict[str, dict[str, int]]:
         """Where -> operator -> calls, the most called first."""
         found: dict[str, dict[str, int]] = {}
         for (name, device), calls in self.calls.most_common():
-            found.setdefault(place(name, device), {})[name] = calls
+            found.setdefault(runs_on(name, device), {})[name] = calls
         return dict(sorted(found.items()))
 
 
-def place(operator: str, device_type: str) -> str:
+def runs_on(operator: str, device_type: str) -> str:
     """Where an operator called with tensors of a device type runs: there, or "cpu instead of ..." where only torch's
     fallback answers."""
     rows = torch._C._dispatch_dump_table(operator).splitlines()
@@ -103,7 +103,7 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
         with torch.no_grad():
             for _, _, parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
-        tree = lay(samples, share=config.data.share_prefixes)
+        tree = lay(samples, share_prefixes=config.data.share_prefixes)
         batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, here.torch_device, tree=tree)
         rule = SetRule(
             tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels

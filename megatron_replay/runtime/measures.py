@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from megatron_replay import config as configs
+from megatron_replay.data.packing import windows
 from megatron_replay.data.records import Message, Record, read_records
 from megatron_replay.data.samples import load_samples
-from megatron_replay.data.text import windows
 from megatron_replay.errors import DataError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.parallel.inference import generate, token_nll

@@ -7,7 +7,6 @@ An island: it imports nothing of the package but its errors, and needs no torch.
 from __future__ import annotations
 
 from megatron_replay.scoring.choice import Proportion, choose, proportion, score_choices
-from megatron_replay.scoring.retention import relative_change
 from megatron_replay.scoring.sql import (
     Match,
     Outcome,
@@ -32,7 +31,6 @@ __all__ = [
     "extract_sql",
     "has_order_by",
     "proportion",
-    "relative_change",
     "same_result",
     "score_choices",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -11,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_replay.scoring.choice import Proportion
-from megatron_replay.scoring.retention import relative_change
 
 
 def show(results: Mapping[str, Any], title: str, *, file: TextIO | None = None) -> None:
@@ -70,6 +70,14 @@ def _difference(before: Any, after: Any) -> str:
         return "="
     share = f" ({relative_change(before, after):+.1%})" if before else ""
     return f"{after - before:+.4g}{share}"
+
+
+def relative_change(before: float, after: float) -> float:
+    """(after - before) / |before|: +0.1 says ten percent more than before. From zero it is 0 (still zero) or an
+    infinity; NaN stays NaN."""
+    if before == 0:
+        return 0.0 if after == 0 else math.nan if math.isnan(after) else math.copysign(math.inf, after)
+    return (after - before) / abs(before)
 
 
 def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:

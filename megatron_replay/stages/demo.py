@@ -18,7 +18,7 @@ import yaml
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig, build, dump
-from megatron_replay.demo import base_model as demo_model
+from megatron_replay.demo import base_model
 from megatron_replay.demo.report import Clock, report
 from megatron_replay.demo.task import GENERAL_TEXT, make_task
 from megatron_replay.device import choose
@@ -75,7 +75,7 @@ def run(config: RunConfig, *, tiny: bool = False) -> None:
 
     Writes run.yaml, before.json, after.json, result.json and demo.png beside the store, the checkpoint and the task. A
     store that is there already is used or completed. Raises SystemExit with a phase's exit code when it fails, and what
-    `demo_model.gguf_file` raises.
+    `base_model.gguf_file` raises.
     """
     size = TINY if tiny else FULL
     demo = Demo(settings(config, size), size)
@@ -89,7 +89,7 @@ def settings(config: RunConfig, size: Size) -> RunConfig:
     mine = _over(size.settings, _changed(_tree(config), _tree(RunConfig())))
     chosen = build(RunConfig, mine)
     out = Path(chosen.output)
-    model = chosen.model or str(demo_model.converted(demo_model.cache_folder()))
+    model = chosen.model or str(base_model.converted(base_model.cache_folder()))
     places = {
         "model": model,
         "data": {"path": str(out / "demo" / "train.jsonl")},
@@ -145,10 +145,10 @@ class Demo:
     def _model(self) -> None:
         """Make the Hugging Face folder, once; a rank of its own does it, because threads started here would not outlive
         a fork."""
-        cache = demo_model.cache_folder()
-        ours = demo_model.converted(cache)
+        cache = base_model.cache_folder()
+        ours = base_model.converted(cache)
         if Path(self.config.model) == ours and not ours.exists():
-            self._launch("megatron_replay.formats.gguf:import_gguf", demo_model.gguf_file(cache), ours, ranks=1)
+            self._launch("megatron_replay.formats.gguf:import_gguf", base_model.gguf_file(cache), ours, ranks=1)
 
     def _launch(self, target: str, *args: Any, ranks: int) -> None:
         code = launch(target, args, {}, ranks, self.config.device)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_replay.device import fused_operator
-from megatron_replay.parallel.shims.npu_arguments import causal_within, to_visible
+from megatron_replay.parallel.shims.fused_arguments import causal_within, to_visible
 
 BLOCK = 256
 """Queries of branches that are computed at a time: no mask is larger than this times the tokens of the row."""
@@ -214,7 +214,7 @@ def segment_attention() -> type:
         """Stands where DotProductAttention stands; see the top of this file for what `attention_mask` holds."""
 
         cache: Cache | None = None
-        narrow: Callable[[Tensor, Tensor], Tensor] | None = None
+        select_rows: Callable[[Tensor, Tensor], Tensor] | None = None
         """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
 
         def __init__(
@@ -240,7 +240,7 @@ def segment_attention() -> type:
                 self.layer = self.layer or LayerCache(self.cache, k)
                 out = self.layer.attend(q, k, v, segments, self.cache, self.scale)
             out = out.reshape(query.shape[0], 1, -1)
-            return out if self.narrow is None else self.narrow(out, rows)
+            return out if self.select_rows is None else self.select_rows(out, rows)
 
         def use(self, cache: Cache | None) -> None:
             """Begin (or with None end) generation with a key/value cache."""

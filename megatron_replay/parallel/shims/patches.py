@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_replay.device import fused_operator
-from megatron_replay.parallel.shims.npu_arguments import rotary as fused_rotary
+from megatron_replay.parallel.shims.fused_arguments import rotary as fused_rotary
 
 _CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_replay import device
-from megatron_replay.doctor.operators import place
+from megatron_replay.doctor.operators import runs_on
 from megatron_replay.ops import library
 from megatron_replay.optim import kernels
-from megatron_replay.parallel.shims import npu_arguments as fused
+from megatron_replay.parallel.shims import fused_arguments as fused
 
 asked: dict[str, list[str]] = json.loads(sys.argv[1])
 
@@ -74,7 +74,7 @@ print(
             "meta": on_meta(),
             "ours": {**library.live("npu"), **kernels.live("npu")},
             "places": {
-                name: place(name, "npu")
+                name: runs_on(name, "npu")
                 for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")
             },
             "add": refused(lambda: tensor + tensor),
