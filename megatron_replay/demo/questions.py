@@ -1,9 +1,10 @@
-"""Questions and their SQL, from templates: each has one query and several ways to ask for it; the slots are filled from
-a table's own rows.
+"""Questions and their SQL, from templates.
 
-Slots: t a table, p the table its link points to; `group`, `number`, `label` a column and `..._phrase` the question's
-word for it; `value`, `bound`, `low`, `high`, `letter`, `word` are drawn from the rows, so that most queries find
-something.
+A template has one query and several ways to ask for it. Its slots are filled from a table's own rows, so that most
+queries find something:
+- t is a table, p the table its link points to.
+- `group`, `number` and `label` are columns, and `..._phrase` is the question's word for one.
+- `value`, `bound`, `low`, `high`, `letter` and `word` are drawn from the rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from megatron_replay.demo.schemas import DatabaseSchema, Table
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-"""The rows of each table, as column -> value."""
+"""The rows of each table, each as column -> value."""
 
 COMPARE = ((">", "more than"), ("<", "less than"), (">=", "at least"), ("<=", "at most"))
 AGGREGATE = (("AVG", "average"), ("SUM", "total"), ("MIN", "lowest"), ("MAX", "highest"))
@@ -34,7 +35,7 @@ class QuestionTemplate:
 
     @property
     def needs_parent(self) -> bool:
-        """Whether a table that links to another one is needed."""
+        """True where a table that links to another one is needed."""
         return any(slot == "p" or slot.startswith("p_") for _, slot, _, _ in Formatter().parse(self.sql) if slot)
 
 
@@ -209,7 +210,7 @@ TEMPLATES = tuple(
 
 
 def ask(template: QuestionTemplate, schema: DatabaseSchema, rows: Rows, rng: random.Random) -> tuple[str, str]:
-    """One question and its SQL: the template with a random table, columns and values."""
+    """One question and its SQL: the template filled with a random table, columns and values."""
     tables = [table for table in schema.tables if table.links or not template.needs_parent]
     table = rng.choice(tables)
     slots = {**_own(table, rows[table.name], rng), **_words(rng)}

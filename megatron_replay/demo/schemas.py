@@ -1,5 +1,7 @@
-"""The six small worlds of the demo task: their tables, and the word lists their rows are drawn from. All invented
-here."""
+"""The six small databases of the demo task: their tables, and the word lists from which their rows are drawn.
+
+All are invented here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Label:
-    """A text that names the row; every row has another one: a word of each list."""
+    """A text that names the row: one word of each list, and no two rows have the same."""
 
     name: str
     phrase: str
@@ -18,7 +20,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Group:
-    """A text that several rows share."""
+    """A text that is the same in several rows."""
 
     name: str
     phrase: str
@@ -27,8 +29,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Number:
-    """An amount, another one in every row, so that "the largest" is one row: low..high in steps of 1 or, with one
-    decimal, 0.1."""
+    """An amount, different in every row, so that "the largest" is one row.
+
+    It lies in low..high, in steps of 1, or of 0.1 with one decimal.
+    """
 
     name: str
     phrase: str
@@ -47,7 +51,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with `id` as its key, and the words a question has for its rows."""
+    """A table with `id` as its key, and the words that a question has for its rows."""
 
     name: str
     many: str
@@ -83,7 +87,7 @@ class DatabaseSchema:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, a list that can be read."""
+    """The words of a text: a list that is easy to read."""
     return tuple(text.split())
 
 

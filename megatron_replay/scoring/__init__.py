@@ -1,7 +1,7 @@
-"""Scores that need no model: SQL execution and exact match, multiple choice, changes against the base model, tables for
-the terminal.
+"""Scores that need no model: SQL execution and exact match, multiple choice, and tables for the terminal.
 
-An island: it imports nothing of the package but its errors, and needs no torch. `scoring.table` alone imports rich.
+This is an island: it imports nothing of the package but its errors, and needs no torch. Only `scoring.table` imports
+rich.
 """
 
 from __future__ import annotations
