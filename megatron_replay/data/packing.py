@@ -101,7 +101,7 @@ def _check(sizes: NDArray[np.int64], capacity: int) -> None:
 
 
 def batches(rows: Sequence[Row], total: int) -> list[list[Row]]:
-    """Cut rows into batches of `total`, of which the last may be smaller: one pass over the data, for collect."""
+    """Cut rows into batches of `total`, of which the last may be smaller."""
     return [list(rows[i : i + total]) for i in range(0, len(rows), total)]
 
 

@@ -23,7 +23,7 @@ from megatron_replay.errors import ConfigError, DataError
 GENERAL_TEXT = Path(__file__).with_name("text.txt")
 """Plain English prose. Its perplexity shows how much fine-tuning forgot."""
 TRIES = 40
-"""How often a new query of one template is tried on one database before the template counts as used up there."""
+"""Tries for a new query of one template on one database, after which the template counts as used up there."""
 
 
 @dataclass(frozen=True)

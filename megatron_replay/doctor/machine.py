@@ -72,7 +72,7 @@ def variables(config: RunConfig) -> list[dict[str, str]]:
 
 
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
-    """The adapter and shims between megatron-core and this configuration's device, and our parts in place of its own."""
+    """The adapter and shims between megatron-core and this configuration's device, and our parts in its model."""
     device = asked(config)
     adapter, not_used = shims.adapter(device)
     applied = shims.table(device, versions["megatron-core"] or "none", adapter)

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the model's answer is the least surprising choice, and the accuracy has an interval."""
+"""Multiple choice by likelihood: the answer is the least surprising choice, and the accuracy has an interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every change we make to megatron-core's surroundings, one table entry each, and the only questions about its version.
+"""The changes we make to megatron-core's surroundings, one table entry each, and the checks of its version.
 
 Importing this package changes nothing. `install` makes the changes, once per process, and only processes that run a
 model call it.
