@@ -74,7 +74,7 @@ def questions(folder: Path, model: Path, seq_length: int) -> list[Sample]:
 
 def batches(samples: Sequence[Sample], way: Way, sets: dict[bytes, CandidateSets] | None) -> list[MicroBatch]:
     chosen = [[samples[i] for i in row] for row in way.rows]
-    trees = [lay([s.ids for s in row], share=way.share) for row in chosen]
+    trees = [lay([s.ids for s in row], share_prefixes=way.share) for row in chosen]
     found = []
     for row, tree in zip(chosen, trees, strict=True):
         notes: dict[str, Any] = {"samples": row}
@@ -153,7 +153,7 @@ def main() -> None:
     samples = questions(args.data, args.model, args.seq_length)
     lengths = np.array([len(s) for s in samples])
     grouped = Grouping([s.ids for s in samples], args.seq_length).rows(42, 0)
-    everything = sum(len(lay([samples[i].ids for i in row], share=True)) for row in grouped)
+    everything = sum(len(lay([samples[i].ids for i in row], share_prefixes=True)) for row in grouped)
     rows: list[Row] = [
         ("", "tokens of all samples", float(lengths.sum()), "tokens"),
         ("", "computed of all samples, shared", float(everything), "tokens"),
@@ -163,7 +163,7 @@ def main() -> None:
     apart = pack(lengths, args.seq_length, order=mine)
     ways = [Way("packed", apart, False), Way("shared", grouped[: args.rows], True)]
     for way in ways:
-        tokens = sum(len(lay([samples[i].ids for i in row], share=way.share)) for row in way.rows)
+        tokens = sum(len(lay([samples[i].ids for i in row], share_prefixes=way.share)) for row in way.rows)
         rows.append(("", f"tokens computed in a step, {way.name}", tokens, "tokens"))
     rows.append(("", "samples in a step", len(mine), "samples"))
     with world.running(Layout(), CPU) as here:

@@ -1,7 +1,7 @@
-"""The `megatron-replay` command: a verb names a function that is imported when chosen; `--help` needs neither torch nor
-megatron.
+"""The `megatron-replay` command: a verb names a function, which is imported when the verb is chosen.
 
-Exit codes: 0 done; 2 wrong input, said in one line; 1 a fault of ours, with its traceback; 130 interrupted.
+`--help` needs neither torch nor megatron. Exit codes: 0 done; 2 wrong input, explained in one line; 1 a fault of ours,
+with its traceback; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ def _generate(given: Arguments) -> tuple[Any, ...]:
 
 
 def _launch(given: Arguments) -> tuple[Any, ...]:
-    """The cluster's file and overrides, and the command that follows, which is read here so that its mistakes are told
-    before it starts."""
+    """The cluster's file and overrides, and the command that follows.
+
+    The command is read here, so that its mistakes are reported before it starts.
+    """
     runnable = [name for name, its in VERBS.items() if "ranks" in its.flags]
     if not given.command or given.command[0] not in runnable:
         raise ConfigError(
@@ -91,12 +93,12 @@ def _store(given: Arguments) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Flag:
-    """A verb's own flag; `value` is what its help calls the value, empty when it takes none."""
+    """A flag of one verb. `value` is the name of its value in the help, empty when it takes none."""
 
     meaning: str
     value: str = ""
     argument: str = ""
-    """The keyword of the verb's function, when it is not the flag's own name."""
+    """The keyword of the verb's function, when it differs from the flag's name."""
 
 
 RANKS = {"ranks": Flag("Start this many processes on this machine (under torchrun its ranks are used instead).", "N")}
@@ -110,16 +112,18 @@ class Verb:
     """module:function, under megatron_replay.stages."""
     meaning: str
     sections: tuple[str, ...] = ()
-    """Sections of the configuration that its help lists."""
+    """Sections of the configuration that the verb's help lists."""
     words: str = "[RUN.yaml] [section.key=value ...]"
     flags: dict[str, Flag] = field(default_factory=dict)
     arguments: Callable[[Arguments], tuple[Any, ...]] = _run_config
-    """From what was given to the positional arguments of the function."""
+    """The positional arguments of the function, from the arguments given."""
     keys: bool = True
-    """Whether it reads a configuration."""
+    """True for a verb that reads a configuration."""
     runs: bool = False
-    """Whether another verb's command line follows; its own flags stand before that, and the rest is passed on as it
-    is."""
+    """True for a verb that another verb's command line follows.
+
+    The verb's own flags stand before that, and the rest is passed on as it is.
+    """
 
 
 VERBS = {
@@ -192,7 +196,7 @@ VERBS = {
 
 
 def usage() -> str:
-    """What `megatron-replay --help` prints."""
+    """The text of `megatron-replay --help`."""
     verbs = [entry(name, verb.meaning, column=12) for name, verb in VERBS.items()]
     head = [
         "megatron-replay VERB ...",
@@ -211,7 +215,7 @@ def usage() -> str:
 
 
 def verb_usage(name: str) -> str:
-    """What `megatron-replay VERB --help` prints."""
+    """The text of `megatron-replay VERB --help`."""
     verb = VERBS[name]
     text = [f"megatron-replay {name} {verb.words} [flags]", "", verb.meaning]
     if verb.flags:
@@ -231,7 +235,7 @@ def verb_usage(name: str) -> str:
 
 
 def call(name: str, tokens: Sequence[str]) -> int:
-    """Read the tokens after the verb `name` and run its function, here or on `--ranks` processes; returns the exit
+    """Read the tokens after the verb `name`, and run its function here or on `--ranks` processes. Returns the exit
     code."""
     verb = VERBS[name]
     at = next((i for i, token in enumerate(tokens) if token in VERBS), len(tokens)) if verb.runs else len(tokens)

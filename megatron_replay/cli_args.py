@@ -1,5 +1,5 @@
-"""What may stand after a verb: words, `section.key=value` overrides, the verb's own flags, and Megatron's spellings of
-our keys."""
+"""Arguments after a verb: words, `section.key=value` overrides, the verb's own flags, and Megatron's spellings of our
+keys."""
 
 from __future__ import annotations
 
@@ -43,37 +43,38 @@ ALIASES = {
     "bf16": "precision=bf16",
     "device": "device",
 }
-"""Flag -> our key; one that carries its value takes none."""
+"""Flag -> our key. A flag whose entry has a value takes none."""
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 _ONE_BETA = re.compile(r"optimizer\.betas\.([01])=(.*)")
 
 WIDTH = 118
-"""Of help texts."""
+"""Columns of help texts."""
 
 
 @dataclass
 class Arguments:
-    """What was read after the verb."""
+    """The arguments read after the verb."""
 
     words: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, str] = field(default_factory=dict)
-    """The verb's own flags that were given; an empty value for those that take none."""
+    """The verb's own flags that were given; the value is empty for those that take none."""
     command: list[str] = field(default_factory=list)
-    """The command line of another verb that followed."""
+    """The command line of another verb, which followed."""
 
 
 def read(
     tokens: Sequence[str], own: Mapping[str, bool], *, keys: bool = True, spellings: Mapping[str, str] = ALIASES
 ) -> Arguments:
-    """Sort the tokens after a verb; `own` says of each of its flags whether it takes a value, `keys` whether it has a
-    configuration.
+    """Sort the tokens after a verb.
 
-    `spellings` are the flags that set its keys, and the keys.
+    - own: the verb's flags, and whether each takes a value.
+    - keys: whether the verb has a configuration.
+    - spellings: the flags that set keys of the configuration, and these keys.
 
-    Everything after `--` is a word. Raises ConfigError for an unknown flag (with the nearest one) and for a value too
-    many or missing.
+    Everything after `--` is a word. Raises ConfigError for an unknown flag (with the nearest one), a missing value, or
+    a value too many.
     """
     given = Arguments()
     takes_value = {**({flag: "=" not in key for flag, key in spellings.items()} if keys else {}), **own}
@@ -108,7 +109,7 @@ def read(
 
 
 def is_file(word: str) -> bool:
-    """Whether a word names a configuration file: by its ending, or because it is there."""
+    """True where a word names a configuration file: by its ending, or because the file is there."""
     return word.endswith((".yaml", ".yml")) or Path(word).is_file()
 
 
@@ -131,7 +132,7 @@ def configuration(path: str | None, overrides: Sequence[str]) -> RunConfig:
 
 
 def keys_help(sections: Sequence[str]) -> str:
-    """The top-level keys and those of the sections, each with its default and what config.py says of it."""
+    """The top-level keys and those of the sections, each with its default and its docstring in config.py."""
     tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     top = {f.name: f for f in dataclasses.fields(RunConfig)}
@@ -147,7 +148,7 @@ def keys_help(sections: Sequence[str]) -> str:
 
 
 def fields_help(kind: type) -> list[str]:
-    """The keys of a dataclass of its own, each with its default and what its source says of it."""
+    """The keys of a dataclass, each with its default and its docstring."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     return _fields(definition, kind(), "")
@@ -181,7 +182,7 @@ def _yaml(value: object) -> str:
 
 
 def entry(name: str, meaning: str, column: int = 42) -> str:
-    """One line of a help text (more, where the meaning is long): the name, and from `column` on what it means."""
+    """One entry of a help text: the name, and from `column` on its meaning. A long meaning takes more lines."""
     head = f"  {name}".ljust(column - 1) + " "
     return (
         textwrap.fill(meaning, WIDTH, initial_indent=head, subsequent_indent=" " * column) if meaning else head.rstrip()

@@ -1,7 +1,7 @@
-"""The machines of a run, and what each of them starts: one torchrun a node, the same everywhere but for the node's
-rank.
+"""The machines of a run, and the command that each of them starts.
 
-Nothing is started or looked up here; `launch` does.
+That is one torchrun a node, the same everywhere but for the node's rank. Nothing is started or looked up here; `launch`
+does that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Variables:
     values: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def text(self) -> dict[str, str]:
-        """YAML's true and 3600 as the environment writes them."""
+        """The values as text: YAML's true is written true, not True."""
         return {
             name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in self.values.items()
         }
@@ -66,7 +66,7 @@ class Cluster:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The hosts in use; none where nothing names them."""
+        """The hosts in use; none where neither `hosts` nor `hostfile` names them."""
         listed = self.hosts or (_read_hosts(Path(self.hostfile)) if self.hostfile else ())
         if self.nodes is not None and listed and len(listed) < self.nodes:
             raise ConfigError(f"nodes={self.nodes}, but only {len(listed)} hosts are named: {', '.join(listed)}")
@@ -78,7 +78,7 @@ class Cluster:
 
     @property
     def meeting(self) -> str:
-        """Where the ranks meet. Raises ConfigError when several nodes do not know."""
+        """The address at which the ranks meet. Raises ConfigError when there are several nodes and none is given."""
         if self.master or self.names:
             return self.master or self.names[0]
         if self.size > 1:
@@ -113,7 +113,7 @@ def check_layout(cluster: Cluster, layout: Layout) -> int:
 def node_command(
     cluster: Cluster, variables: Mapping[str, str], command: Sequence[str], *, rank: str, master: str = ""
 ) -> list[str]:
-    """What one node runs: `env NAME=value ... python -m torch.distributed.run ... -m megatron_replay VERB ...`."""
+    """The command of one node: `env NAME=value ... python -m torch.distributed.run ... -m megatron_replay VERB ...`."""
     where = ["--nnodes", str(cluster.size), "--nproc-per-node", str(cluster.devices), "--node-rank", rank]
     where += ["--master-addr", master or cluster.meeting, "--master-port", str(cluster.port)]
     python = cluster.python or sys.executable
@@ -122,13 +122,16 @@ def node_command(
 
 
 def ssh_command(cluster: Cluster, host: str, node: Sequence[str]) -> list[str]:
-    """The same through ssh. With a terminal (-tt), so that what runs there ends when the connection does."""
+    """The same command through ssh.
+
+    It has a terminal (-tt), so that what runs there ends when the connection does.
+    """
     there = f"cd {shlex.quote(cluster.folder or os.getcwd())} && exec {shlex.join(node)}"
     return ["ssh", "-tt", "-o", "BatchMode=yes", host, there]
 
 
 def sbatch_file(cluster: Cluster, variables: Mapping[str, str], command: Sequence[str]) -> str:
-    """A file for sbatch: one task a node, which starts torchrun; Slurm names the hosts and their ranks."""
+    """A file for sbatch: one task a node, which starts torchrun. Slurm names the hosts and their ranks."""
     words = node_command(cluster, variables, command, rank=_SLURM_RANK, master=_SLURM_MASTER)
     node = " ".join(f'"{word}"' if word in (_SLURM_RANK, _SLURM_MASTER) else shlex.quote(word) for word in words)
     options = [

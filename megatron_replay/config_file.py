@@ -1,7 +1,6 @@
-"""Any frozen dataclass, sections nested, from its defaults, a YAML file and dotted overrides, and back; every mistake
-names its key.
+"""Frozen dataclasses from defaults, a YAML file and dotted overrides, and back. Every mistake names its key.
 
-A field with `metadata={"rest": True}` takes the keys that the section does not know.
+Sections are nested dataclasses. A field with `metadata={"rest": True}` takes the keys that its section does not know.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Nothing outside this file and `parallel/shims/`
-names a device's module.
+"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Only this file and `parallel/shims/` name a device's
+module.
 
-A `Device` says what the rest needs to know: where tensors live, which backend moves them between ranks, and what the
+A `Device` answers the questions of the rest: where tensors live, which backend moves them between ranks, and what the
 hardware has.
 """
 
@@ -26,19 +26,19 @@ from megatron_replay.errors import ConfigError, DeviceError
 from megatron_replay.kernels import loading
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASCEND_HOME_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
-"""Set by launchers and installations; what a user sets stands in `environment`."""
+"""Variables that launchers and installations set. Those that a user sets stand in `environment`."""
 
 
 @dataclass(frozen=True)
 class Device:
     name: str
-    """cpu, cuda or npu: also the torch device type."""
+    """cpu, cuda or npu, which is also the torch device type."""
     backend: str
     """Name of the torch.distributed backend."""
     has_bf16: bool
-    """Whether matrix products in bf16 are faster than in fp32."""
+    """True where matrix products in bf16 are faster than in fp32."""
     has_fp64: bool
-    """Whether the device computes in fp64."""
+    """True where the device computes in fp64."""
 
     @property
     def module(self) -> Any:
@@ -66,7 +66,7 @@ class Device:
             self.module.synchronize()
 
     def instant(self) -> Any:
-        """Now, for `seconds`: on a device an event at the end of what is queued, which nothing waits for."""
+        """Now, for `seconds`. On a device it is an event at the end of its queue, and nothing waits for it."""
         if self.module is None:
             return time.perf_counter()
         event = self.module.Event(enable_timing=True)
@@ -74,7 +74,7 @@ class Device:
         return event
 
     def seconds(self, first: Any, last: Any) -> float:
-        """Between two instants; waits until the device has come to the last."""
+        """Seconds between two instants. Waits until the device has come to the last."""
         if self.module is None:
             return float(last - first)
         last.synchronize()
@@ -83,7 +83,7 @@ class Device:
     def profiler(self) -> Any:
         """A profiler of this process and its device, not started: `start`, `stop`, `export_chrome_trace(path)`."""
         if self.name == "npu":
-            return importlib.import_module("torch_npu.profiler").profile()  # host and device unless told otherwise
+            return importlib.import_module("torch_npu.profiler").profile()  # by default it records host and device
         kinds = torch.profiler.ProfilerActivity
         return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if self.name == "cuda" else [kinds.CPU])
 
@@ -92,7 +92,7 @@ class Device:
         if self.module is not None:
             return int(self.module.max_memory_allocated())
         status = Path("/proc/self/status")
-        if status.exists():  # getrusage would start at the parent's size after an exec
+        if status.exists():  # after an exec getrusage would start at the parent's size
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -112,7 +112,7 @@ class Device:
         return int(machine.available), int(machine.total)
 
     def model_name(self) -> str:
-        """What the maker calls the first device."""
+        """The maker's name of the first device."""
         return str(self.module.get_device_name(0)) if self.module is not None else platform.machine()
 
 
@@ -122,7 +122,7 @@ NPU = Device("npu", "hccl", has_bf16=True, has_fp64=False)
 
 
 def available() -> list[Device]:
-    """The devices this process could use, best first; the cpu is always last."""
+    """The devices that this process could use, best first; the CPU is always last."""
     found = [NPU] if _npu_present() else []
     if torch.cuda.is_available():
         found.append(CUDA)
@@ -130,7 +130,7 @@ def available() -> list[Device]:
 
 
 def choose(name: str = "auto") -> Device:
-    """The device called `name`, or with "auto" the best one that is here. Raises DeviceError when it is not here."""
+    """The device called `name`, or with "auto" the best one here. Raises DeviceError when it is not here."""
     here = {device.name: device for device in available()}
     if name == "auto":
         return next(iter(here.values()))
@@ -172,8 +172,7 @@ def launcher_ranks() -> tuple[int, int, int] | None:
 
 
 def node_rank() -> int | None:
-    """NODE_RANK, which a launcher sets on each node of several; None when it is not set. Raises ConfigError when it is
-    no number."""
+    """NODE_RANK, which a launcher sets on each of several nodes, or None. Raises ConfigError when it is no number."""
     text = os.environ.get("NODE_RANK")
     if text is not None and not text.isdecimal():
         raise ConfigError(f"NODE_RANK={text!r} is no number; set it to 0 on the first node, 1 on the next, and so on")
@@ -187,8 +186,7 @@ def environment() -> dict[str, str]:
 
 
 def fused_operator(name: str, device_type: str) -> Callable[..., Any] | None:
-    """torch-npu's fused operator of this name, for tensors on an NPU; None elsewhere, and where this torch-npu lacks
-    it."""
+    """torch-npu's fused operator of this name for tensors on an NPU; None elsewhere, or where torch-npu lacks it."""
     return getattr(torch.ops.npu, name, None) if device_type == "npu" else None
 
 

@@ -1,8 +1,7 @@
-"""The variables that decide how ranks find each other and use their device: what each should be, and a check of those
-that are set.
+"""The variables that decide how ranks find each other and use their device: wanted values, and a check of those set.
 
-Values are those that Megatron and MindSpeed launch scripts use; what a variable may be at all follows its maker's
-documentation: CANN's "Environment variables" and "HCCL" references, and that of Ascend Extension for PyTorch.
+Values are those that Megatron and MindSpeed launch scripts use. The allowed values follow the makers' documentation:
+CANN's "Environment variables" and "HCCL" references, and that of Ascend Extension for PyTorch.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 class Variable:
     name: str
     wanted: str
-    """What it should be; empty where only the site knows."""
+    """The value it should have; empty where only the site knows."""
     allowed: str | range
     """The values it may have: a regular expression, or whole numbers."""
     why: str
     devices: tuple[str, ...] = ("npu",)
     when: str = "always"
-    """always | several nodes | on demand: when a run that lacks it is told so."""
+    """always | several nodes | on demand: when a run without it gets a notice."""
 
 
 _NUMBERS = r"\d+(-\d+)?(,\d+(-\d+)?)*"
@@ -108,9 +107,9 @@ class Finding:
     state: str
     """set | missing | wrong."""
     value: str
-    """What it is set to; empty when missing."""
+    """The value it has; empty when missing."""
     wanted: str
-    """What it should be; empty where only the site knows."""
+    """The value it should have; empty where only the site knows."""
     why: str
 
     def __str__(self) -> str:
@@ -125,8 +124,8 @@ class Finding:
 
 
 def check(device: str, environ: Mapping[str, str], *, nodes: int = 1) -> list[Finding]:
-    """What is set, missing and wrong in `environ` for ranks on `device` (cpu, cuda, npu) of that many nodes, in the
-    order of VARIABLES."""
+    """The state of the variables in `environ` for ranks on `device` (cpu, cuda, npu) of `nodes` nodes, in VARIABLES'
+    order."""
     return [
         Finding(v.name, _state(v, environ), environ.get(v.name, ""), v.wanted, v.why)
         for v in VARIABLES
@@ -144,5 +143,5 @@ def _state(variable: Variable, environ: Mapping[str, str]) -> str:
 
 
 def completed(findings: Sequence[Finding]) -> dict[str, str]:
-    """The variables as set, with what is missing at its wanted value; those that only the site knows stay unset."""
+    """The variables as set, and the missing ones at their wanted values. Those that only the site knows stay unset."""
     return {f.name: f.value or f.wanted for f in findings if f.value or f.wanted}

@@ -1,6 +1,6 @@
-"""What a user can get wrong, one class per kind of thing. The message names the thing, the value, and the way out.
+"""The errors of a user's input, one class per kind. The message names the thing, the value, and the way out.
 
-The command line turns any of these into one line on stderr and exit code 2; everything else is a fault of ours (exit
+The command line turns any of these into one line on stderr and exit code 2. Everything else is a fault of ours (exit
 code 1).
 """
 

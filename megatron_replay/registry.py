@@ -41,7 +41,7 @@ class Registry(Generic[T]):
         self._classes: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator; two classes of one name are a fault of the program."""
+        """Class decorator. Registering two classes under one name is a fault of the program."""
 
         def add(cls: C) -> C:
             assert name not in self._classes, f"{self.kind} {name!r} is registered twice"
@@ -54,14 +54,13 @@ class Registry(Generic[T]):
         return iter(self._classes)
 
     def get(self, name: str) -> type[T]:
-        """The class of that name; raises ConfigError with the nearest name."""
+        """The class of that name. Raises ConfigError with the nearest name."""
         if name not in self._classes:
             raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._classes)}")
         return self._classes[name]
 
     def foreign(self, name: str, options: Iterable[str]) -> dict[str, str]:
-        """Those of `options` that the class of that name does not take but another does: option -> a name that takes
-        it."""
+        """The options that the class of that name does not take but another does: option -> a name that takes it."""
         own = _options(self.get(name))[0]
         takers = {
             option: [n for n in self._classes if option in _options(self._classes[n])[0]]
@@ -71,10 +70,10 @@ class Registry(Generic[T]):
         return {option: names[0] for option, names in takers.items() if names}
 
     def build(self, name: str, *args: Any, **options: Any) -> T:
-        """Construct the class of that name; `args` come from the program, `options` from the user and are checked
-        against the signature.
+        """Construct the class of that name.
 
-        Raises ConfigError for an option the constructor does not take, takes already from `args`, or misses.
+        `args` come from the program. `options` come from the user and are checked against the signature. Raises
+        ConfigError for an option that the constructor does not take, takes already from `args`, or misses.
         """
         cls = self.get(name)
         known, takes_any = _options(cls, len(args))
@@ -88,8 +87,7 @@ class Registry(Generic[T]):
 
 
 def _options(cls: type, given: int = 0) -> tuple[dict[str, bool], bool]:
-    """Keyword -> whether it is needed, of the parameters after the first `given`; and whether any further keyword is
-    taken."""
+    """Keyword -> whether it is needed, of the parameters after the first `given`; and whether others are taken."""
     parameters = list(inspect.signature(cls).parameters.values())[given:]
     unpacked = _unpacked(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not unpacked

@@ -1,2 +1,2 @@
-"""Data, numpy only: jsonl and text files, tokenizers, chat templates, samples with their uids, packing into rows and
-batches."""
+"""The data layer, without torch: jsonl and text files, tokenizers, chat templates, samples with their uids, and
+packing."""

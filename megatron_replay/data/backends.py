@@ -1,5 +1,7 @@
-"""The three kinds of vocabulary file behind one face: tokenizer.json, sentencepiece's tokenizer.model, Qwen's
-*.tiktoken."""
+"""One interface to three kinds of vocabulary file.
+
+They are tokenizer.json, sentencepiece's tokenizer.model and Qwen's *.tiktoken.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,19 @@ QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>
 
 
 class Backend(Protocol):
-    """What a vocabulary file has to do. `added`: {token: id} that the folder adds on top of the file."""
+    """The interface of a vocabulary file. `added` is {token: id}, the tokens that the folder adds to the file."""
 
     size: int
-    """Highest id + 1."""
+    """The highest id, + 1."""
     names: dict[str, str]
     """The bos_token, eos_token and pad_token that the file itself names."""
 
     def encode(self, text: str, *, special: bool, continues: bool) -> list[int]:
-        """special: control tokens written in the text become their ids. continues: the text goes on, so no space is put
-        before it."""
+        """Ids of the text.
+
+        - special: control tokens written in the text become their ids.
+        - continues: the text follows other text, so no space is put before it.
+        """
         ...
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str: ...
@@ -42,16 +47,15 @@ class Backend(Protocol):
     def id_of(self, token: str) -> int | None: ...
 
     def default_bos(self, bos_id: int | None) -> bool:
-        """Whether texts begin with bos when the folder's configuration does not say."""
+        """The default where the folder's configuration does not say: True if texts begin with bos."""
         ...
 
 
 def _continue(encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """Ids of a text that follows other text: many sentencepiece-like vocabularies put a space before whatever they are
-    given.
+    """Ids of a text that follows other text.
 
-    Encoding after a line break, which such vocabularies never join with what follows, and cutting it off again leaves
-    that space out.
+    Many sentencepiece-like vocabularies put a space before every text they encode. They never join a line break with
+    what follows it. So the text is encoded after a line break, whose ids are then cut off again.
     """
     anchor, ids = encode("\n"), encode("\n" + text)
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else encode(text)
@@ -68,14 +72,14 @@ class JsonBackend:
             raise DataError(
                 f"{path}: not a tokenizer.json that the tokenizers library reads: {err}; copy the file again"
             ) from err
-        self._tokenizer.no_truncation()  # saved files often carry the cut of somebody's last batch
+        self._tokenizer.no_truncation()  # saved files often carry the truncation of somebody's last batch
         self._tokenizer.no_padding()
         self._register(path, added, control)
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._puts_space = self._encode("a") != _continue(self._encode, "a")
 
     def _register(self, path: Path, added: Mapping[str, int], control: Iterable[str]) -> None:
-        """Make tokens that only the folder's configuration names known, or known as control tokens."""
+        """Add the tokens that only the folder's configuration names, or mark them as control tokens."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         for token, wanted in sorted(added.items(), key=lambda item: item[1]):
             if token not in known:
@@ -111,8 +115,8 @@ class JsonBackend:
 class PieceBackend:
     """sentencepiece's tokenizer.model, with the folder's added tokens.
 
-    legacy: put a space before the text after every control token, as the first Llama tokenizers did, and not only at
-    the start.
+    legacy: put a space before the text after every control token, and not only at the start. The first Llama tokenizers
+    did.
     """
 
     def __init__(self, path: Path, added: Mapping[str, int], *, legacy: bool) -> None:
@@ -172,7 +176,7 @@ class PieceBackend:
         return text
 
     def _decode_on(self, ids: list[int]) -> str:
-        before = self._encode("a")[-1:]  # a space at the start of a text is dropped: give it something to follow
+        before = self._encode("a")[-1:]  # a space at the start of a text would be dropped, so some text stands first
         return str(self._pieces.decode(before + ids))[len(self._pieces.decode(before)) :]
 
     def id_of(self, token: str) -> int | None:
@@ -186,7 +190,10 @@ class PieceBackend:
 
 
 class TiktokenBackend:
-    """Qwen's vocabulary file: lines of base64 token and rank; text is brought to NFC and split by Qwen's pattern."""
+    """Qwen's vocabulary file: lines of a base64 token and its rank.
+
+    Text is brought to NFC and split by Qwen's pattern.
+    """
 
     def __init__(self, path: Path) -> None:
         ranks = _ranks(path)

@@ -1,7 +1,8 @@
-"""Samples to rows to batches: which samples stand in which row, and which rows in which step, on any layout.
+"""Samples to rows to batches, on any layout of ranks.
 
-A row is a list of sample indices whose lengths add up to at most the capacity. All here is a pure function of lengths,
-seed and step: the layout of the ranks comes in last, in `share`, and resuming needs the step number alone.
+A row is a list of sample indices whose lengths add up to at most the capacity. Everything here is a pure function of
+lengths, seed and step. The layout of the ranks comes in last, in `rank_micro_batches`, and resuming needs the step
+number alone.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from megatron_replay.errors import DataError, LayoutError
 Row = list[int]
 
 OPEN_ROWS = 32
-"""Rows that still take samples at a time: more of them fill better, but cost time and put samples together from farther
+"""The number of rows that still take samples. More of them fill better, but cost time and join samples from farther
 apart."""
 
 
 def order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
-    """[n] the order of an epoch's samples, the same on every layout and numpy version (PCG64's raw stream is fixed,
-    shuffle is not)."""
+    """The order [n] of an epoch's samples, the same on every layout and numpy version.
+
+    PCG64's raw stream is fixed across versions; numpy's shuffle is not.
+    """
     if not shuffle:
         return np.arange(n, dtype=np.int64)
     keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(n)
@@ -39,11 +42,12 @@ def pack(
     packing: bool = True,
     order: Sequence[int] | NDArray[np.integer] | None = None,
 ) -> list[Row]:
-    """Rows of sample indices, in `order` (default: as they stand). Raises DataError for a sample longer than
-    `capacity`.
+    """Rows of sample indices, in `order` (by default as they stand).
 
-    packing: each sample goes to the first of the open rows that has room for it, else to a new row; the oldest row
-    closes when there are more than `OPEN_ROWS`. Every sample stands in exactly one row. False: one sample a row.
+    packing: each sample goes to the first open row that has room for it, else to a new row. The oldest row closes when
+    there are more than `OPEN_ROWS`. Every sample stands in exactly one row. False gives one sample a row.
+
+    Raises DataError for a sample longer than `capacity`.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
@@ -67,8 +71,10 @@ def pack(
 
 
 class Grouping:
-    """Rows of samples that begin alike; a row may hold more tokens of its samples than `capacity`, since what they
-    share counts once."""
+    """Rows of samples that begin alike.
+
+    The samples of a row may add up to more tokens than `capacity`, because a shared prefix counts once.
+    """
 
     def __init__(self, samples: Sequence[NDArray[np.integer]], capacity: int) -> None:
         _check(np.array([len(ids) for ids in samples]), capacity)
@@ -76,8 +82,10 @@ class Grouping:
         self._forest = prefixes.forest(samples)
 
     def rows(self, seed: int, epoch: int, shuffle: bool = True) -> list[Row]:
-        """One epoch: branches in random order, and the samples of each, cut into rows; then the rows in random
-        order."""
+        """The rows of one epoch, in random order.
+
+        Branches are in random order too, as are the samples of each. They are cut into rows in that order.
+        """
         ordered = self._forest.order(order(len(self._samples), seed, epoch, shuffle).tolist())
         rows = prefixes.rows(self._samples, ordered, self._capacity)
         return [rows[i] for i in order(len(rows), seed + 1, epoch, shuffle)]
@@ -93,14 +101,15 @@ def _check(sizes: NDArray[np.int64], capacity: int) -> None:
 
 
 def batches(rows: Sequence[Row], total: int) -> list[list[Row]]:
-    """Cut rows into batches of `total`; the last one may be smaller. For one pass over the data (collect, evaluate)."""
+    """Cut rows into batches of `total`, of which the last may be smaller."""
     return [list(rows[i : i + total]) for i in range(0, len(rows), total)]
 
 
-def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[list[Row]]:
-    """The micro-batches of one data-parallel rank: contiguous, so joining all ranks' shares gives the batch back.
+def rank_micro_batches(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[list[Row]]:
+    """The micro-batches of one data-parallel rank.
 
-    Raises LayoutError unless the number of rows is a multiple of dp_size * micro.
+    The rows of a rank are contiguous, so joining all ranks' rows in order gives the batch back. Raises LayoutError
+    unless the number of rows is a multiple of dp_size * micro.
     """
     if len(rows) % (dp_size * micro):
         raise LayoutError(
@@ -112,11 +121,29 @@ def share(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: int) -> list[l
     return batches(rows[dp_rank * size : (dp_rank + 1) * size], micro)
 
 
+def windows(
+    ids: Sequence[int] | NDArray[np.integer], window: int, tokens: int | None = None
+) -> list[NDArray[np.int32]]:
+    """The first `tokens` ids of a text, cut into windows of `window` ids that do not overlap: for perplexity.
+
+    Each window predicts all of its ids but the first. The last window may be shorter. A single id left over is dropped,
+    as it predicts nothing. Raises DataError when nothing is predicted.
+    """
+    kept = np.asarray(ids, dtype=np.int32)[:tokens]
+    if window < 2 or len(kept) < 2:
+        raise DataError(
+            f"perplexity needs at least 2 tokens in the text and in a window, got {len(kept)} and {window}; give a "
+            "longer text or window"
+        )
+    parts = [kept[i : i + window] for i in range(0, len(kept), window)]
+    return [part for part in parts if len(part) > 1]
+
+
 class Stream:
     """The rows of all epochs one after another, cut into global batches of `total` rows.
 
-    A batch at the end of an epoch is filled with the first rows of the next one, so every batch is full and no sample
-    is left out. `grouping` makes the rows of an epoch in place of `pack`.
+    The first rows of the next epoch fill the last batch of an epoch. So every batch is full and no sample is left out.
+    `grouping` makes the rows of an epoch in place of `pack`.
     """
 
     def __init__(
@@ -134,8 +161,8 @@ class Stream:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._seed, self._capacity, self._packing, self._shuffle, self._total = seed, capacity, packing, shuffle, total
         self._grouping = grouping
-        self._starts = [0]  # row number at which each epoch begins, as far as known
-        self.rows = lru_cache(maxsize=2)(self._rows)  # a batch spans two epochs at most, short ones aside
+        self._starts = [0]  # the row number at which each epoch begins, as far as known
+        self.rows = lru_cache(maxsize=2)(self._rows)  # a batch spans two epochs at most, unless they are short
 
     def _rows(self, epoch: int) -> list[Row]:
         """The rows of one epoch (cached as `rows`)."""
@@ -163,14 +190,15 @@ class Stream:
         return found
 
     def epoch_of(self, step: int) -> float:
-        """Passes over the data before this step."""
+        """The passes over the data before this step."""
         row, epoch = step * self._total, 0
         while self._start(epoch + 1) <= row:
             epoch += 1
         return epoch + (row - self._start(epoch)) / len(self.rows(epoch))
 
     def num_steps(self, epochs: float) -> int:
-        """Steps that see the rows of so many passes over the data, at least 1; the last one may begin the next pass."""
+        """The steps that see the rows of `epochs` passes over the data, at least 1. The last one may begin the next
+        pass."""
         whole = int(epochs)
         rows = self._start(whole) + (epochs - whole) * (len(self.rows(whole)) if epochs > whole else 0)
         return max(1, math.ceil(rows / self._total))

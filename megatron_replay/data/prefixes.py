@@ -1,10 +1,11 @@
-"""Samples that begin alike, laid down as a forest: what they share is there once, and each goes on in a branch of its
-own.
+"""Samples that begin alike, laid down as a forest: a shared prefix is stored once, and each sample goes on in a branch.
 
-A forest is a table of segments [n, 3] (start, length, parent). A segment is a stretch of a flat row of T tokens;
-`parent` is the row of the table whose segment it goes on from, -1 where a sample begins. Parents stand before their
-children, roots first, siblings side by side. A sample is the path from a root to one segment, so a sample that is the
-beginning of another one has no segment of its own, and without sharing every segment is a root.
+A forest is a table of segments [n, 3] (start, length, parent). A segment is a stretch of a flat row of T tokens.
+`parent` is the table's row of the segment that it continues, or -1 where a sample begins. Parents stand before their
+children, roots first, siblings side by side.
+
+A sample is the path from a root to one segment. So a sample that is the beginning of another has no segment of its own.
+Without shared prefixes every segment is a root.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHORTEST = 16
-"""Fewer tokens than these are rather computed again: each further branching costs attention a call."""
+"""The shortest prefix that is shared. Shorter ones are computed again, because each further branch costs attention a
+call."""
 
 Ids = NDArray[np.integer]
 
@@ -31,19 +33,19 @@ class Tree:
     segments: NDArray[np.int64]
     """[n, 3] start, length, parent."""
     where: list[NDArray[np.int64]]
-    """For each sample where in the row each of its tokens stands, [length]."""
+    """The place in the row of each token of each sample: [length] for each."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @cached_property
-    def places(self) -> NDArray[np.int64]:
-        """[T] each token's position within its sample."""
-        return places(self.segments)
+    def position_ids(self) -> NDArray[np.int64]:
+        """The position [T] of each token within its sample."""
+        return position_ids(self.segments)
 
 
-def places(segments: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[T] position of each token in the samples that it belongs to: a branch counts on from where its parent ends."""
+def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The position [T] of each token in its samples: a branch counts on from the end of its parent."""
     begins: list[int] = []
     for _, _, parent in segments.tolist():
         begins.append(begins[parent] + int(segments[parent, 1]) if parent >= 0 else 0)
@@ -51,9 +53,9 @@ def places(segments: NDArray[np.int64]) -> NDArray[np.int64]:
     return _joined(parts)
 
 
-def lay(samples: Sequence[Ids], *, share: bool) -> Tree:
-    """The samples in a row; `share`: as a forest, else one after the other."""
-    forest = Forest(share=share)
+def lay(samples: Sequence[Ids], *, share_prefixes: bool) -> Tree:
+    """The samples in a row: as a forest with `share_prefixes`, else one after the other."""
+    forest = Forest(share=share_prefixes)
     for ids in samples:
         forest.add(ids)
     return forest.tree()
@@ -69,14 +71,16 @@ class _Node:
     stop: int
     children: list[_Node] = field(default_factory=list)
     known: dict[bytes, _Node] = field(default_factory=dict)
-    """Children by their first `SHORTEST` tokens, which no two have in common."""
+    """The children by their first `SHORTEST` tokens, in which no two agree."""
     short: list[_Node] = field(default_factory=list)
-    """Children of fewer tokens that go on: what is left of a segment that was split near its end."""
+    """Children of fewer tokens that have children of their own: the rest of a segment that was split near its end."""
 
 
 class Forest:
-    """Grows by a sample at a time; what was shared stays shared, so the tokens that a sample adds are known
-    beforehand."""
+    """A forest that grows by one sample at a time.
+
+    A prefix once shared stays shared, so `cost` knows beforehand the tokens that a sample adds.
+    """
 
     def __init__(self, *, share: bool = True) -> None:
         self._share = share
@@ -85,11 +89,11 @@ class Forest:
         self._size = 0
 
     def __len__(self) -> int:
-        """Tokens in all segments."""
+        """The number of tokens in all segments."""
         return self._size
 
     def cost(self, ids: Ids) -> int:
-        """Tokens that `add` would add."""
+        """The number of tokens that `add` would add."""
         return len(ids) - self._walk(ids)[1]
 
     def add(self, ids: Ids) -> None:
@@ -106,15 +110,15 @@ class Forest:
         self._ends.append(node)
 
     def _walk(self, ids: Ids) -> tuple[_Node, int]:
-        """The node in or at the end of which this sample leaves the forest, and the number of tokens it has in common
-        until there."""
+        """The node in which, or at whose end, this sample leaves the forest; and the number of tokens they have in
+        common."""
         node, depth = self._top, 0
         while self._share and depth == node.stop and (child := _next(node, ids)) is not None:
             node, depth = child, _agree(child, ids)
         return node, depth
 
     def tree(self) -> Tree:
-        """The forest so far; `where` in the order in which the samples were added."""
+        """The forest so far; `where` is in the order in which the samples were added."""
         nodes = list(self._top.children)
         parents = [-1] * len(nodes)
         for number, node in enumerate(nodes):  # grows while it is read: breadth first
@@ -138,8 +142,10 @@ class Forest:
         return _joined(parts[::-1])
 
     def order(self, ranked: Iterable[int]) -> list[int]:
-        """`ranked` (all samples, in some order), rearranged so that those that begin alike stand together: branches,
-        and samples within a branch, come in the order of their first sample in `ranked`."""
+        """`ranked`, which holds all samples in some order, rearranged so that samples that begin alike stand together.
+
+        Branches, and samples within a branch, come in the order of their first sample in `ranked`.
+        """
         held: dict[int, list[int | _Node]] = {id(self._top): []}
         for index in ranked:
             item: int | _Node = index
@@ -170,8 +176,10 @@ def forest(samples: Iterable[Ids]) -> Forest:
 
 
 def rows(samples: Sequence[Ids], order: Iterable[int], capacity: int) -> list[list[int]]:
-    """Cut samples in this order into rows of at most `capacity` tokens, shared ones counted once (a longer sample
-    stands alone)."""
+    """Cut samples in this order into rows of at most `capacity` tokens.
+
+    Shared tokens count once. A sample longer than `capacity` stands alone.
+    """
     found: list[list[int]] = []
     row = Forest()
     for index in order:
@@ -184,7 +192,7 @@ def rows(samples: Sequence[Ids], order: Iterable[int], capacity: int) -> list[li
 
 
 def _next(node: _Node, ids: Ids) -> _Node | None:
-    """The child along which a sample goes on, if that is worth it."""
+    """The child along which a sample goes on, if sharing it is worth a branch."""
     depth = node.stop
     if len(ids) - depth >= SHORTEST and (child := node.known.get(_key(ids, depth))) is not None:
         return child

@@ -1,4 +1,4 @@
-"""Reading data files: five jsonl shapes and plain text become `Record`s; every mistake is named with its file and line.
+"""Read data files: five jsonl formats and plain text become `Record`s. Every mistake is named with its file and line.
 
 | format | one record |
 |---|---|
@@ -23,9 +23,9 @@ from megatron_replay.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
-# the key that tells a format, in the order in which the formats are tried; "text" comes last because alpaca files often
-# carry it as a copy
-_TELLING = {
+# The key by which a format is recognised, in the order in which the formats are tried. "text" comes last because alpaca
+# files often carry it as a copy.
+_KEY_OF = {
     "messages": "messages",
     "sharegpt": "conversations",
     "alpaca": "instruction",
@@ -36,8 +36,10 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train` says whether an assistant turn's tokens are targets; `extra` goes to the chat template as it
-    is."""
+    """One turn of a conversation.
+
+    `train` says whether the tokens of an assistant turn are targets. `extra` goes to the chat template as it is.
+    """
 
     role: str
     content: str
@@ -73,9 +75,11 @@ class Record:
 def read_records(paths: str, format: str = "auto", *, targets: bool = True) -> Iterator[Record]:
     """Read the comma-separated files in turn.
 
-    auto decides per file from the keys of its first record; every later record of the file must fit. targets: a record
-    without anything to train on is an error; False reads prompts for generation, where the completion may be missing.
-    Raises DataError, naming file and line, for whatever does not fit.
+    - format: auto decides per file from the keys of its first record, and every later record of the file must fit.
+    - targets: a record without anything to train on is an error. False reads prompts for generation, where the
+      completion may be missing.
+
+    Raises DataError, naming file and line, for a record that does not fit.
     """
     files = [Path(name.strip()) for name in paths.split(",") if name.strip()]
     if not files:
@@ -83,7 +87,7 @@ def read_records(paths: str, format: str = "auto", *, targets: bool = True) -> I
     for path in files:
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a .jsonl or .txt file, several separated by commas")
-    if format != "auto" and format not in _TELLING:
+    if format != "auto" and format not in _KEY_OF:
         raise DataError(f"unknown data format {format!r}; known: auto, {', '.join(_PARSERS)}")
     for path in files:
         yield from _read(path, format, targets)
@@ -98,10 +102,10 @@ def _read(path: Path, format: str, targets: bool) -> Iterator[Record]:
     for line, obj in _json_lines(path):
         where = f"{path}:{line}"
         chosen = chosen or _guess(obj, where)
-        if _TELLING[chosen] not in obj:
+        if _KEY_OF[chosen] not in obj:
             why = "of the first record" if format == "auto" else "data.format says so"
             raise DataError(
-                f"{where}: no {_TELLING[chosen]!r} key (read as {chosen} because {why}); found {_keys(obj)}; fix it "
+                f"{where}: no {_KEY_OF[chosen]!r} key (read as {chosen} because {why}); found {_keys(obj)}; fix it "
                 "or set data.format"
             )
         yield _PARSERS[chosen](_Fields(obj, str(path), line, targets))
@@ -156,19 +160,19 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _guess(obj: dict[str, Any], where: str) -> str:
-    fits = [name for name, key in _TELLING.items() if key in obj]
+    fits = [name for name, key in _KEY_OF.items() if key in obj]
     if len(fits) > 1 and fits[1] != "text":
         raise DataError(
             f"{where}: the keys {_keys(obj)} fit {' and '.join(n for n in fits if n != 'text')}; say which with "
             "data.format"
         )
     if not fits:
-        raise DataError(f"{where}: the keys {_keys(obj)} fit no format; expected one of {', '.join(_TELLING.values())}")
+        raise DataError(f"{where}: the keys {_keys(obj)} fit no format; expected one of {', '.join(_KEY_OF.values())}")
     return fits[0]
 
 
 class _Fields:
-    """The keys of one record, taken one by one; what nobody took is the record's extra."""
+    """The keys of one record, taken one by one. The keys that nobody took become the record's `extra`."""
 
     def __init__(self, obj: dict[str, Any], source: str, line: int, targets: bool) -> None:
         self.rest, self.source, self.line, self.targets = dict(obj), source, line, targets

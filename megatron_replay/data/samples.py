@@ -1,4 +1,4 @@
-"""Data files to samples: token ids, target marks, and the uid under which a store keeps their candidate sets."""
+"""Data files to samples: token ids, target marks, and the uid under which a store keeps the candidate sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_replay.errors import DataError
 log = logging.getLogger(__name__)
 
 TEXT_FINGERPRINT = hashlib.sha256(b"text 1").hexdigest()
-"""Stands for the template in the uids of plain text, which no template touches."""
+"""The fingerprint that stands for the template in the uids of plain text, which no template touches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Sample:
     """One sequence to train on."""
 
     uid: bytes
-    """16 bytes: hash of ids, mask and template."""
+    """Hash of ids, mask and template, 16 bytes."""
     ids: NDArray[np.int32]
     """[n]"""
     mask: NDArray[np.bool_]
@@ -44,7 +44,7 @@ class Sample:
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
-        """[targets] ascending: position p predicts ids[p + 1], which is a target."""
+        """Positions [targets], ascending. Position p predicts ids[p + 1], which is a target."""
         return np.flatnonzero(self.mask[1:]).astype(np.int32)
 
 
@@ -55,8 +55,11 @@ def make_sample(
     source: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> Sample:
-    """A sample with its uid: xxh3-128 of the length, the ids (int32, little endian), the mask (bits) and the template's
-    fingerprint."""
+    """A sample with its uid.
+
+    The uid is the xxh3-128 hash of the length, the ids (int32, little endian), the mask (bits) and the template's
+    fingerprint.
+    """
     ids = np.ascontiguousarray(ids, dtype=np.int32)
     digest = xxhash.xxh3_128(len(ids).to_bytes(8, "little"))
     digest.update(ids.astype("<i4").tobytes())
@@ -66,13 +69,14 @@ def make_sample(
 
 
 def load_samples(data: config.Data, tokenizer: Tokenizer, *, template: Template | None = None) -> list[Sample]:
-    """Read `data.path` into samples, in file order. `template` defaults to what `data.template` names.
+    """Read `data.path` into samples, in file order. `template` defaults to the one that `data.template` names.
 
     Samples longer than `data.seq_length` are an error, dropped, or cut, as `data.over_length` says. A document is cut
-    into windows of that length, each beginning with the last token of the one before, so that every token but the
-    document's first is predicted once. Identical samples are all kept, as training sees each as often as the data holds
-    it, and counted in a warning; `unique` is to collect. Raises DataError, naming file and line, for bad input, and
-    when nothing is left.
+    into windows of that length. Each window begins with the last token of the one before, so every token but the
+    document's first is predicted once.
+
+    Identical samples are all kept, because training sees each as often as the data holds it. A warning counts them;
+    `unique` drops them for collect. Raises DataError, naming file and line, for bad input, and when nothing is left.
     """
     template = template or load_template(data.template, tokenizer)
     reader = _Reader(data, tokenizer, template)
@@ -91,7 +95,7 @@ def load_samples(data: config.Data, tokenizer: Tokenizer, *, template: Template 
 
 
 def unique(samples: Sequence[Sample]) -> list[Sample]:
-    """The first of each uid, in order: what is collected."""
+    """The first sample of each uid, in order: the ones that collect needs."""
     first: dict[bytes, Sample] = {}
     for sample in samples:
         first.setdefault(sample.uid, sample)
@@ -99,7 +103,7 @@ def unique(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 over the uids in order: the data set as this tokenizer and template see it."""
+    """sha256 over the uids in order. It stands for the data set as this tokenizer and template see it."""
     return hashlib.sha256(b"".join(sample.uid for sample in samples)).hexdigest()
 
 
@@ -153,7 +157,7 @@ class _Reader:
             yield make_sample(window, np.arange(len(window)) > 0, TEXT_FINGERPRINT, record.where, record.extra)
 
     def report(self, num_samples: int, num_repeated: int) -> None:
-        """Whatever was done to the data without being an error is said once."""
+        """Warn, once each, of everything done to the data that is not an error."""
         path, size = self.data.path, self.data.seq_length
         if self.num_dropped:
             log.warning(

@@ -1,16 +1,18 @@
-"""Conversations to token ids and target marks: the model's own chat template in a sandbox, or none (`plain`).
+"""Conversations to token ids and target marks, by the model's own chat template in a sandbox, or by none (`plain`).
 
-**Which tokens are targets.** The tokens of each trained assistant turn, up to and with its end-of-turn token; the line
-break that many templates write after it is never sampled, so it is no target. A turn starts where the template's
-generation prompt for the turns before it ends, so training sees exactly what generation will start from. Text is
-encoded in pieces cut at those places, which always makes the ids of a prompt a prefix of the sample's.
+**Which tokens are targets.** The tokens of each trained assistant turn are targets, up to and including its end-of-turn
+token. Many templates write a line break after that. It is never sampled, so it is no target. A turn starts where the
+template's generation prompt for the turns before it ends. So training sees exactly the text from which generation will
+start. Text is encoded in pieces cut at those places, so the ids of a prompt are always a prefix of the sample's.
 
-**Templates that rewrite history** (Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where
-there is none). An earlier turn that the whole conversation does not show as `generation prompt + reply` is context, not
-a target, and is counted in `Encoded.num_skipped`: training on it would teach the model to answer where it should start
-to think. The last turn is always trained; where even that one does not start with the generation prompt, its targets
-start at its content. Replies without reasoning are rendered with `enable_thinking=False`, so an empty think block
-belongs to the prompt and does not teach the model to stop thinking.
+**Templates that rewrite history.** Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where
+there is none. Such a template may not show an earlier turn as `generation prompt + reply`. Then the turn is context,
+not a target, and is counted in `Encoded.num_skipped`. Training on it would teach the model to answer where it should
+start to think.
+
+The last turn is always trained. Where even that one does not start with the generation prompt, its targets start at its
+content. Replies without reasoning are rendered with `enable_thinking=False`. So an empty think block belongs to the
+prompt and does not teach the model to stop thinking.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from megatron_replay.data.records import Message
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 
-# Templates that print today's date would give every sample another uid tomorrow, and its stored candidate sets would
-# not be found
+# The date that templates see. With today's, a sample would have another uid tomorrow, and its stored sets would not be
+# found.
 FIXED_DAY = datetime(2024, 7, 26)
 
 
@@ -45,14 +47,15 @@ class Encoded(NamedTuple):
     mask: NDArray[np.bool_]
     """[n], true where the token is a target; never at 0, which nothing predicts."""
     num_skipped: int
-    """Assistant turns that are context only, because the template shows them otherwise than it would generate them."""
+    """The number of assistant turns that are context only, because the template shows them otherwise than it would
+    generate them."""
 
 
 class Template(ABC):
-    """How a conversation is written for the model."""
+    """A way to write a conversation for the model."""
 
     fingerprint: str
-    """sha256 of the template; part of every sample's uid."""
+    """sha256 of the template, part of every sample's uid."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -69,7 +72,7 @@ class Template(ABC):
 
     @abstractmethod
     def _pieces(self, messages: Sequence[Message]) -> tuple[list[tuple[list[int], bool]], int]:
-        """(ids, are they targets) in order, and the number of skipped turns."""
+        """(ids, whether they are targets) in order, and the number of skipped turns."""
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Ids and targets, up to the end of the last trained turn. Raises DataError when there is no such turn."""
@@ -88,11 +91,11 @@ class Template(ABC):
 
 
 class PlainTemplate(Template):
-    """No template: [bos, where the tokenizer asks for it] the prompt as it stands, the completion as it stands, eos.
+    """No template: bos (where the tokenizer asks for it), the prompt and the completion as they stand, eos.
 
-    Nothing is put between a prompt and its completion, so a space or line break there must be part of the data; each is
-    encoded by itself. Turns before a completion (a system text and the prompt) are joined by one line break; eos ends
-    every assistant turn.
+    Nothing is put between a prompt and its completion, so a space or line break there must be part of the data. Each is
+    encoded by itself. One line break joins the turns before a completion (a system text and the prompt). eos ends every
+    assistant turn.
     """
 
     fingerprint = hashlib.sha256(b"plain 1").hexdigest()
@@ -108,7 +111,7 @@ class PlainTemplate(Template):
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False
     ) -> str:
-        """As the class says, bos left out; eos as the tokenizer writes it."""
+        """The text as the class says, without bos, and with eos as the tokenizer writes it."""
         eos = self.tokenizer.decode(self.tokenizer.eos_ids[:1], special=True)
         return "".join(text + eos * is_reply for text, is_reply, _ in self._turns(messages))
 
@@ -126,7 +129,7 @@ class PlainTemplate(Template):
 
     @staticmethod
     def _turns(messages: Sequence[Message]) -> list[tuple[str, bool, bool]]:
-        """(text, is it a reply, is it a target), neighbours that are no replies joined."""
+        """(text, whether it is a reply, whether it is a target); neighbouring turns that are no replies are joined."""
         turns: list[tuple[str, bool, bool]] = []
         for is_reply, group in groupby(messages, key=lambda m: m.role == "assistant"):
             if is_reply:
@@ -137,8 +140,10 @@ class PlainTemplate(Template):
 
 
 class ChatTemplate(Template):
-    """A jinja2 template in the environment that Hugging Face gives it, in a sandbox that refuses to reach Python's
-    internals."""
+    """A jinja2 template in the environment that Hugging Face gives it.
+
+    A sandbox refuses it access to Python's internals.
+    """
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -156,7 +161,7 @@ class ChatTemplate(Template):
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, thinking: bool = False
     ) -> str:
-        """The conversation as text. Raises DataError for whatever goes wrong inside the template."""
+        """The conversation as text. Raises DataError for anything that goes wrong inside the template."""
         turns = [{**m.extra, "role": m.role, "content": m.content} for m in messages]
         known: dict[str, Any] = {
             "tools": None,
@@ -166,7 +171,7 @@ class ChatTemplate(Template):
         }
         try:
             return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **known)
-        except Exception as err:  # a foreign program: whatever it raises is about the template or the conversation
+        except Exception as err:  # a foreign program: all its errors are about the template or the conversation
             raise DataError(
                 f"the chat template refused the conversation: {err or type(err).__name__}; fix the record, or set "
                 "data.template"
@@ -188,7 +193,7 @@ class ChatTemplate(Template):
 
     def _spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], int]:
         """The rendered conversation, the [start, stop) characters of its trained turns, and the number of skipped
-        ones."""
+        turns."""
         thinking = any(
             m.role == "assistant" and ("<think>" in m.content or m.extra.get("reasoning_content")) for m in messages
         )
@@ -216,8 +221,10 @@ def _agreement(a: str, b: str) -> int:
 
 
 def _content_start(whole: str, content: str, agreed: int) -> int:
-    """Where the last reply's content begins; the rendering agrees with the generation prompt for `agreed` characters,
-    so about there."""
+    """The character at which the last reply's content begins.
+
+    The rendering agrees with the generation prompt for `agreed` characters, so the content begins about there.
+    """
     for text in (content.strip(), content.split("</think>")[-1].strip()):
         start = whole.rfind(text, 0, agreed + len(text))  # a content may begin like the rest of the generation prompt
         if agreed - start > len(text) or start < 0:
@@ -231,8 +238,10 @@ def _content_start(whole: str, content: str, agreed: int) -> int:
 
 
 def load_template(choice: str, tokenizer: Tokenizer) -> Template:
-    """auto: the tokenizer's own chat template, or plain where it has none; plain; or the path of a jinja2 file. Raises
-    DataError."""
+    """The template of a choice: auto, plain, or the path of a jinja2 file.
+
+    auto is the tokenizer's own chat template, or plain where it has none. Raises DataError.
+    """
     if choice == "plain" or (choice == "auto" and tokenizer.chat_template is None):
         return PlainTemplate(tokenizer)
     if choice == "auto":
@@ -252,15 +261,17 @@ def load_template(choice: str, tokenizer: Tokenizer) -> Template:
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        # jinja2 itself would print nothing and go on, so a template that probes would not be noticed
+        # jinja2 itself would print nothing and go on, so nobody would notice a template that probes
         raise jinja2.exceptions.SecurityError(
             f"access to {attribute!r} of {type(obj).__name__} is not allowed in a template"
         )
 
 
 class _GenerationMark(Extension):
-    """`{% generation %}`, with which some templates mark replies for Hugging Face's trainers: accepted, and without
-    effect."""
+    """The tag `{% generation %}`, accepted without effect.
+
+    Some templates mark replies with it for Hugging Face's trainers.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -274,7 +285,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = FIXED_DAY.strftime
-    for name in ("lipsum", "cycler", "joiner"):  # not for chat, and one object less to reach out from
+    for name in ("lipsum", "cycler", "joiner"):  # no chat needs them, and each is one more object to break out from
         environment.globals.pop(name, None)
     return environment
 
@@ -282,7 +293,7 @@ def _environment() -> jinja2.Environment:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """jinja2's own tojson escapes HTML characters."""
+    """JSON as it stands; jinja2's own tojson escapes HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

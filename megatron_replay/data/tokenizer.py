@@ -1,5 +1,5 @@
-"""A model folder's tokenizer: ids, decoding, stop tokens, chat template and fingerprint, whatever the kind of its
-vocabulary file."""
+"""A model folder's tokenizer, of any kind of vocabulary file: ids, decoding, stop tokens, chat template and
+fingerprint."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ class Tokenizer:
     size: int
     """Number of ids it knows: the highest id, added tokens included, + 1."""
     eos_ids: tuple[int, ...] = ()
-    """Ids that end a reply: the tokenizer's eos token first, then those of generation_config.json (or else
-    config.json)."""
+    """Ids that end a reply: the tokenizer's eos token first, then those of generation_config.json (else config.json).
+    """
     bos_id: int | None = None
     pad_id: int | None = None
     add_bos: bool = False
-    """Texts begin with bos (a chat template writes its own)."""
+    """True where texts begin with bos (a chat template writes its own)."""
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """bos_token, eos_token, ... as chat templates name them."""
+    """bos_token, eos_token, ..., as chat templates name them."""
     fingerprint: str = ""
-    """sha256 of what defines the vocabulary: the vocabulary file and the tokens added to it."""
+    """sha256 of everything that defines the vocabulary: the vocabulary file and the tokens added to it."""
 
     def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
         """Ids of `text`.
 
-        special: control tokens written in the text (also by a user) become their ids, as Hugging Face does; False reads
-            them as plain text.
-        continues: the text follows other text, so a vocabulary that puts a space before every text must not.
+        - special: control tokens written in the text (also by a user) become their ids, as Hugging Face does. False
+          reads them as plain text.
+        - continues: the text follows other text, so a vocabulary that puts a space before every text must not do so
+          here.
+
         Raises DataError for text that is no Unicode (lone surrogates).
         """
         try:
@@ -52,7 +54,8 @@ class Tokenizer:
         return self.backend.encode(text, special=special, continues=continues)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of `ids`; control tokens are left out unless `special`. Raises DataError for an id it does not know."""
+        """Text of `ids`, without control tokens unless `special`. Raises DataError for an id the tokenizer does not
+        know."""
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.size:
@@ -63,10 +66,10 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files that
-    describe them.
+    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files beside
+    it.
 
-    Raises DataError when none is there, or one is damaged or contradicts another.
+    Raises DataError when none is there, or when one is damaged or contradicts another.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -143,8 +146,10 @@ def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _names(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """{"eos_token": "</s>", ...}: the first source that sets a name wins; a token is a string or {"content":
-    string}."""
+    """{"eos_token": "</s>", ...}: the first source that sets a name wins.
+
+    A token is a string or {"content": string}.
+    """
     names: dict[str, str] = {}
     for source in sources:
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -168,27 +173,29 @@ def _named_id(backend: Backend, name: str, token: str, folder: Path) -> int | No
 def _eos_ids(
     backend: Backend, named: int | None, generation: Mapping[str, Any], model: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    told = _first(generation.get("eos_token_id"), model.get("eos_token_id"))
-    ids = [named, *(told if isinstance(told, list) else [told])]
+    ends = _first(generation.get("eos_token_id"), model.get("eos_token_id"))
+    ids = [named, *(ends if isinstance(ends, list) else [ends])]
     if generation.get("chat_format") == "chatml":  # Qwen's first chat models say so instead of listing the token
         ids.append(backend.id_of("<|im_end|>"))
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's text or list of {name, template}, of which `default` or else
-    the first counts."""
+    """The chat template: chat_template.jinja, else the one in tokenizer_config.json.
+
+    The latter is a text or a list of {name, template}, of which `default` or else the first counts.
+    """
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as err:
             raise DataError(f"{file}: cannot be read: {err}") from err
-    told = config.get("chat_template")
-    if told is None or isinstance(told, str):
-        return told
+    found = config.get("chat_template")
+    if found is None or isinstance(found, str):
+        return found
     try:
-        named = {str(entry["name"]): str(entry["template"]) for entry in told}
+        named = {str(entry["name"]): str(entry["template"]) for entry in found}
         return named.get("default", next(iter(named.values())))
     except (TypeError, KeyError, StopIteration) as err:
         raise DataError(

@@ -1,1 +1,1 @@
-"""The demo's task, model, report and picture."""
+"""The demo's parts: the task it makes, the model it fetches, the report and picture it ends with."""

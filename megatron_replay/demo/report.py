@@ -1,4 +1,4 @@
-"""What the demo says at the end: what was gained and forgotten, what it took, and how to repeat each phase by hand."""
+"""The demo's last output: what it learnt and forgot, the time it took, and the commands that repeat each phase."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_replay.scoring.table import compare, show
 
 
 class Clock:
-    """Wall and processor seconds of each phase, those of its ranks included."""
+    """Wall and processor seconds of each phase, including those of its ranks."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -33,8 +33,10 @@ class Clock:
 
 
 def report(out: Path, clock: Clock, ranks: int, about: str, commands: Sequence[str]) -> None:
-    """Read before.json, after.json and metrics.jsonl in `out`; write demo.png and result.json beside them, and print
-    the tables."""
+    """Print the tables, and write demo.png and result.json into `out`, from the files that are there.
+
+    Those are before.json, after.json and metrics.jsonl.
+    """
     before, after = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json"))
     losses = read_losses(out / "metrics.jsonl")
     draw(
@@ -71,7 +73,7 @@ def report(out: Path, clock: Clock, ranks: int, about: str, commands: Sequence[s
 
 
 def measures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows of the demo's table, out of what `evaluate` wrote."""
+    """The rows of the demo's table, from the results of `evaluate`."""
     return {
         "held-out databases: NLL of a SQL token": result["targets"]["nll"],
         "held-out databases: right answers": Proportion(**result["nl2sql"]["execution"]),
@@ -82,7 +84,7 @@ def measures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bars(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Bars]:
-    """The picture's measures: two of what was learnt, one of what was kept."""
+    """The picture's measures: two of the gain, one of the loss."""
     right = [100 * result["nl2sql"]["execution"]["value"] for result in (before, after)]
     return [
         Bars("held-out databases:\nNLL of the SQL", before["targets"]["nll"], after["targets"]["nll"]),
@@ -97,8 +99,10 @@ def read_losses(metrics: Path) -> list[float]:
 
 
 def peak_memory(ranks: int) -> int:
-    """Bytes this process and its ranks held at once, at most: every rank counted like the largest, with the pages they
-    share."""
+    """The bytes that this process and its ranks held at once, at most.
+
+    Every rank counts like the largest one, shared pages included.
+    """
     here, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return (here + ranks * child) * 1024
 

@@ -1,5 +1,7 @@
-"""The six small worlds of the demo task: their tables, and the word lists their rows are drawn from. All invented
-here."""
+"""The six small databases of the demo task: their tables, and the word lists from which their rows are drawn.
+
+All are invented here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Label:
-    """A text that names the row; every row has another one: a word of each list."""
+    """A text that names the row: one word of each list, and no two rows have the same."""
 
     name: str
     phrase: str
@@ -18,7 +20,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Group:
-    """A text that several rows share."""
+    """A text that is the same in several rows."""
 
     name: str
     phrase: str
@@ -27,8 +29,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Number:
-    """An amount, another one in every row, so that "the largest" is one row: low..high in steps of 1 or, with one
-    decimal, 0.1."""
+    """An amount, different in every row, so that "the largest" is one row.
+
+    It lies in low..high, in steps of 1, or of 0.1 with one decimal.
+    """
 
     name: str
     phrase: str
@@ -47,7 +51,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with `id` as its key, and the words a question has for its rows."""
+    """A table with `id` as its key, and the words that a question has for its rows."""
 
     name: str
     many: str
@@ -67,7 +71,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Schema:
+class DatabaseSchema:
     """One database; a table comes after those it links to."""
 
     db_id: str
@@ -83,7 +87,7 @@ class Schema:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, a list that can be read."""
+    """The words of a text: a list that is easy to read."""
     return tuple(text.split())
 
 
@@ -102,7 +106,7 @@ THINGS = words("River Garden Lantern Mountain Letter Orchestra Window Harvest Is
 SKIES = words("North South Morning Evening Silver Amber Coral Misty Bright Stormy")
 BIRDS = words("Heron Gull Swan Falcon Petrel Tern Osprey Plover Curlew Puffin")
 
-LIBRARY = Schema(
+LIBRARY = DatabaseSchema(
     "library",
     (
         Table(
@@ -122,7 +126,7 @@ LIBRARY = Schema(
         ),
     ),
 )  # fmt: skip
-CLINIC = Schema(
+CLINIC = DatabaseSchema(
     "clinic",
     (
         Table(
@@ -144,7 +148,7 @@ CLINIC = Schema(
         ),
     ),
 )  # fmt: skip
-CINEMA = Schema(
+CINEMA = DatabaseSchema(
     "cinema",
     (
         Table(
@@ -164,7 +168,7 @@ CINEMA = Schema(
         ),
     ),
 )  # fmt: skip
-SCHOOL = Schema(
+SCHOOL = DatabaseSchema(
     "school",
     (
         Table(
@@ -187,7 +191,7 @@ SCHOOL = Schema(
         ),
     ),
 )  # fmt: skip
-HARBOUR = Schema(
+HARBOUR = DatabaseSchema(
     "harbour",
     (
         Table(
@@ -211,7 +215,7 @@ HARBOUR = Schema(
         ),
     ),
 )  # fmt: skip
-ORCHARD = Schema(
+ORCHARD = DatabaseSchema(
     "orchard",
     (
         Table(

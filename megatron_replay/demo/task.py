@@ -1,7 +1,6 @@
-"""A small NL2SQL task made from nothing but a seed: six invented SQLite databases and questions about them with their
-SQL.
+"""A small NL2SQL task made from a seed alone: six invented SQLite databases, and questions about them with their SQL.
 
-Four databases are for training and two are held out, so the model is measured on schemas it has never seen; nothing is
+Four databases are for training. Two are held out, so the model is measured on schemas it has never seen. Nothing is
 downloaded.
 """
 
@@ -18,36 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.demo.questions import TEMPLATES, Rows, ask
-from megatron_replay.demo.schemas import TEST, TRAIN, Link, Number, Schema, Table
+from megatron_replay.demo.schemas import TEST, TRAIN, DatabaseSchema, Link, Number, Table
 from megatron_replay.errors import ConfigError, DataError
 
 GENERAL_TEXT = Path(__file__).with_name("text.txt")
-"""Plain English prose for the perplexity that shows what fine-tuning forgot."""
+"""Plain English prose. Its perplexity shows how much fine-tuning forgot."""
 TRIES = 40
-"""Draws for a new query of one template on one database before the template counts as used up there."""
+"""Tries for a new query of one template on one database, after which the template counts as used up there."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """Where the parts of the task lie."""
+class TaskFiles:
+    """The paths of the task's parts."""
 
     train: Path
     test: Path
     databases: Path
 
 
-def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 120) -> Task:
-    """Write `train.jsonl`, `test.jsonl` and `databases/<db_id>.sqlite` into the folder; the same arguments give the
-    same bytes.
+def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 120) -> TaskFiles:
+    """Write `train.jsonl`, `test.jsonl` and `databases/<db_id>.sqlite` into the folder.
 
-    A line is {"db_id", "prompt", "completion", "query"}: the prompt is the schema and a question, the completion its
-    SQL, as is `query`. Every query runs, returns at least one row, and occurs once. Files of an earlier task are
-    replaced. Raises ConfigError for sizes below 1 or above what the templates can give, DataError when the folder
-    cannot be written.
+    The same arguments give the same bytes. A line is {"db_id", "prompt", "completion", "query"}. The prompt is the
+    schema and a question; the completion and `query` are its SQL. Every query runs, returns at least one row, and
+    occurs once. Files of an earlier task are replaced.
+
+    Raises ConfigError for sizes below 1 or above the number the templates can give, DataError when the folder cannot be
+    written.
     """
     if min(train, test) < 1:
         raise ConfigError(f"the demo task needs at least one example in each split, got train={train}, test={test}")
-    task = Task(Path(folder) / "train.jsonl", Path(folder) / "test.jsonl", Path(folder) / "databases")
+    task = TaskFiles(Path(folder) / "train.jsonl", Path(folder) / "test.jsonl", Path(folder) / "databases")
     try:
         task.databases.mkdir(parents=True, exist_ok=True)
         for path, schemas, size in ((task.train, TRAIN, train), (task.test, TEST, test)):
@@ -58,13 +58,13 @@ def make_task(folder: str | Path, seed: int = 7, train: int = 600, test: int = 1
     return task
 
 
-def prompt(schema: Schema, question: str) -> str:
-    """What the model is given; the SQL follows."""
+def prompt(schema: DatabaseSchema, question: str) -> str:
+    """The text before the SQL: the schema and the question."""
     return f"Schema:\n{schema.compact()}\nQuestion: {question}\nSQL:\n"
 
 
-def _examples(schemas: Sequence[Schema], folder: Path, size: int, seed: int) -> list[dict[str, str]]:
-    """`size` examples, the databases in turn, each going through the templates in turn, then shuffled."""
+def _examples(schemas: Sequence[DatabaseSchema], folder: Path, size: int, seed: int) -> list[dict[str, str]]:
+    """`size` examples, shuffled: the databases take turns, and so do the templates of each."""
     streams = [_stream(schema, folder / f"{schema.db_id}.sqlite", seed) for schema in schemas]
     examples: list[dict[str, str]] = []
     while streams and len(examples) < size:
@@ -82,9 +82,14 @@ def _examples(schemas: Sequence[Schema], folder: Path, size: int, seed: int) -> 
     return examples
 
 
-def _stream(schema: Schema, path: Path, seed: int) -> Iterator[dict[str, str]]:
-    """Examples of one database, each with another query, until the templates are used up. Writes the database first."""
-    rng = random.Random(f"{seed}:{schema.db_id}")  # of a text: the same stream on every Python version and platform
+def _stream(schema: DatabaseSchema, path: Path, seed: int) -> Iterator[dict[str, str]]:
+    """Examples of one database, each with another query, until the templates are used up.
+
+    The database is written first.
+    """
+    rng = random.Random(
+        f"{seed}:{schema.db_id}"
+    )  # a text as seed: the same stream on every Python version and platform
     rows = _rows(schema, rng)
     _write(schema, rows, path)
     seen: set[str] = set()
@@ -109,7 +114,7 @@ def _stream(schema: Schema, path: Path, seed: int) -> Iterator[dict[str, str]]:
                 }
 
 
-def _rows(schema: Schema, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+def _rows(schema: DatabaseSchema, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     sizes = {table.name: table.rows for table in schema.tables}
     return {table.name: _table_rows(table, sizes, rng) for table in schema.tables}
 
@@ -132,12 +137,12 @@ def _amounts(number: Number, count: int, rng: random.Random) -> list[int] | list
 
 
 def _parents(link: Link, sizes: dict[str, int], count: int, rng: random.Random) -> list[int]:
-    """Ids of parents; a few parents stay without children, so that there is something to find for "without any"."""
+    """Ids of parents. A few parents stay without children, so that "without any" has something to find."""
     parents = rng.sample(range(1, sizes[link.parent] + 1), sizes[link.parent] - 3)
     return rng.choices(parents, k=count)
 
 
-def _write(schema: Schema, rows: Rows, path: Path) -> None:
+def _write(schema: DatabaseSchema, rows: Rows, path: Path) -> None:
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path)) as db, db:
         for table in schema.tables:

@@ -1,1 +1,1 @@
-"""What `doctor` looks at: the machine, and the operators of a tiny step."""
+"""The looks that `doctor` takes: at the machine, and at the operators of a tiny step."""

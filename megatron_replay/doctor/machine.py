@@ -1,5 +1,7 @@
-"""What torch and megatron find on this machine: devices, kernels, two ranks that add up, and a model in its layout. For
-`doctor`."""
+"""The state of this machine as torch and megatron find it, for `doctor`.
+
+It covers devices, kernels, two ranks that add up a tensor, and the model in its layout.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ Versions = Mapping[str, str | None]
 
 
 def devices() -> dict[str, Any]:
-    """Name -> what it is, how many, and the memory of the first, best device first."""
+    """Name -> model, count and memory of the first, best device first."""
     return {device.name: _device(device) for device in available()}
 
 
@@ -46,8 +48,7 @@ def _device(device: Device) -> dict[str, Any]:
 
 
 def kernels(mode: str) -> dict[str, Any]:
-    """Which kernel answers for each operator on each device that is here, and the state of the extensions and of
-    Triton."""
+    """The kernel that answers for each operator on each device here, and the state of the extensions and of Triton."""
     each = {device.name: library.live(device.name, mode) for device in available()}
     triton = on_cuda.triton() if "cuda" in each else "not needed: no cuda device here"
     npu = {"npu_extension": loading.load(loading.NPU)} if "npu" in each else {}
@@ -55,18 +56,17 @@ def kernels(mode: str) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """Cores, threads a process would start with, and the variables that are set."""
+    """Cores, threads that a process would start with, and the variables that are set."""
     return {"cores": cores(), "threads": torch.get_num_threads(), "variables": environment()}
 
 
 def variables(config: RunConfig) -> list[dict[str, str]]:
-    """Which variables ranks on this configuration's device should have, and what they have: `environment.Finding`s."""
+    """The variables that ranks on this configuration's device should have, and their values: `environment.Finding`s."""
     return [dataclasses.asdict(finding) for finding in check(asked(config).name, environment())]
 
 
 def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
-    """What lies between megatron-core and the device that this configuration would use, and what runs in place of its
-    own parts."""
+    """The adapter and shims between megatron-core and this configuration's device, and our parts in its model."""
     device = asked(config)
     adapter, not_used = shims.adapter(device)
     applied = shims.table(device, versions["megatron-core"] or "none", adapter)
@@ -89,7 +89,7 @@ def megatron(config: RunConfig, versions: Versions) -> dict[str, Any]:
 
 
 def asked(config: RunConfig) -> Device:
-    """The device of the configuration, or where it is absent the best one that is here."""
+    """The device of the configuration, or the best one here where that is absent."""
     try:
         return choose(config.device)
     except DeviceError:
@@ -102,16 +102,18 @@ def all_reduce(config: RunConfig) -> dict[str, Any]:
 
 
 def operators(config: RunConfig) -> dict[str, dict[str, int]]:
-    """Where -> operator -> calls, of Stage 0 and training on a tiny model, on the device of the configuration."""
+    """Device -> operator -> calls, of Stage 0 and training on a tiny model on the device of the configuration."""
     seen = Seen()
     with seen:
         steps(config, asked(config))
-    return seen.places()
+    return seen.by_device()
 
 
 def model(config: RunConfig) -> dict[str, Any]:
-    """The model of the configuration, by its headers alone, in the configured layout. Raises ReplayError where it does
-    not fit."""
+    """The model of the configuration in the configured layout, by its headers alone.
+
+    Raises ReplayError where it does not fit.
+    """
     source = Source.open(config.model)
     spec, layout = source.spec, source.layout(config.layout)
     split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)

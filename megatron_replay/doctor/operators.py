@@ -1,8 +1,8 @@
-"""Which operators Stage 0 and training ask for, and where each runs: `doctor --ops` runs them on a tiny model and lists
-what it saw.
+"""The operators that Stage 0 and training call, and where each runs.
 
-An operator that a device's backend has no kernel for is run on the cpu, with its tensors copied there and back, and
-nobody is told: that is what to look for in the list, under "cpu instead of ...".
+`doctor --ops` runs them on a tiny model and lists what it saw. An operator without a kernel for the device runs on the
+CPU, and its tensors are copied there and back. Nothing else reports that; in the list it stands under "cpu instead of
+...".
 """
 
 from __future__ import annotations
@@ -44,15 +44,19 @@ TINY = {
     "tie_word_embeddings": False,
 }
 LENGTHS = (13, 7, 12)
-"""Tokens of the samples in the one micro-batch, after those with which all of them begin (computed once with
-`data.share_prefixes`)."""
+"""Tokens of each sample of the one micro-batch, after a common prefix.
+
+With `data.share_prefixes` the prefix is computed once.
+"""
 STEPS = 2
-"""The first has no momentum yet."""
+"""Steps of training. The first has no momentum yet."""
 
 
 class Seen(TorchDispatchMode):
-    """Counts the operators that are asked for in a block, below autograd; where nothing of ours is compiled, what our
-    operators ask for."""
+    """Count the operators that are called in a block, below autograd.
+
+    Where none of our kernels is compiled, the operators that our reference calls are counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +71,7 @@ class Seen(TorchDispatchMode):
             with self:
                 return twin(*args, **kwargs)
         if not _has_kernel(func.name(), _key(device)) and _has_kernel(func.name(), "CompositeImplicitAutograd"):
-            with self:  # a name for other operators; those count
+            with self:  # it only stands for other operators, and those count
                 return func.decompose(*args, **kwargs)
         self.calls[func.name(), device] += 1
         return self.run(func, args, kwargs)
@@ -76,17 +80,19 @@ class Seen(TorchDispatchMode):
         """Call the operator."""
         return func(*args, **kwargs)
 
-    def places(self) -> dict[str, dict[str, int]]:
-        """Where -> operator -> calls, the most called first."""
+    def by_device(self) -> dict[str, dict[str, int]]:
+        """Device -> operator -> calls, the most called first."""
         found: dict[str, dict[str, int]] = {}
         for (name, device), calls in self.calls.most_common():
-            found.setdefault(place(name, device), {})[name] = calls
+            found.setdefault(runs_on(name, device), {})[name] = calls
         return dict(sorted(found.items()))
 
 
-def place(operator: str, device_type: str) -> str:
-    """Where an operator called with tensors of a device type runs: there, or "cpu instead of ..." where only torch's
-    fallback answers."""
+def runs_on(operator: str, device_type: str) -> str:
+    """The place where an operator called with tensors of a device type runs.
+
+    That is the device type, or "cpu instead of ..." where only torch's fallback answers.
+    """
     rows = torch._C._dispatch_dump_table(operator).splitlines()
     answer = next((row for row in rows if row.startswith(f"{_key(device_type)}:")), "")
     served = answer and ("[backend fallback]" not in answer or "fallthrough" in answer)
@@ -104,7 +110,7 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
         with torch.no_grad():
             for _, _, parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
-        tree = lay(samples, share=config.data.share_prefixes)
+        tree = lay(samples, share_prefixes=config.data.share_prefixes)
         batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, here.torch_device, tree=tree)
         rule = SetRule(
             tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
@@ -132,7 +138,7 @@ def _has_kernel(operator: str, key: str) -> bool:
 
 
 def device_type(args: Any, kwargs: Any) -> str:
-    """Of the tensors and devices in a call's arguments: the accelerator's, where there is one."""
+    """The device type of the tensors and devices in a call's arguments: the accelerator's, where there is one."""
     leaves = tree_leaves((args, kwargs))
     types = [x.device.type for x in leaves if isinstance(x, Tensor)] + [
         x.type for x in leaves if isinstance(x, torch.device)

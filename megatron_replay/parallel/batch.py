@@ -46,11 +46,11 @@ def flatten(
 ) -> MicroBatch:
     """Lay token id sequences in a row of `length`, as `tree` says (default: one after the other); positions[i] are
     those of sample i whose next token is predicted."""
-    tree = lay(samples, share=False) if tree is None else tree
+    tree = lay(samples, share_prefixes=False) if tree is None else tree
     tokens = np.zeros(length, dtype=np.int64)
     places = np.zeros(length, dtype=np.int64)
     tokens[: len(tree)] = tree.tokens
-    places[: len(tree)] = tree.places
+    places[: len(tree)] = tree.position_ids
     rows, gold = [], []
     for ids, chosen, where in zip(samples, positions, tree.where, strict=True):
         rows.append(where[np.asarray(chosen, dtype=np.int64)])
@@ -81,7 +81,7 @@ def micro_batches(
     A sample ends at its last position: nothing that counts depends on what follows, so that is left out.
     """
     needed = [[cut(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(samples, positions, strict=True)]
-    trees = [lay(some, share=share) for some in needed]
+    trees = [lay(some, share_prefixes=share) for some in needed]
     length = row_length([len(tree) for tree in trees], multiple)
     return [
         flatten(whole, at, length, device, {"shared": sum(map(len, some)) - len(tree), **noted}, tree)

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: seconds of each phase, without waiting for the device.
+"""Seconds of each phase of a training step, measured without waiting for the device.
 
-A phase counts what happens in it and not in a phase inside it, so the phases of one rank add up to its step. On a
-device a moment is an event in its queue; how far two are apart is asked when the step's result is exchanged, where
-every rank waits anyway.
+A phase counts its own time without that of a phase inside it, so the phases of one rank add up to its step. On a device
+an instant is an event in its queue. The seconds between two are read when the step's result is exchanged, where every
+rank waits anyway.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ PHASES = {
 
 
 class Timers:
-    """`with timers.phase("data"): ...`; megatron's schedules call it as they call megatron's own timers
-    (`config.timers`)."""
+    """Timers of the phases: `with timers.phase("data"): ...`.
+
+    megatron's schedules call an object of this class as they call megatron's own timers (`config.timers`).
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.traced = False
-        """Whether a profiler is recording, which then sees the phases as `time/data` and so on."""
+        """True while a profiler records, which then sees the phases as `time/data` and so on."""
         self._open: list[tuple[str, AbstractContextManager[Any] | None]] = []
         self._turns: list[tuple[Any, str | None]] = []
-        """Moments, and the phase that each begins or returns to."""
+        """Instants, and the phase that each begins or returns to."""
 
     def __call__(self, name: str, log_level: int | None = None) -> _Stopwatch:
         return _Stopwatch(self, _phase_of(name))
@@ -66,8 +68,7 @@ class Timers:
             seen.__exit__(None, None, None)
 
     def take(self) -> list[float]:
-        """Seconds of each of PHASES since the last call, in their order. Waits for the device to come as far as
-        this."""
+        """Seconds of each of PHASES since the last call, in their order. Waits until the device has come this far."""
         seconds = dict.fromkeys(PHASES, 0.0)
         for (moment, name), (later, _) in zip(self._turns, self._turns[1:], strict=False):
             if name is not None:
@@ -77,13 +78,13 @@ class Timers:
 
 
 class _Stopwatch:
-    """What megatron's timers hand out."""
+    """The object that megatron starts and stops in place of its own timers."""
 
     def __init__(self, timers: Timers, phase: str | None) -> None:
         self.timers, self.phase = timers, phase
 
     def start(self, barrier: bool = False) -> None:
-        """barrier: megatron would have all ranks wait for each other here; timing must not."""
+        """barrier: megatron would have all ranks wait for each other here, which timing must not."""
         if self.phase is not None:
             self.timers.begin(self.phase)
 
@@ -93,7 +94,7 @@ class _Stopwatch:
 
 
 def _phase_of(name: str) -> str | None:
-    """The phase of a timer of megatron's; None for one that holds several."""
+    """The phase of one of megatron's timers; None for one that covers several."""
     if name in ("forward-compute", "backward-compute"):
         return name.removesuffix("-compute")
     if name.endswith(("-send", "-recv")):

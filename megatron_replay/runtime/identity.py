@@ -1,5 +1,7 @@
-"""A store belongs to one model, tokenizer, template and data set; a run that has others is refused before its first
-step."""
+"""The identity of a store: one model, tokenizer, template and data set.
+
+A run with others is refused before its first step.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from megatron_replay.store import CandidateStore, verify
 
 
 def model_fingerprint(session: Session) -> str:
-    """Computed by one rank: it reads every byte of the weights."""
+    """The fingerprint of the model, computed by one rank because it reads every byte of the weights."""
     return str(session.world.gather_objects(session.source.fingerprint() if session.world.is_main else "")[0])
 
 
@@ -43,9 +45,7 @@ def check_store(session: Session, path: str, samples: Sequence[Sample]) -> Candi
         if sample.uid not in store:
             raise StoreError(
                 f"{sample.source}: this sample is not in {path} (its tokens changed, or it was not collected); "
-                "collect again with "
-                "this data "
-                f"file"
+                "collect again with this data file"
             )
     return store
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from megatron_replay import config as configs
+from megatron_replay.data.packing import windows
 from megatron_replay.data.records import Message, Record, read_records
 from megatron_replay.data.samples import load_samples
-from megatron_replay.data.text import windows
 from megatron_replay.errors import DataError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.parallel.inference import generate, token_nll
@@ -22,7 +22,7 @@ from megatron_replay.runtime.session import Session
 from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion, score_choices
 
 SQLITE = b"SQLite format 3\0"
-"""The first bytes of a database file."""
+"""The first bytes of an SQLite database file."""
 
 
 def perplexity(session: Session) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def multiple_choice(session: Session) -> dict[str, Any]:
 
 
 def nl2sql(session: Session) -> dict[str, Any]:
-    """Greedy SQL for every question: share whose result equals the gold query's, and share that is the gold query."""
+    """Greedy SQL for every question: the fractions with the gold query's result, and with the gold query itself."""
     asked = session.config.evaluate
     records = list(read_records(asked.nl2sql, targets=False))[: asked.limit]
     gold = [_gold(record) for record in records]
@@ -157,7 +157,7 @@ def _gold(record: Record) -> str:
 
 
 def _database(record: Record, folder: Path) -> Path:
-    """The database of a question. DataError where it is missing, no database, or not in the folder."""
+    """The database of a question. Raises DataError where it is missing, no database, or not in the folder."""
     name = f"{record.extra['db_id']}.sqlite"
     path = folder / name
     if Path(name).name != name:

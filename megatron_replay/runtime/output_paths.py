@@ -1,5 +1,7 @@
-"""Where a run is to write, looked at before it begins: a folder that refuses must cost a second, not the run. Nothing
-is changed."""
+"""Checks of a run's output paths before it begins: a folder that refuses must cost a second, not the run.
+
+Nothing is changed.
+"""
 
 from __future__ import annotations
 

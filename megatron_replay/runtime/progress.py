@@ -1,5 +1,7 @@
-"""How far a long piece of work is: a bar with rate and time left on a terminal; a line every 10 % elsewhere, so that
-log files tell too."""
+"""Progress of a long piece of work: a bar with rate and time left on a terminal, elsewhere a line every 10 %.
+
+The lines are for log files.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ Advance = Callable[[float], None]
 
 @contextmanager
 def progress(what: str, total: float, unit: str, *, shown: bool = True) -> Iterator[Advance]:
-    """Call what is yielded with the amount of work done since the last call. shown: false on all ranks but one."""
+    """Yields a function to call with the amount of work done since its last call.
+
+    shown: True on one rank, False on all others.
+    """
     console = Console(stderr=True)
     if not shown or not total:
         yield lambda _: None
@@ -35,15 +40,15 @@ def progress(what: str, total: float, unit: str, *, shown: bool = True) -> Itera
         yield _measured(total, _lines(what, total, unit))
 
 
-def _measured(total: float, tell: Callable[[float, float, float], object]) -> Advance:
-    """tell(amount, rate, seconds left) at each advance."""
+def _measured(total: float, show: Callable[[float, float, float], object]) -> Advance:
+    """show(amount, rate, seconds left) at each advance."""
     began, done = time.perf_counter(), 0.0
 
     def advance(amount: float) -> None:
         nonlocal done
-        done = min(done + amount, total)  # the amounts of replicas that are not equal are told as if they were
+        done = min(done + amount, total)  # unequal amounts of replicas are shown as if they were equal
         rate = done / max(time.perf_counter() - began, 1e-9)
-        tell(amount, rate, (total - done) / max(rate, 1e-9))
+        show(amount, rate, (total - done) / max(rate, 1e-9))
 
     return advance
 
@@ -51,7 +56,7 @@ def _measured(total: float, tell: Callable[[float, float, float], object]) -> Ad
 def _lines(what: str, total: float, unit: str) -> Callable[[float, float, float], None]:
     done = 0.0
 
-    def tell(amount: float, rate: float, left: float) -> None:
+    def show(amount: float, rate: float, left: float) -> None:
         nonlocal done
         before, done = done, min(done + amount, total)
         if int(done * 10 / total) > int(before * 10 / total):
@@ -61,4 +66,4 @@ def _lines(what: str, total: float, unit: str) -> Callable[[float, float, float]
                 flush=True,
             )
 
-    return tell
+    return show

@@ -1,5 +1,7 @@
-"""What every verb that runs a model begins with: the device, the ranks, the model and its tokenizer, checked in the
-order a user can be wrong."""
+"""The session in which every verb that runs a model works: device, ranks, model and tokenizer.
+
+Wrong input is found early: all checks that need no ranks come before the ranks start.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,13 @@ class Session:
             print(text, flush=True)
 
     def progress(self, what: str, total: float, unit: str) -> AbstractContextManager[Advance]:
-        """Progress told by the main rank, `total` being the work of all replicas."""
+        """Progress shown by the main rank, `total` being the work of all replicas."""
         return progress(what, total, unit, shown=self.world.is_main)
 
 
 @contextmanager
 def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
-    """Start the ranks and build and fill the model; everything that can be checked without ranks is checked before they
-    start."""
+    """Start the ranks, and build and fill the model. Raises ReplayError for input that cannot be used."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     source = Source.open(config.model)
     layout = source.layout(config.layout)

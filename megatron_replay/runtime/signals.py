@@ -1,5 +1,7 @@
-"""SIGTERM and SIGINT ask the loop to stop after the step in hand; a second one stops at once. All ranks agree on the
-step."""
+"""SIGTERM and SIGINT ask the loop to stop after the current step; a second one stops at once.
+
+All ranks agree on the step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A chrome trace of a few training steps, one file a rank: what torch's profiler saw, with our phases as `time/...`."""
+"""A chrome trace of a few training steps, one file a rank.
+
+It holds the events of torch's profiler, and our phases as `time/...`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Trace:
             self._write()
 
     def step(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self.begun += 1
         if not self.window:
             return

@@ -1,13 +1,12 @@
-"""Scores that need no model: SQL execution and exact match, multiple choice, changes against the base model, tables for
-the terminal.
+"""Scores that need no model: SQL execution and exact match, multiple choice, and tables for the terminal.
 
-An island: it imports nothing of the package but its errors, and needs no torch. `scoring.table` alone imports rich.
+This is an island: it imports nothing of the package but its errors, and needs no torch. Only `scoring.table` imports
+rich.
 """
 
 from __future__ import annotations
 
 from megatron_replay.scoring.choice import Proportion, choose, proportion, score_choices
-from megatron_replay.scoring.retention import relative_change
 from megatron_replay.scoring.sql import (
     Match,
     Outcome,
@@ -32,7 +31,6 @@ __all__ = [
     "extract_sql",
     "has_order_by",
     "proportion",
-    "relative_change",
     "same_result",
     "score_choices",
 ]

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the answer the model finds least surprising, and how sure the accuracy is."""
+"""Multiple choice by likelihood: the answer is the least surprising choice, and the accuracy has an interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
 
 class Proportion(NamedTuple):
-    """A share and its 95 % interval."""
+    """A fraction and its 95 % interval."""
 
     value: float
     low: float
@@ -20,25 +20,26 @@ class Proportion(NamedTuple):
 
 
 def proportion(k: int, n: int) -> Proportion:
-    """k of n with the Wilson score interval, which stays inside [0, 1] and is not empty at 0 or n (Wilson 1927).
+    """k of n with the Wilson score interval (Wilson 1927).
 
-    Raises DataError when n is 0 or k does not lie in 0..n.
+    The interval stays inside [0, 1] and is not empty at 0 or n. Raises DataError when n is 0 or k does not lie in 0..n.
     """
     if n < 1 or not 0 <= k <= n:
         raise DataError(f"a proportion needs 0 <= k <= n with n at least 1, got k={k}, n={n}; is the data set empty?")
-    share, shrink = k / n, 1 + Z95**2 / n
-    centre = (share + Z95**2 / (2 * n)) / shrink
-    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    fraction, shrink = k / n, 1 + Z95**2 / n
+    centre = (fraction + Z95**2 / (2 * n)) / shrink
+    half = Z95 / shrink * math.sqrt(fraction * (1 - fraction) / n + Z95**2 / (4 * n * n))
     low = 0.0 if k == 0 else centre - half
     high = 1.0 if k == n else centre + half
-    return Proportion(share, low, high)
+    return Proportion(fraction, low, high)
 
 
 def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
-    """Index of the choice with the lowest NLL; the first of equals. NLL is in nats, summed over the choice's tokens.
+    """Index of the choice with the lowest NLL; the first of equals.
 
-    With `lengths` (tokens or characters of each choice) the NLL per unit of length decides: a long answer loses nothing
-    by its length. A NaN is never chosen. Raises DataError when there is nothing to choose from.
+    NLL is in nats, summed over the choice's tokens. With `lengths` (tokens or characters of each choice) the NLL per
+    unit of length decides, so a long answer loses nothing by its length. A NaN is never chosen. Raises DataError when
+    there is nothing to choose from.
     """
     if lengths is not None and len(lengths) != len(nlls):
         raise DataError(f"{len(nlls)} choices but {len(lengths)} lengths; give one length for each choice")
@@ -54,8 +55,10 @@ def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
 def score_choices(
     nlls: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], answers: Sequence[int]
 ) -> dict[str, float | int | Proportion]:
-    """Accuracy by summed NLL and by NLL per length, and the mean NLL of the right answer, over questions [Q] of choices
-    [Q][C]."""
+    """Accuracy by summed NLL and by NLL per length, and the mean NLL of the right answer.
+
+    There are Q questions of C choices: nlls and lengths [Q][C], answers [Q]. Raises DataError where they do not match.
+    """
     if not len(nlls) == len(lengths) == len(answers):
         raise DataError(
             f"{len(nlls)} questions, {len(lengths)} rows of lengths and {len(answers)} answers; they must be as many"

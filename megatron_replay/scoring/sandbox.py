@@ -1,8 +1,8 @@
 """Run SQL that nobody vouches for: read-only, in a child process with limits on time, rows and memory.
 
-A process of its own, because SQLite's own limits have gaps: its progress handler is not asked while a query is prepared
-(nested CTEs grow exponentially there) nor inside one long function call, and its memory limit would hold for everything
-else in the process too.
+It has a process of its own because SQLite's own limits have gaps. Its progress handler is not called while a query is
+prepared (nested CTEs grow exponentially there) nor inside one long function call. Its memory limit would hold for
+everything else in the process too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_replay.scoring.sqltext import statements
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 START_LIMIT = 60.0
-"""Seconds a child may take to start; an interpreter on a slow network disk needs some."""
+"""Seconds that a child may take to start. An interpreter on a slow network disk needs some."""
 GRACE = 1.0
-"""Seconds after its own time limit that a child is killed."""
+"""Seconds after its own time limit at which a child is killed."""
 
 Cell = int | float | str | bytes | None
 Row = tuple[Cell, ...]
@@ -32,17 +32,17 @@ Row = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a query gave: its rows, or one line that says why there are none."""
+    """The outcome of a query: its rows, or one line that says why there are none."""
 
     rows: list[Row]
     error: str | None = None
 
 
 class Sandbox:
-    """A standing child process for many queries; starts with the first, again after one that had to be killed, and ends
-    with `close`.
+    """A child process for many queries; use it as a context manager.
 
-    Use it as a context manager. A query costs about a millisecond, starting a child some 50.
+    It starts with the first query, starts again after one that had to be killed, and ends with `close`. A query costs
+    about a millisecond, starting a child about 50.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Sandbox:
         return Outcome([tuple(_cell(cell) for cell in row) for row in answer["rows"]])
 
     def close(self) -> None:
-        """End the child, whatever it is doing."""
+        """End the child, even in the middle of a query."""
         child, self._child, self._unread = self._child, None, b""
         if child is not None:
             child.kill()
@@ -100,8 +100,8 @@ class Sandbox:
         if self._child is not None and self._child.poll() is None:
             return self._child
         self.close()
-        # -I -S: neither the environment nor site-packages has a say; a session of its own, so that Ctrl-C reaches only
-        # the parent
+        # -I -S keep the environment and site-packages out. It has a session of its own, so that Ctrl-C reaches only the
+        # parent.
         command = [sys.executable, "-I", "-S", str(CHILD)]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
@@ -110,7 +110,7 @@ class Sandbox:
         return self._child
 
     def _line(self, child: subprocess.Popen[bytes], seconds: float) -> bytes:
-        """The child's next line, empty at its end. Raises TimeoutError."""
+        """The child's next line, or an empty one at its end. Raises TimeoutError."""
         assert child.stdout is not None
         end = time.monotonic() + seconds
         parts = [self._unread]
@@ -126,18 +126,21 @@ class Sandbox:
 
 
 def execute(database: str | Path, sql: str, *, seconds: float = 5.0, max_rows: int = 10_000) -> Outcome:
-    """Run one query on an SQLite file, read-only, in a process of its own (many queries: keep a `Sandbox`).
+    """Run one query on an SQLite file, read-only, in a process of its own. For many queries keep a `Sandbox`.
 
-    The outcome holds the rows, or an error: SQLite's own words, "refused: ..." for anything but reading, "time limit of
-    5 s", "row limit of 10000", "size limit ...", "memory limit". Text that is not UTF-8 comes back with \\x escapes.
-    Raises DataError when the file is missing or not a database.
+    The outcome holds the rows, or an error:
+    - SQLite's own words
+    - "refused: ..." for anything but reading
+    - "time limit of 5 s", "row limit of 10000", "size limit ...", "memory limit"
+
+    Text that is not UTF-8 comes back with \\x escapes. Raises DataError when the file is missing or not a database.
     """
     with Sandbox() as sandbox:
         return sandbox.execute(database, sql, seconds=seconds, max_rows=max_rows)
 
 
 def _one_query(sql: str) -> str:
-    """The single query in the text, judged before SQLite sees it. Raises ValueError for anything else."""
+    """The single query in the text, checked before SQLite sees it. Raises ValueError for anything else."""
     try:
         sql.encode()
     except UnicodeEncodeError:

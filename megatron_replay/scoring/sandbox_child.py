@@ -1,9 +1,12 @@
 """The process that runs foreign SQL: one JSON request a line in, one JSON answer a line out.
 
-Started as a script by `sandbox.Sandbox` in an isolated interpreter, so it imports the standard library only. Several
-fences stand behind each other: the file is opened read-only (and immutable: no lock, no journal), `query_only` is set,
-an authorizer lets nothing but reading pass, a progress handler watches the clock, and the process itself may not write
-a byte to any file nor use more memory than a limit.
+`sandbox.Sandbox` starts it as a script in an isolated interpreter, so it imports the standard library only. Several
+fences stand behind each other:
+- The file is opened read-only, and immutable: no lock, no journal.
+- `query_only` is set.
+- An authorizer lets nothing but reading pass.
+- A progress handler watches the clock.
+- The process may neither write a byte to a file nor use more memory than a limit.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ class Refused(Exception):
 
 
 def serve() -> int:
-    """Answer requests until stdin closes; leave with 3 when memory ran out, since this interpreter is then not to be
-    trusted further."""
+    """Answer requests until stdin closes.
+
+    Returns 3 when memory ran out, because this interpreter cannot be trusted any further.
+    """
     limit_process()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -50,7 +55,7 @@ def serve() -> int:
 
 
 def limit_process() -> None:
-    """No files written, no core dumps, bounded memory."""
+    """Forbid writing files and core dumps, and bound the memory."""
     import resource  # only where there is one to limit: a POSIX process of its own
 
     for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
@@ -60,7 +65,7 @@ def limit_process() -> None:
 
 
 def run(database: str, sql: str, seconds: float, max_rows: int) -> dict[str, Any]:
-    """{"rows": [...]}, {"error": what the query did wrong} or {"database": what is wrong with the file}."""
+    """{"rows": [...]}, {"error": the query's fault} or {"database": the file's fault}."""
     try:
         db = connect(Path(database))
     except sqlite3.Error as err:
@@ -81,7 +86,7 @@ def run(database: str, sql: str, seconds: float, max_rows: int) -> dict[str, Any
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open read-only. Immutable as well, unless a log beside the file says that a part of the data is still there."""
+    """Open read-only, and immutable unless a log beside the file says that part of the data is still there."""
     pending = any(Path(f"{path}{end}").exists() for end in ("-wal", "-journal"))
     db = sqlite3.connect(
         path.resolve().as_uri() + ("?mode=ro" if pending else "?mode=ro&immutable=1"), uri=True, isolation_level=None
@@ -95,7 +100,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def authorize(db: sqlite3.Connection) -> list[str]:
-    """Let only reading pass; the names of what was refused are added to the returned list."""
+    """Let only reading pass. The names of everything refused are added to the returned list."""
     denied: list[str] = []
 
     def check(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -111,7 +116,7 @@ def authorize(db: sqlite3.Connection) -> list[str]:
 
 
 def fetch(cursor: sqlite3.Cursor, max_rows: int) -> list[tuple[Any, ...]]:
-    """The rows; never more than the limits on rows and bytes are held."""
+    """The rows. Never more than the limits on rows and bytes are held."""
     rows: list[tuple[Any, ...]] = []
     size = 0
     for row in cursor:

@@ -1,5 +1,4 @@
-"""Is a predicted query right? It is when it returns what the gold query returns (execution match), or is the same words
-(exact match)."""
+"""The score of a predicted query: execution match (same result as the gold query) or exact match (same words)."""
 
 from __future__ import annotations
 
@@ -25,14 +24,16 @@ __all__ = [
     "same_result",
 ]
 
-# sums of floats depend on the order of their terms; the absolute one is for sums that cancel to 0
+# Tolerances: sums of floats depend on the order of their terms. The absolute one is for sums that cancel to 0.
 RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 @dataclass(frozen=True)
 class Match:
-    """Whether the prediction is right, and in a line why (not); a reason that begins with "gold" counts against the
-    data, not the model."""
+    """The verdict: right or not, and the reason in a line.
+
+    A reason that begins with "gold" counts against the data, not the model.
+    """
 
     correct: bool
     reason: str
@@ -47,10 +48,10 @@ def execution_match(
     seconds: float = 5.0,
     max_rows: int = 10_000,
 ) -> Match:
-    """Run both queries and compare their rows: in order when the gold query has a top-level ORDER BY, else as a
-    multiset.
+    """Run both queries and compare their rows.
 
-    Give a `Sandbox` when scoring many. Raises DataError when the file is missing or not a database.
+    The order counts when the gold query has a top-level ORDER BY; otherwise the rows are a multiset. Give a `Sandbox`
+    when scoring many. Raises DataError when the file is missing or not a database.
     """
     if sandbox is None:
         with Sandbox() as own:
@@ -72,11 +73,11 @@ def execution_match(
 
 
 def same_result(predicted: Sequence[Row], gold: Sequence[Row], ordered: bool) -> bool:
-    """Whether two results are the same rows, as often; with `ordered`, also in the same order.
+    """True where two results have the same rows, as often; with `ordered`, also in the same order.
 
-    The strict form: the order of columns counts, their names do not. 1 equals 1.0; two numbers of which one is a float
-    are equal within 1e-6 of the larger; two integers, and texts, only exactly; '1' is not 1; NULL equals NULL. Two
-    empty results are equal.
+    This is the strict form. The order of columns counts, their names do not. 1 equals 1.0, '1' is not 1, and NULL
+    equals NULL. Two numbers of which one is a float are equal within 1e-6 of the larger. Two integers, and two texts,
+    must agree exactly. Two empty results are equal.
     """
     if len(predicted) != len(gold):
         return False
@@ -89,7 +90,7 @@ def same_result(predicted: Sequence[Row], gold: Sequence[Row], ordered: bool) ->
 
 
 def _same_but_for_rounding(predicted: list[Row], gold: list[Row]) -> bool:
-    """Pair each predicted row with its own gold row; candidates share everything that is not a number."""
+    """Pair each predicted row with a gold row of its own. Candidates agree in everything that is not a number."""
     groups: dict[tuple[Cell, ...], list[Row]] = defaultdict(list)
     for row in sorted(gold, key=_numbers):
         groups[_words(row)].append(row)

@@ -1,7 +1,7 @@
-"""SQL as text: its tokens, whether its rows are ordered, whether two queries are the same words, and where it stands in
-a model's answer.
+"""SQL as text: its tokens, whether its rows are ordered, whether two queries have the same words.
 
-Tokens follow SQLite's rules: '' and "" double a quote inside quotes, [x] and `x` are names, -- and /* */ are comments.
+It also finds the query in a model's answer. Tokens follow SQLite's rules: '' and "" double a quote inside quotes, [x]
+and `x` are names, -- and /* */ are comments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
-"""What an answer is cut at when the tokenizer's own end-of-text was decoded with it."""
+"""Marks at which an answer is cut, because the tokenizer's own end-of-text may be decoded with it."""
 
 _TOKEN = re.compile(
     r"""
@@ -59,8 +59,10 @@ def statements(sql: str) -> list[list[Token]]:
 
 
 def has_order_by(sql: str) -> bool:
-    """Whether the query itself says ORDER BY: not one inside parentheses (subquery, window, CTE), a string or a
-    comment."""
+    """True where the query itself says ORDER BY.
+
+    One inside parentheses (subquery, window, CTE), a string or a comment does not count.
+    """
     depth, before = 0, ""
     for token in tokens(sql):
         depth += {"(": 1, ")": -1}.get(token.text, 0)
@@ -74,9 +76,11 @@ def has_order_by(sql: str) -> bool:
 def normalise(sql: str) -> str:
     """The query's tokens in one spelling, joined by single spaces.
 
-    Words and names are in lower case and lose `x` and [x]; literals keep their case, and "x" is written 'x', since
-    SQLite reads an unknown "x" as a string; == is =, <> is !=; comments and closing semicolons go. Numbers, aliases,
-    the order of columns and of conditions stay.
+    - Words and names are in lower case and lose `x` and [x].
+    - Literals keep their case, and "x" is written 'x', since SQLite reads an unknown "x" as a string.
+    - == becomes =, and <> becomes !=.
+    - Comments and closing semicolons go.
+    - Numbers, aliases, the order of columns and of conditions stay.
     """
     words = [_spelling(token) for token in tokens(sql)]
     while words and words[-1] == ";":
@@ -85,18 +89,21 @@ def normalise(sql: str) -> str:
 
 
 def exact_match(predicted: str, gold: str) -> bool:
-    """Whether two queries are the same after `normalise`: the strict score, which a right query in other words
-    fails."""
+    """True where two queries are the same after `normalise`.
+
+    This is the strict score, which a right query in other words fails.
+    """
     return normalise(predicted) == normalise(gold)
 
 
 def extract_sql(text: str, stop: Sequence[str] = END_OF_TEXT) -> str:
     """The one query in a model's answer, without its closing semicolon.
 
-    The answer is cut at the first of `stop`. A fenced block (```sql) comes first; else the query begins at the first
-    line that starts with SELECT or WITH x AS (, else at the first such words anywhere. It ends at a semicolon, an empty
-    line or the end; quotes are respected. An answer with no query in it is returned as it is, up to the same end, so
-    that it is scored as what it says.
+    The answer is cut at the first of `stop`. A fenced block (```sql) comes first. Without one the query begins at the
+    first line that starts with SELECT or WITH x AS (, else at the first such words anywhere. It ends at a semicolon, an
+    empty line or the end; quotes are respected.
+
+    An answer with no query in it is returned as it is, up to the same end, and scored as that.
     """
     for word in stop:
         text = text.split(word, 1)[0]

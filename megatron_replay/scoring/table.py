@@ -1,7 +1,8 @@
-"""Results on the terminal: boxes where there is one, aligned plain text in a file or a pipe."""
+"""Results on the terminal: boxed tables there, aligned plain text in a file or a pipe."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -11,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_replay.scoring.choice import Proportion
-from megatron_replay.scoring.retention import relative_change
 
 
 def show(results: Mapping[str, Any], title: str, *, file: TextIO | None = None) -> None:
@@ -28,8 +28,10 @@ def compare(
     labels: tuple[str, str] = ("before", "after"),
     file: TextIO | None = None,
 ) -> None:
-    """Print metric, both values, and for numbers the difference and the relative change; a metric only one side has
-    gets a dash."""
+    """Print metric, both values, and for numbers the difference and the relative change.
+
+    A metric that only one side has gets a dash.
+    """
     left, right = flat(before), flat(after)
     rows = [
         (name, shown(left.get(name)), shown(right.get(name)), _difference(left.get(name), right.get(name)))
@@ -47,8 +49,11 @@ def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value for the table: four significant digits, thousands apart, a proportion in percent with its interval, a
-    dash for nothing."""
+    """A value as the table shows it.
+
+    Numbers have four significant digits and separated thousands. A proportion is in percent with its interval. None is
+    a dash.
+    """
     if value is None:
         return "-"
     if isinstance(value, Proportion):
@@ -68,8 +73,18 @@ def _difference(before: Any, after: Any) -> str:
         return "-" if None in (before, after) or before != after else "="
     if before == after:
         return "="
-    share = f" ({relative_change(before, after):+.1%})" if before else ""
-    return f"{after - before:+.4g}{share}"
+    percent = f" ({relative_change(before, after):+.1%})" if before else ""
+    return f"{after - before:+.4g}{percent}"
+
+
+def relative_change(before: float, after: float) -> float:
+    """(after - before) / |before|: +0.1 is ten percent more than before.
+
+    From zero it is 0 (still zero) or an infinity; NaN stays NaN.
+    """
+    if before == 0:
+        return 0.0 if after == 0 else math.nan if math.isnan(after) else math.copysign(math.inf, after)
+    return (after - before) / abs(before)
 
 
 def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:

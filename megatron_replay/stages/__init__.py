@@ -1,1 +1,1 @@
-"""One file per verb: `run(config) -> ...`. No argument parsing here, no maths."""
+"""The verbs of the command line, one file each: `run(config, ...)`. No argument parsing here, no maths."""

@@ -1,8 +1,7 @@
-"""The whole way on this machine: a real 135M model, a small NL2SQL task, collect, train, and what was gained and
-forgotten.
+"""The demo: a real 135M model and a small NL2SQL task, from collect over train to what was gained and forgotten.
 
-Every phase is the verb a user would call, with the configuration that is written to run.yaml, on ranks of its own that
-give their memory back; the commands that repeat each phase by hand are printed at the end.
+Every phase is the verb a user would call, with the configuration that is written to run.yaml. It runs on ranks of its
+own, which give their memory back. The commands that repeat each phase by hand are printed at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import yaml
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig, build, dump
-from megatron_replay.demo import base_model as demo_model
+from megatron_replay.demo import base_model
 from megatron_replay.demo.report import Clock, report
 from megatron_replay.demo.task import GENERAL_TEXT, make_task
 from megatron_replay.device import choose
@@ -29,7 +28,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything, and the configuration that suits it."""
+    """The size of the demo, and the configuration that suits it."""
 
     train: int
     """Training samples."""
@@ -71,11 +70,11 @@ TINY = Size(
 
 
 def run(config: RunConfig, *, tiny: bool = False) -> None:
-    """Run all phases into `output` (runs/demo, or runs/demo-tiny); keys set by the user go before the demo's own.
+    """Run all phases into `output` (runs/demo, or runs/demo-tiny). Keys set by the user win over the demo's own.
 
     Writes run.yaml, before.json, after.json, result.json and demo.png beside the store, the checkpoint and the task. A
-    store that is there already is used or completed. Raises SystemExit with a phase's exit code when it fails, and what
-    `demo_model.gguf_file` raises.
+    store that is there already is used or completed. Raises SystemExit with a phase's exit code when it fails, and the
+    errors of `base_model.gguf_file`.
     """
     size = TINY if tiny else FULL
     demo = Demo(settings(config, size), size)
@@ -84,13 +83,15 @@ def run(config: RunConfig, *, tiny: bool = False) -> None:
 
 
 def settings(config: RunConfig, size: Size) -> RunConfig:
-    """The demo's configuration: its own values, over them what `config` has other than the defaults, over all the
-    paths."""
+    """The demo's configuration.
+
+    It has the demo's own values, overridden by the keys of `config` that are not default, overridden by all the paths.
+    """
     mine = _over(size.settings, _changed(_tree(config), _tree(RunConfig())))
     chosen = build(RunConfig, mine)
     out = Path(chosen.output)
-    model = chosen.model or str(demo_model.converted(demo_model.cache_folder()))
-    places = {
+    model = chosen.model or str(base_model.converted(base_model.cache_folder()))
+    paths = {
         "model": model,
         "data": {"path": str(out / "demo" / "train.jsonl")},
         "collect": {"store": str(out / "store")},
@@ -104,7 +105,7 @@ def settings(config: RunConfig, size: Size) -> RunConfig:
             "output": str(out / "before.json"),
         },
     }
-    return build(RunConfig, _over(_tree(chosen), places))
+    return build(RunConfig, _over(_tree(chosen), paths))
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Demo:
         )
 
     def run(self) -> None:
-        # forked ranks take this number over; together they use the cores once
+        # forked ranks inherit this number, so that together they use each core once
         torch.set_num_threads(max(1, torch.get_num_threads() // self.ranks))
         with self.clock("model"):
             self._model()
@@ -143,12 +144,14 @@ class Demo:
                 self._launch(f"megatron_replay.stages.{verb}:run", config, ranks=self.ranks)
 
     def _model(self) -> None:
-        """Make the Hugging Face folder, once; a rank of its own does it, because threads started here would not outlive
-        a fork."""
-        cache = demo_model.cache_folder()
-        ours = demo_model.converted(cache)
+        """Make the Hugging Face folder, once.
+
+        A rank of its own does it, because threads started here would not outlive a fork.
+        """
+        cache = base_model.cache_folder()
+        ours = base_model.converted(cache)
         if Path(self.config.model) == ours and not ours.exists():
-            self._launch("megatron_replay.formats.gguf:import_gguf", demo_model.gguf_file(cache), ours, ranks=1)
+            self._launch("megatron_replay.formats.gguf:import_gguf", base_model.gguf_file(cache), ours, ranks=1)
 
     def _launch(self, target: str, *args: Any, ranks: int) -> None:
         code = launch(target, args, {}, ranks, self.config.device)
@@ -160,7 +163,7 @@ class Demo:
         report(self.out, self.clock, self.ranks, about, self.commands())
 
     def commands(self) -> list[str]:
-        """What a user types for each phase."""
+        """The command of each phase, as a user types it."""
         file = str(self.out / "run.yaml")
         trained = [f"model={self.after.model}", f"evaluate.output={self.after.evaluate.output}"]
         words = (["evaluate", file], ["collect", file], ["train", file], ["evaluate", file, *trained])

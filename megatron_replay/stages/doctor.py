@@ -1,7 +1,7 @@
-"""Say what this machine can run, and what is missing.
+"""Report what this machine can run, and what is missing.
 
-Read in this order: versions from the packages' metadata (nothing is imported, so a broken package is reported and not
-met), then what torch and megatron find, if they are there at all.
+Versions are read first, from the packages' metadata. Nothing is imported for that, so a broken package is reported and
+does no harm. Then torch and megatron look around, if they are there at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_replay.errors import ReplayError
 from megatron_replay.scoring.table import show
 
 PYTHON = ((3, 10), (3, 12))
-"""At least the first, below the second."""
+"""Python versions: at least the first, below the second."""
 REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "torch": ((2, 6), None),
     "megatron-core": ((0, 12), (0, 17)),
@@ -34,9 +34,9 @@ REQUIRED: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 }
 """Packages without which no model runs, and their versions: at least the first, below the second."""
 OPTIONAL = ("torch-npu", "mindspeed", "megatron-adaptor", "apex", "transformer-engine", "transformers")
-"""Used where they are present."""
+"""Packages that are used where they are present."""
 PARTS = ("devices", "kernels", "processor", "environment", "megatron", "all_reduce", "model", "operators")
-"""Of the report: what the functions of `doctor.machine` found; None where one could not look."""
+"""Parts of the report: the findings of the functions of `doctor.machine`; None where one could not look."""
 GIB = 2**30
 
 
@@ -60,7 +60,7 @@ def examine(config: RunConfig, *, ops: bool = False) -> dict[str, Any]:
     """The report. Its keys are always the same: ok, verdict, problems, notes, versions, PARTS, disk."""
     versions, problems = _versions()
     found: dict[str, Any] = dict.fromkeys(PARTS)
-    if not problems:  # nothing is imported that is known not to work
+    if not problems:  # import nothing that is known not to work
         found, problems = _look(config, versions, ops)
     report = {"versions": versions, **found, "disk": _disk(Path(config.output))}
     return {
@@ -73,7 +73,8 @@ def examine(config: RunConfig, *, ops: bool = False) -> dict[str, Any]:
 
 
 def _versions() -> tuple[dict[str, str | None], list[str]]:
-    """Package -> version, None where it is not installed; and what is missing or out of range, with the way out."""
+    """Package -> version, None where it is not installed; and a problem, with its way out, for each missing or unfit
+    one."""
     found: dict[str, str | None] = {"megatron-replay": __version__, "python": platform.python_version()}
     problems = []
     if not PYTHON[0] <= sys.version_info[:2] < PYTHON[1]:
@@ -107,7 +108,7 @@ def _range(name: str, low: tuple[int, ...], high: tuple[int, ...] | None) -> str
 
 
 def _look(config: RunConfig, versions: dict[str, str | None], ops: bool) -> tuple[dict[str, Any], list[str]]:
-    """Every part of the report, each looked at even where another cannot be."""
+    """Every part of the report; a part that fails does not keep the others from looking."""
     found: dict[str, Any] = dict.fromkeys(PARTS)
     problems: list[str] = []
 
@@ -157,7 +158,7 @@ def _verdict(config: RunConfig, devices: dict[str, Any] | None, problems: list[s
 
 
 def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
-    """What will work and could be better."""
+    """Notes on parts that work and could be better."""
     notes = []
     versions, processor, kernels = report["versions"], report["processor"], report["kernels"]
     if processor and processor["threads"] >= processor["cores"] > 1:
@@ -177,21 +178,21 @@ def _notes(config: RunConfig, report: dict[str, Any]) -> list[str]:
     if versions["torch-npu"] and report["devices"] and "npu" not in report["devices"]:
         notes.append(f"torch-npu {versions['torch-npu']} is installed but finds no device (CANN missing, or no driver)")
     notes += (report["megatron"] or {}).get("adapters_not_used", [])
-    for place, operators in (report["operators"] or {}).items():
-        if place.startswith("cpu instead"):
-            notes.append(f"{len(operators)} operators run on the {place}: {', '.join(operators)}")
+    for device, operators in (report["operators"] or {}).items():
+        if device.startswith("cpu instead"):
+            notes.append(f"{len(operators)} operators run on the {device}: {', '.join(operators)}")
     return notes
 
 
 def _disk(output: Path) -> dict[str, Any]:
-    """Of the file system that `output` is or will be on."""
+    """The space on the file system that `output` is or will be on."""
     folder = next(path for path in [output.absolute(), *output.absolute().parents] if path.exists())
     usage = shutil.disk_usage(folder)
     return {"path": str(folder), "free_bytes": usage.free, "total_bytes": usage.total}
 
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
-    """The short values of the report: bytes in GiB, absent packages as such."""
+    """The short values of the report for the table: bytes in GiB, absent packages as such."""
     apart = ("environment", "megatron", "operators")
     rows = {key: report[key] for key in ("versions", *PARTS, "disk") if key not in apart and report[key] is not None}
     rows["versions"] = {name: version or "not installed" for name, version in report["versions"].items()}
@@ -199,10 +200,13 @@ def _table(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
-    """What follows the table: sentences, the verdict last."""
+    """The lines below the table: sentences, the verdict last."""
     parts = report["megatron"] or {}
-    told = {key: said for key, said in parts.items() if key != "adapters_not_used"}  # those are among the notes
-    lines = [f"{key}: {', '.join(s['name'] for s in said) if key == 'shims' else said}" for key, said in told.items()]
+    lines = [
+        f"{key}: {', '.join(shim['name'] for shim in said) if key == 'shims' else said}"
+        for key, said in parts.items()
+        if key != "adapters_not_used"  # those are among the notes
+    ]
     lines += [f"environment: {Finding(**found)}" for found in report["environment"] or []]
     return [*lines, *report["notes"], *report["problems"], report["verdict"]]
 

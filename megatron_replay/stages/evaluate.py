@@ -1,5 +1,5 @@
-"""What the model gained and what it forgot: perplexity, target NLL, SQL that runs, multiple choice, distance from the
-base model."""
+"""The gains and losses of a model: perplexity, target NLL, SQL that runs, multiple choice, distance from the base
+model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PARTS = {
     "nl2sql": measures.nl2sql,
     "base": measures.distance,
 }
-"""Key of the `evaluate` section -> what is measured when that key is set."""
+"""Key of the `evaluate` section -> the measure that runs when that key is set."""
 
 
 def run(config: RunConfig) -> None:
-    """Measure whatever has its file given; prints a table and writes `evaluate.output` as JSON."""
+    """Run the measures whose files are given, print a table, and write `evaluate.output` as JSON."""
     _check(config)
     with open_session(config, seq_length=config.data.seq_length) as session:
         evaluate(session)
@@ -49,7 +49,7 @@ def evaluate(session: Session) -> dict[str, Any]:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, Any]:
-    """What fits a table: the example answers are in the JSON only."""
+    """The numbers for the table; the example answers are in the JSON only."""
     return {
         key: _numbers(value) if isinstance(value, dict) else value
         for key, value in result.items()
@@ -74,7 +74,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Named tuples as objects: json would make them lists."""
+    """The result with named tuples as objects, because json would make them lists."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return value._asdict() if hasattr(value, "_asdict") else value

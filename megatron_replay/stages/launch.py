@@ -1,8 +1,7 @@
-"""Start a verb on every device of one node or several: the environment is checked, completed and printed, then torchrun
-takes over.
+"""Start a verb on every device of one node or several.
 
-Each node starts its own part (NODE_RANK says which), or one starts all by ssh, or Slurm does with the file that is
-written for it.
+The environment is checked, completed and printed; then torchrun takes over. Each node starts its own part (NODE_RANK
+says which). Or one node starts all by ssh, or Slurm starts them with the file that is written for it.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ def run(
     ssh: bool = False,
     slurm: str | None = None,
 ) -> int:
-    """Start `command` (a verb and what follows it, of which `config` was read) on the cluster of a file and overrides.
+    """Start `command` on the cluster that a file and overrides describe.
 
-    Does not return when this node runs its part: torchrun takes the process over. With `ssh` returns the exit code of
-    the whole: the first that is not 0; the other nodes are ended then.
+    `command` is a verb and its arguments, from which `config` was read. The function does not return when this node
+    runs its part, because torchrun takes the process over. With `ssh` it returns the first exit code that is not 0,
+    after which the other nodes are ended.
     """
     cluster = load(Cluster, path, overrides)
     replicas = check_layout(cluster, config.layout)
@@ -51,7 +51,7 @@ def run(
     command = [*command, f"device={cluster.device}"]
     findings = check(cluster.device, {**environment(), **cluster.environment.text()}, nodes=cluster.size)
     variables = {**completed(findings), **cluster.environment.text()}
-    told = [
+    about = [
         *_about(cluster, config, replicas),
         *([predicted_memory(config, cluster)] if dry_run else []),
         *map(_line, findings),
@@ -59,7 +59,7 @@ def run(
     wrong = [finding for finding in findings if finding.state == "wrong"]
     if wrong and not dry_run:
         raise ConfigError(f"{wrong[0]}; correct it, or set it in the cluster file's `environment`")
-    print("\n".join(told), flush=True)
+    print("\n".join(about), flush=True)
     if slurm:
         return _slurm(Path(slurm), sbatch_file(cluster, variables, command), write=not dry_run)
     nodes = [node_command(cluster, variables, command, rank=str(i)) for i in range(cluster.size)]
@@ -75,8 +75,10 @@ def run(
 
 
 def predicted_memory(config: RunConfig, cluster: Cluster) -> str:
-    """What a device of each pipeline stage will hold at its peak when it trains, for `--dry-run`; without what the
-    process itself takes."""
+    """The predicted peak memory of a device of each pipeline stage in training, for `--dry-run`.
+
+    The memory of the process itself is not in it.
+    """
     if not config.model or not Path(config.model).is_dir():
         return f"predicted memory per device: not without the model (model={config.model!r} is not here)"
     source, device = Source.open(config.model), {d.name: d for d in (CPU, CUDA, NPU)}[cluster.device]
@@ -142,7 +144,7 @@ def _show(cluster: Cluster, nodes: list[list[str]], *, ssh: bool) -> int:
 
 
 def _all(commands: list[list[str]]) -> int:
-    """Run all at once and wait; the first that fails ends the others, and so does a signal."""
+    """Run all at once and wait. The first that fails ends the others, and so does a signal."""
     started = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for command in commands]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

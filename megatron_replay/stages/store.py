@@ -51,7 +51,7 @@ def _stats(path: str) -> tuple[dict[str, Any], bool]:
 
 
 def _repair(path: str) -> tuple[dict[str, Any], bool]:
-    """Keeps the whole blocks; `collect` with the same settings then adds what was lost."""
+    """Keep the whole blocks; `collect` with the same settings then adds the lost ones."""
     return {"rewritten": repair(path).rewritten}, False
 
 

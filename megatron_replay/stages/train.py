@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.config import RunConfig
-from megatron_replay.data.packing import Grouping, Stream, share
+from megatron_replay.data.packing import Grouping, Stream, rank_micro_batches
 from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.device import launcher_ranks
 from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
@@ -138,7 +138,7 @@ class Feed:
         rows = self.stream.batch(step)
         mine = [
             [i for row in micro for i in row]
-            for micro in share(rows, world.data_rank, world.data_size, self.session.config.batch.micro)
+            for micro in rank_micro_batches(rows, world.data_rank, world.data_size, self.session.config.batch.micro)
         ]
         chosen = [[self.samples[i] for i in micro] for micro in mine]
         stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]

@@ -31,7 +31,7 @@ ROOMS = ("shims", "ranks", "mcore", "", "checkpoints")
 """Of `parallel`, lowest first; "": the modules of the package itself."""
 WITHOUT_TORCH = LAYERS[0] | {"data", "store", "scoring"} | LAYERS[-1]
 DEVICE_WORDS = ("torch.cuda", "torch_npu", "torch.npu", "torch.ops.npu", "nccl", "hccl")
-NAMES_DEVICES = {"device.py", "parallel/shims/__init__.py"}
+NAMES_DEVICES = {"device.py", *(f"parallel/shims/{name}.py" for name in ("adapters", "entries", "patches"))}
 READS_ENVIRONMENT = {"device.py", "parallel/ranks/world.py"}
 
 Offence = str
@@ -206,6 +206,13 @@ def test_the_package_keeps_to_the_layers(rule: object) -> None:
     assert not offences, "\n" + "\n".join(offences)
 
 
+def test_only_files_that_name_devices_may() -> None:
+    named = {
+        inner for inner in NAMES_DEVICES if any(word in (ROOT / PACKAGE / inner).read_text() for word in DEVICE_WORDS)
+    }
+    assert named == NAMES_DEVICES
+
+
 @pytest.mark.parametrize(
     ("rule", "inner", "text", "says"),
     [
@@ -228,6 +235,7 @@ def test_the_package_keeps_to_the_layers(rule: object) -> None:
         (relative_offences, "ops/a.py", "from .shard import VocabShard", "a.py:1: a relative import"),
         (word_offences, "optim/a.py", "x = 'nccl'", "says 'nccl'"),
         (word_offences, "parallel/trainer.py", "y = torch.ops.npu.npu_rms_norm(x)", "says 'torch.ops.npu'"),
+        (word_offences, "parallel/shims/loading.py", "x = torch.cuda", "says 'torch.cuda'"),
         (state_offences, "ops/a.py", "def f():\n    global x\n    x = 1", "a.py:2: a global statement"),
         (state_offences, "cli.py", "import os\nx = os.environ['A']", "cli.py:2: reads"),
         (state_offences, "cli.py", "from os import environ", "reads"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.parallel.mcore import attention, layers
-from megatron_replay.parallel.shims import npu_arguments as fused
+from megatron_replay.parallel.shims import fused_arguments as fused
 
 
 @pytest.fixture

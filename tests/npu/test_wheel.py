@@ -28,8 +28,7 @@ def operators() -> set[str]:
 
 
 def attributes() -> set[str]:
-    """Of the device's module: `.module.NAME` in device.py, and what shims.py takes of the module that stands in for
-    CUDA's."""
+    """The names that device.py takes of the device's module: `.module.NAME`."""
     found = set()
     for path, tree in modules():
         for node in ast.walk(tree):

@@ -223,7 +223,7 @@ def naive(query: Tensor, key: Tensor, value: Tensor, where: Sequence[np.ndarray]
 def test_attention_in_blocks_is_that_of_each_sample(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(attention, "BLOCK", block)
     attention._blocks.cache_clear()
-    tree = lay(family(0, 250), share=True)
+    tree = lay(family(0, 250), share_prefixes=True)
     generator = torch.Generator().manual_seed(0)
     shapes = [(len(tree) + 3, heads, 8) for heads in (6, 2, 2)]
     query, key, value = (

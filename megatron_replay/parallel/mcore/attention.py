@@ -1,11 +1,10 @@
 """Causal attention over a flat row of samples: each token sees the earlier tokens of its own sample and nothing else.
 
-A micro-batch is one flat row of T tokens; `segments` [n, 3] (start, length, parent; int64, on the cpu) says which
-stretch is which sample: a root (parent -1) is a whole sample, or a prefix that several share; any other segment goes on
-from its parent, and its tokens see all of the segments above it. Tokens of no segment are padding: their output is
-zero.
+A micro-batch is one flat row of T tokens. `segments` [n, 3] (start, length, parent; int64, on the CPU) says which
+stretch is which sample. A root (parent -1) is a whole sample, or a shared prefix. Any other segment goes on from its
+parent, and its tokens see all of the segments above it. Tokens of no segment are padding, whose output is zero.
 
-The table, and the positions that count, travel in megatron's `attention_mask` argument (see `pack`), the one that
+The table, and the rows that count, are passed in megatron's `attention_mask` argument (see `pack`). It is the one that
 reaches every layer on every megatron version, recomputation and pipeline stages included.
 
 T tokens, Hq query heads, Hk key/value heads, D head size, L length of a segment, R sequences being generated.
@@ -23,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_replay.device import fused_operator
-from megatron_replay.parallel.shims.npu_arguments import causal_within, to_visible
+from megatron_replay.parallel.shims.fused_arguments import causal_within, to_visible
 
 BLOCK = 256
-"""Queries of branches that are computed at a time: no mask is larger than this times the tokens of the row."""
+"""Queries of branches that are computed at a time. No mask is larger than this times the tokens of the row."""
 FUSED = "npu_fusion_attention"
-"""The NPU's operator, which takes the place of torch's where it is there."""
+"""The NPU's operator, which replaces torch's where it is available."""
 
 
 def import_base() -> Any:
@@ -57,7 +56,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: f
     roots, lengths = segments[segments[:, 2] < 0], segments[segments[:, 2] >= 0, 1].tolist()
     begin, branches = int(roots[:, 1].sum()), blocks(segments, query.device, roots=False)
     rest = query.shape[0] - begin - sum(lengths)
-    # split, not slices: the gradient of each slice would be as long as the row
+    # split, not sliced, because the gradient of each slice would be as long as the row
     queries = query.split([begin, *(block.visible.shape[0] for block in branches), rest])
     keys, values = (x.split([begin, *lengths, rest]) for x in (key, value))
     parts = [_causal(queries[0], keys[0], values[0], roots, scale)]
@@ -69,8 +68,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: f
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: float | None) -> Tensor:
-    """Causal attention within each root [n, 3]; the roots are all of query [L, Hq, D], key and value [L, Hk, D] -> [L,
-    Hq, D]."""
+    """Causal attention within each root [n, 3]; the roots cover all tokens.
+
+    query [L, Hq, D], key and value [L, Hk, D] -> [L, Hq, D].
+    """
     fused = fused_operator(FUSED, query.device.type)
     if fused is not None:
         out: Tensor = fused(query, key, value, **causal_within(roots, query, scale))[0]
@@ -87,7 +88,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, roots: Tensor, scale: flo
 
 
 def _masked(visible: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attention to what is visible [Q, K] (bool). query [Q, Hq, D], key and value [K, Hk, D] -> [Q, Hq, D]."""
+    """Attention to the visible keys [Q, K] (bool). query [Q, Hq, D], key and value [K, Hk, D] -> [Q, Hq, D]."""
     fused = fused_operator(FUSED, query.device.type)
     if fused is not None:
         out: Tensor = fused(query[None], key[None], value[None], **to_visible(visible, query, scale))[0][0]
@@ -97,25 +98,24 @@ def _masked(visible: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: f
 
 
 class Block(NamedTuple):
-    """Some neighbouring queries, and what they see."""
+    """Some neighbouring queries, and the keys they see."""
 
     queries: slice
     keys: tuple[int, ...]
-    """Rows of the table: the segments above, root first, then the queries' own and its neighbours."""
+    """Rows of the table of segments: those above, root first, then the queries' own and its neighbours."""
     visible: Tensor
-    """[queries, keys] bool; the last keys are missing where no query sees them."""
+    """[queries, keys] bool; the last keys are left out where no query sees them."""
 
 
 def blocks(segments: Tensor, device: torch.device, *, roots: bool = True) -> Sequence[Block]:
-    """All segments (or all but roots) in blocks of at most `BLOCK` queries: neighbouring siblings together, a longer
-    segment in pieces.
+    """All segments (or all but roots) in blocks of at most `BLOCK` queries.
 
-    What they see lies on `device`.
+    Neighbouring siblings share a block; a longer segment is cut. The masks lie on `device`.
     """
     return _blocks(tuple(map(tuple, segments.tolist())), device, roots)
 
 
-@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, and its masks need not travel again
+@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, and its masks are copied to the device once
 def _blocks(table: tuple[tuple[int, int, int], ...], device: torch.device, roots: bool) -> tuple[Block, ...]:
     found = []
     for above, siblings in _families(table):
@@ -131,15 +131,17 @@ def _blocks(table: tuple[tuple[int, int, int], ...], device: torch.device, roots
 
 
 def visible(above: int, siblings: Sequence[int], low: int, high: int) -> Tensor:
-    """[high - low, above + high] what queries low..high of some siblings, of these lengths, see: all tokens above, and
-    the earlier ones of their own segment."""
+    """The mask [high - low, above + high] of queries low..high of some siblings, of these lengths.
+
+    A query sees all tokens above, and the earlier ones of its own segment.
+    """
     owner = torch.repeat_interleave(torch.arange(len(siblings)), torch.tensor(siblings))[:high]
     own = (owner[low:, None] == owner[None]).tril(low)
     return torch.cat([own.new_ones(high - low, above), own], 1)
 
 
 def _families(table: Sequence[tuple[int, int, int]]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """(segments above, neighbouring siblings): as many as fit a block, or a longer one alone."""
+    """(segments above, neighbouring siblings): as many siblings as fit a block, or a longer one alone."""
     for parent, group in groupby(range(len(table)), key=lambda i: table[i][2]):
         above: tuple[int, ...] = ()
         while parent >= 0:
@@ -154,7 +156,7 @@ def _families(table: Sequence[tuple[int, int, int]]) -> Iterator[tuple[tuple[int
 
 
 def gathered(each: Sequence[Tensor], block: Block) -> Tensor:
-    """Keys or values that a block sees, of those of each segment."""
+    """The keys or values that a block sees, from those of each segment."""
     return torch.cat([each[i] for i in block.keys])[: block.visible.shape[1]]
 
 
@@ -163,9 +165,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
 
 
 class Cache:
-    """Keys and values of R sequences being generated, shared bookkeeping of all layers.
+    """Keys and values of R sequences being generated: the bookkeeping that all layers use.
 
-    `past` [R] counts the tokens each sequence already has; `rows` names the sequence of each segment of the current
+    `past` [R] counts the tokens each sequence already has. `rows` names the sequence of each segment of the current
     forward pass.
     """
 
@@ -189,8 +191,10 @@ class LayerCache:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, cache: Cache, scale: float | None
     ) -> Tensor:
-        """Store the new tokens and attend to all of their sequences' tokens so far; a pass is a whole prompt each, or
-        one token each."""
+        """Store the new tokens and attend to all tokens of their sequences so far.
+
+        A pass holds a whole prompt each, or one token each.
+        """
         past = cache.past[cache.rows]
         for (start, length, _), row, seen in zip(segments.tolist(), cache.rows, past.tolist(), strict=True):
             self.keys[row, seen : seen + length] = key[start : start + length]
@@ -202,20 +206,20 @@ class LayerCache:
         seen = torch.arange(length)[None] <= past[:, None]
         k, v = (x[cache.rows, :length].transpose(1, 2) for x in (self.keys, self.values))
         n = len(cache.rows)
-        # torch's own on an NPU too: its fused operator is documented for training only
+        # torch's own operator, on an NPU too, because the fused one is documented for training only
         out = _sdpa(query[:n, :, None], k, v, attn_mask=seen[:, None, None].to(query.device), scale=scale)[:, :, 0]
         return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - n))
 
 
 def segment_attention() -> type:
-    """The core attention for megatron's layer specification (a class built late: its base is megatron's)."""
+    """The core attention class for megatron's layer specification. It is made late, because its base is megatron's."""
 
     class SegmentAttention(import_base()):  # type: ignore[misc]
-        """Stands where DotProductAttention stands; see the top of this file for what `attention_mask` holds."""
+        """Our replacement of DotProductAttention. The top of this file says what `attention_mask` holds."""
 
         cache: Cache | None = None
-        narrow: Callable[[Tensor, Tensor], Tensor] | None = None
-        """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
+        select_rows: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(output [T, 1, Hq * D], rows that count [N]) -> the rows of the output that the layer goes on with."""
 
         def __init__(
             self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
@@ -228,8 +232,7 @@ def segment_attention() -> type:
         def forward(
             self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any
         ) -> Tensor:
-            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are
-            narrowed."""
+            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or the rows `select_rows` keeps."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
             segments, rows = unpack(attention_mask)
             if self.watch is not None and self.training and self.cache is None:
@@ -240,10 +243,10 @@ def segment_attention() -> type:
                 self.layer = self.layer or LayerCache(self.cache, k)
                 out = self.layer.attend(q, k, v, segments, self.cache, self.scale)
             out = out.reshape(query.shape[0], 1, -1)
-            return out if self.narrow is None else self.narrow(out, rows)
+            return out if self.select_rows is None else self.select_rows(out, rows)
 
         def use(self, cache: Cache | None) -> None:
-            """Begin (or with None end) generation with a key/value cache."""
+            """Begin generation with a key/value cache, or end it with None."""
             self.cache, self.layer = cache, None
 
     return SegmentAttention

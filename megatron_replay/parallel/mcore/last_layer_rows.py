@@ -21,7 +21,7 @@ class Narrowing:
         self._ranks = parallel_state.get_tensor_model_parallel_world_size()
         self._scattered = bool(layer.config.sequence_parallel)
         self._rows: Tensor | None = None
-        layer.self_attention.core_attention.narrow = self.attention
+        layer.self_attention.core_attention.select_rows = self.attention
         layer.self_attn_bda = self.bias_dropout_add
 
     def attention(self, out: Tensor, rows: Tensor) -> Tensor:

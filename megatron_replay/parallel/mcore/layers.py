@@ -1,5 +1,5 @@
-"""The two modules we give megatron's GPTModel in place of its own: a norm that knows sequence parallelism, and rotary
-angles per token.
+"""Two modules that replace megatron's own in its GPTModel: a norm for sequence parallelism, and rotary angles per
+token.
 
 T tokens in the flat micro-batch, H hidden, D head size.
 """
@@ -17,9 +17,9 @@ from megatron_replay.models.spec import ModelSpec
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, statistics in fp32 at least.
+    """Root-mean-square norm, with statistics in fp32 at least.
 
-    megatron's torch norm refuses sequence parallelism; here the weight is marked, so that `finalize_model_grads` sums
+    megatron's torch norm refuses sequence parallelism. Here the weight is marked, so that `finalize_model_grads` sums
     its gradient over the tensor group.
     """
 
@@ -40,10 +40,10 @@ class RMSNorm(nn.Module):
 
 
 class TokenRotary(nn.Module):
-    """Rotary angles of each token's own position, so that packed samples, cached tokens and branches of a tree need no
-    special case.
+    """Rotary angles of each token's own position. Packed samples, cached tokens and branches of a tree need no special
+    case.
 
-    `positions` [1, T] is set for a micro-batch just before the model's forward, which calls this module once, outside
+    `positions` [1, T] is set for a micro-batch just before the model's forward. That calls this module once, outside
     any recomputed part.
     """
 
@@ -55,7 +55,7 @@ class TokenRotary(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(spec), persistent=False)
 
     def get_rotary_seq_len(self, *_: Any) -> int:
-        """megatron asks for a table length; there is no table."""
+        """0: megatron asks for the length of a table, and there is none."""
         return 0
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
@@ -65,8 +65,7 @@ class TokenRotary(nn.Module):
 
 
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
-    """Angle per position of each of the D/2 rotary pairs, fp32; `linear` and `llama3` scaling as in the model's
-    configuration."""
+    """Angle per position of each of the D/2 rotary pairs, fp32, with the model's `linear` or `llama3` scaling."""
     half = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
     frequencies = 1.0 / (spec.rope_base**half)
     scaling = spec.rope_scaling

@@ -1,8 +1,8 @@
-"""The largest attention logits of a sharded model, and what MuonClip scales because of them.
+"""The largest attention logits of a sharded model, by which MuonClip scales weights.
 
-While it is watched, each layer's attention notes the largest scaled logit of every key/value head: one more product of
-queries and keys a forward pass, in blocks, since the fused attention does not tell. The ranks' maxima meet in one small
-gather after the update.
+While it is watched, each layer's attention notes the largest scaled logit of every key/value head. The fused attention
+does not report it. So each forward pass computes one more product of queries and keys, in blocks. The ranks' maxima
+meet in one small gather after the update.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ def largest_logits(query: Tensor, key: Tensor, segments: Tensor, scale: float | 
 
 
 class WatchedLogits:
-    """`optim.AttentionLogits` of a megatron model; `held` gives, for each model parameter, what the optimizer updates
-    in its stead."""
+    """`optim.AttentionLogits` of a megatron model.
+
+    `held` gives, for each model parameter, the tensor that the optimizer updates in its stead, and which part of it
+    that is.
+    """
 
     def __init__(self, model: Model, held: Mapping[Tensor, tuple[Tensor, Part]]) -> None:
         self._model = model
@@ -84,8 +87,10 @@ class WatchedLogits:
         return torch.stack(world.gather(table)).amax(0)
 
     def _rows(self, factor: Tensor, part: Part, param: Tensor) -> Tensor:
-        """The factor of each element of this rank's piece of a linear_qkv: query and key rows shrink, value rows
-        stay."""
+        """The factor of each element of this rank's piece of a linear_qkv.
+
+        Query and key rows shrink; value rows stay.
+        """
         world, spec = self._model.world, self._model.spec
         local = factor.chunk(world.tensor_size)[world.tensor_rank]
         shrinking = (spec.heads_per_group + 1) * spec.head_dim

@@ -1,1 +1,1 @@
-"""Processes: who each one is, how they are started, and what they exchange."""
+"""Processes: their ranks and groups, their start, and their exchanges."""

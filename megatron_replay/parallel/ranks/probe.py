@@ -1,4 +1,4 @@
-"""Whether two processes of this machine can talk to each other, through everything a run's ranks go through."""
+"""A trial of two processes on this machine, which talk to each other through everything that a run's ranks use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_replay.parallel.ranks.spawn import launch
 
 RANKS = 2
 NUMBERS = 1 << 20
-"""Of the tensor that is summed: 4 MiB."""
+"""Elements of the tensor that is summed: 4 MiB."""
 
 
 def try_all_reduce(device: Device) -> dict[str, Any]:
-    """Start two ranks, form megatron's groups and sum a tensor; a machine with one accelerator tries it on the cpu.
+    """Start two ranks, form megatron's groups and sum a tensor. A machine with one accelerator tries it on the CPU.
 
-    ok, ranks, device, backend, start_seconds (from nothing to groups), seconds (of one all-reduce of 4 MiB), error (""
-    when ok).
+    Keys of the result: ok, ranks, device, backend, start_seconds (from nothing to groups), seconds (of one all-reduce
+    of 4 MiB), error ("" when ok).
     """
     where = device if device.name == "cpu" or device.count() >= RANKS else CPU
     result: dict[str, Any] = {"ok": False, "ranks": RANKS, "device": where.name, "backend": where.backend}
@@ -34,7 +34,7 @@ def try_all_reduce(device: Device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             code = launch(f"{__name__}:all_reduce", (folder, where.name, time.time()), {}, RANKS, where.name)
-        except Exception as err:  # whatever stops two ranks from starting is the finding
+        except Exception as err:  # any reason why two ranks cannot start is the finding
             return {**result, "error": _line(err)}
         answers = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("rank-*.json"))]
     errors = [answer["error"] for answer in answers if answer["error"]]
@@ -48,7 +48,7 @@ def try_all_reduce(device: Device) -> dict[str, Any]:
 
 
 def all_reduce(folder: str, device: str, began: float) -> int:
-    """On a rank: write what happened to `folder`; returns 1 when it failed."""
+    """On a rank: write the outcome to `folder`, and return 1 when it failed."""
     answer: dict[str, Any] = {"error": ""}
     rank = "unknown"
     try:
@@ -64,7 +64,7 @@ def all_reduce(folder: str, device: str, began: float) -> int:
 
 
 def _timed_sum(here: world.World) -> float:
-    """Seconds of one all-reduce, the best of three. RuntimeError for a wrong sum."""
+    """Seconds of one all-reduce, the best of three. Raises RuntimeError for a wrong sum."""
     took = []
     for _ in range(3):
         values = torch.full((NUMBERS,), float(here.rank + 1), device=here.torch_device)

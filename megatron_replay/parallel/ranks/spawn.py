@@ -1,6 +1,6 @@
-"""Start a function on N local processes and wait for them: what `--ranks N` does.
+"""Start a function on N local processes and wait for them, as `--ranks N` does.
 
-On the cpu the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that
+On the CPU the ranks are forked after torch and megatron are imported, so N ranks cost one import. The first rank that
 fails ends the others, and is named.
 """
 
@@ -26,15 +26,16 @@ from megatron_replay.parallel import shims
 from megatron_replay.parallel.ranks import world
 
 GRACE = 5.0
-"""Seconds the other ranks get to stop by themselves after one failed."""
+"""Seconds that the other ranks get to stop by themselves after one failed."""
 
 
 def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int, device: str = "auto") -> int:
-    """Call `module:function` with args and kwargs on `ranks` processes of this machine; returns the exit code of the
-    whole.
+    """Call `module:function` with args and kwargs on `ranks` processes of this machine; returns one exit code.
 
-    0: every rank finished; 2: a rank met wrong input (printed once); 1: a rank failed; 128 + n: stopped by signal n,
-    passed on to every rank.
+    - 0: every rank finished.
+    - 2: a rank met wrong input, which is printed once.
+    - 1: a rank failed.
+    - 128 + n: stopped by signal n, which every rank received.
     """
     found = choose(device)
     if found.name == "cpu":
@@ -60,7 +61,7 @@ def launch(target: str, args: Sequence[Any], kwargs: dict[str, Any], ranks: int,
 def _rank(
     rank: int, size: int, port: int, sender: Any, target: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    # a Ctrl-C on the terminal reaches the launcher alone, which passes it on once: a second signal means stop at once
+    # Ctrl-C must reach the launcher alone, which passes it on once, because a second signal means stop at once
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     world.set_rank(rank, size, port)
@@ -82,7 +83,7 @@ def _rank(
 
 
 def _end_with(parent: int) -> None:
-    """No rank outlives the launcher, however that ended."""
+    """End this rank with the launcher, however that ended."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -95,8 +96,7 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 @contextlib.contextmanager
 def _passing_on_signals(processes: list[Any]) -> Iterator[list[int]]:
-    """The signals received in the block, each handed to every rank; what this process did with them before is put
-    back."""
+    """The signals received in the block, each passed on to every rank. The handlers are put back afterwards."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -114,7 +114,7 @@ def _passing_on_signals(processes: list[Any]) -> Iterator[list[int]]:
 
 
 def _wait(processes: list[Any], receivers: list[Any]) -> list[str]:
-    """What each rank said last; ranks that outlive a failed one by GRACE seconds are ended."""
+    """The last message of each rank. Ranks that outlive a failed one by GRACE seconds are ended."""
     messages = [""] * len(processes)
     deadline: float | None = None
     while any(process.is_alive() for process in processes):
@@ -147,7 +147,7 @@ def _verdict(processes: list[Any], messages: list[str], stopped: list[int]) -> i
             print(f"megatron-replay: {line}", file=sys.stderr)
         return 2
     failed = [(p, m) for p, m in zip(processes, messages, strict=True) if p.exitcode != 0]
-    # a rank that only saw its peer vanish says so at length: tell the first cause, name the rest
+    # A rank that only saw its peer vanish says so at length. Show the first cause, and only name the rest.
     causes = [
         (p, m) for p, m in failed if m and "Connection closed by peer" not in m and "connection reset" not in m.lower()
     ] or failed

@@ -1,6 +1,6 @@
-"""Who this process is: its rank, its place in the tensor x pipeline x data layout, and the groups it talks to.
+"""The identity of this process: its rank, its coordinates in the tensor x pipeline x data layout, and its groups.
 
-A `World` is made once per process by `start` and passed on; nothing else asks megatron's global state who we are.
+`start` makes a `World` once per process, and it is passed on. Nothing else asks megatron's global state for ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class World:
     pipeline_group: Any
     data_group: Any
     stage_rank: int = 0
-    """Among the ranks of this pipeline stage: tensor x data."""
+    """The rank within this pipeline stage: tensor x data."""
     stage_group: Any = None
 
     @property
@@ -55,20 +55,24 @@ class World:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank holds the result of its model replica: last stage, first tensor rank."""
+        """True on the rank that holds the result of its model replica: last stage, first tensor rank."""
         return self.last_stage and self.tensor_rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """Sums over the data-parallel replicas of what their speaking ranks pass; the same on every rank (others'
-        values are ignored)."""
+        """Sums, over the data-parallel replicas, of the values that their speaking ranks pass.
+
+        The values of other ranks are ignored. The result is the same on every rank.
+        """
         row = torch.tensor(values if self.speaks else [0.0] * len(values), dtype=torch.float64)
         if self.size == 1:
             return [float(v) for v in row]
         return [float(v) for v in torch.stack(self.gather(row)).sum(0)]
 
     def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """`value` of every rank, in rank order, on the cpu; deterministic where an all-reduce need not be (and HCCL's
-        has no fp64)."""
+        """`value` of every rank, in rank order, on the CPU.
+
+        This is deterministic where an all-reduce need not be, and HCCL's all-reduce has no fp64.
+        """
         if self.size == 1:
             return [value.cpu()]
         mine = value.contiguous().cpu().reshape(-1).view(torch.uint8).to(self.torch_device)
@@ -93,7 +97,10 @@ class World:
         return found
 
     def swap(self, sent: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
-        """Send sent[i], 1-D and of one dtype, to the stage's rank i; returns what each sent here, of `lengths`."""
+        """Send sent[i], 1-D and of one dtype, to the stage's rank i.
+
+        Returns the tensor that each sent here, of `lengths`.
+        """
         if self.size == 1:
             return sent
         received = sent[0].new_empty(sum(lengths))
@@ -106,10 +113,10 @@ class World:
 
 
 def start(layout: Layout, device: Device, *, seed: int = 42, minutes: float = 30.0) -> World:
-    """Join the process group (a group of one when no launcher set ranks) and lay the ranks out as tensor x data x
-    pipeline.
+    """Join the process group, and lay the ranks out as tensor x data x pipeline.
 
-    Raises LayoutError when the world is not a multiple of tensor x pipeline.
+    Without a launcher that sets ranks it is a group of one. Raises LayoutError when the world is not a multiple of
+    tensor x pipeline.
     """
     rank, size, local = launcher_ranks() or (0, 1, 0)
     check_ranks(size, layout)
@@ -185,8 +192,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _rendezvous_alone() -> Iterator[None]:
-    """A process that runs alone needs an address too, and not that of a cluster the shell knows; the environment is put
-    back."""
+    """Give a process that runs alone an address, and not that of a cluster the shell knows.
+
+    The environment is put back afterwards.
+    """
     before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     try:

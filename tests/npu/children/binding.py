@@ -208,5 +208,5 @@ with HostMath() as seen:
         "main weights": moclip(torch.bfloat16, main_weights=True),
         "refusals": refusals(),
     }
-found["places"] = seen.places()
+found["places"] = seen.by_device()
 print(json.dumps(found))

@@ -49,7 +49,7 @@ print(
     json.dumps(
         {
             "steps": {precision: [dataclasses.asdict(step) for step in steps] for precision, steps in runs.items()},
-            "places": seen.places(),
+            "places": seen.by_device(),
             "ours": library.live(name),
         }
     )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_replay import device
-from megatron_replay.doctor.operators import place
+from megatron_replay.doctor.operators import runs_on
 from megatron_replay.kernels import library
-from megatron_replay.parallel.shims import npu_arguments as fused
+from megatron_replay.parallel.shims import fused_arguments as fused
 
 asked: dict[str, list[str]] = json.loads(sys.argv[1])
 
@@ -73,7 +73,7 @@ print(
             "meta": on_meta(),
             "ours": library.live("npu"),
             "places": {
-                name: place(name, "npu")
+                name: runs_on(name, "npu")
                 for name in ("aten::add.Tensor", "aten::index_add_", "aten::detach", "aten::segment_reduce")
             },
             "add": refused(lambda: tensor + tensor),

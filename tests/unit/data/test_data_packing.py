@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.data.packing import OPEN_ROWS, Stream, batches, order, pack, share
-from megatron_replay.data.text import windows
+from megatron_replay.data.packing import OPEN_ROWS, Stream, batches, order, pack, rank_micro_batches, windows
 from megatron_replay.errors import DataError, LayoutError
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=120)
@@ -69,7 +68,7 @@ def test_batches_keep_the_last_rows() -> None:
 @settings(deadline=None, max_examples=50)
 def test_shares_join_to_the_batch(dp: int, micro: int, times: int) -> None:
     rows = [[i, -i] for i in range(dp * micro * times)]
-    shares = [share(rows, rank, dp, micro) for rank in range(dp)]
+    shares = [rank_micro_batches(rows, rank, dp, micro) for rank in range(dp)]
     assert all(len(s) == times and all(len(m) == micro for m in s) for s in shares)
     assert list(chain(*chain(*shares))) == rows
 
@@ -80,7 +79,7 @@ def test_shares_must_divide() -> None:
         match=r"6 rows cannot be dealt to 2 data-parallel ranks in micro-batches of 2; make batch\.total a multiple "
         r"of 4",
     ):
-        share([[0]] * 6, 0, 2, 2)
+        rank_micro_batches([[0]] * 6, 0, 2, 2)
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 9), total=st.integers(1, 9), packing=st.booleans(), shuffle=st.booleans())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_replay.config import Data
 from megatron_replay.data import prefixes
 from megatron_replay.data.packing import Grouping, Stream, order
-from megatron_replay.data.prefixes import SHORTEST, Forest, Tree, forest, lay, places, rows
+from megatron_replay.data.prefixes import SHORTEST, Forest, Tree, forest, lay, position_ids, rows
 from megatron_replay.errors import ConfigError, DataError
 
 
@@ -32,10 +32,10 @@ def families(draw: st.DrawFn) -> list[np.ndarray]:
 @given(samples=families(), share=st.booleans())
 @settings(deadline=None, max_examples=300)
 def test_unfolding_gives_the_samples_back(samples: list[np.ndarray], share: bool) -> None:
-    tree = lay(samples, share=share)
+    tree = lay(samples, share_prefixes=share)
     for ids, where in zip(samples, tree.where, strict=True):
         assert tree.tokens[where].tolist() == ids.tolist()
-        assert tree.places[where].tolist() == list(range(len(ids)))
+        assert tree.position_ids[where].tolist() == list(range(len(ids)))
     assert sorted(set(chain(*(w.tolist() for w in tree.where)))) == list(range(len(tree))), (
         "every token is some sample's"
     )
@@ -44,7 +44,7 @@ def test_unfolding_gives_the_samples_back(samples: list[np.ndarray], share: bool
 @given(samples=families())
 @settings(deadline=None, max_examples=300)
 def test_a_sample_is_a_path_of_whole_segments(samples: list[np.ndarray]) -> None:
-    tree = lay(samples, share=True)
+    tree = lay(samples, share_prefixes=True)
     table = [tuple(row) for row in tree.segments.tolist()]
     assert [start for start, _, _ in table] == np.cumsum([0, *(length for _, length, _ in table)]).tolist()[:-1]
     parents = [parent for _, _, parent in table]
@@ -65,7 +65,7 @@ def test_a_sample_is_a_path_of_whole_segments(samples: list[np.ndarray]) -> None
 @given(samples=families())
 @settings(deadline=None, max_examples=300)
 def test_no_long_beginning_is_there_twice(samples: list[np.ndarray]) -> None:
-    tree = lay(samples, share=True)
+    tree = lay(samples, share_prefixes=True)
     for _, group in _siblings(tree).items():
         heads = [tuple(tree.tokens[start : start + SHORTEST]) for start, length in group if length >= SHORTEST]
         assert len(set(heads)) == len(heads)
@@ -95,7 +95,7 @@ def test_one_schema_many_questions() -> None:
     samples = [
         np.concatenate([begin, [1000 + i] * 20]) for i, begin in enumerate([schema, other, schema, other, schema])
     ]
-    tree = lay(samples, share=True)
+    tree = lay(samples, share_prefixes=True)
     assert tree.segments.tolist() == [
         [0, 100, -1],
         [100, 60, -1],
@@ -105,13 +105,13 @@ def test_one_schema_many_questions() -> None:
         [220, 20, 1],
         [240, 20, 1],
     ]
-    assert places(tree.segments)[[0, 99, 160, 179, 180, 220, 259]].tolist() == [0, 99, 100, 119, 100, 60, 79]
+    assert position_ids(tree.segments)[[0, 99, 160, 179, 180, 220, 259]].tolist() == [0, 99, 100, 119, 100, 60, 79]
 
 
 def test_prefixes_nest_and_split() -> None:
     a, b, c = (np.full(30, token) for token in (1, 2, 3))
     samples = [np.concatenate(parts) for parts in ([a, b, c], [a, b], [a, b, c], [a, c], [a, b, b])]
-    tree = lay(samples, share=True)
+    tree = lay(samples, share_prefixes=True)
     assert tree.segments.tolist() == [[0, 30, -1], [30, 30, 0], [60, 30, 0], [90, 30, 1], [120, 30, 1]]
     assert [len(w) for w in tree.where] == [90, 60, 90, 60, 90] and tree.where[0].tolist() == tree.where[2].tolist()
 
@@ -119,14 +119,14 @@ def test_prefixes_nest_and_split() -> None:
 def test_a_short_beginning_is_not_worth_it() -> None:
     for length in (SHORTEST - 1, SHORTEST):
         samples = [np.concatenate([np.zeros(length), np.full(30, i)]).astype(int) for i in (1, 2)]
-        assert (len(lay(samples, share=True).segments) == 2) == (length < SHORTEST)
+        assert (len(lay(samples, share_prefixes=True).segments) == 2) == (length < SHORTEST)
 
 
 def test_samples_that_each_begin_the_next() -> None:
     """As deep as it gets."""
     samples = [np.zeros(length, np.int32) for length in range(1, 3000, SHORTEST)]
     for some in (samples, samples[::-1]):
-        tree = lay(some, share=True)
+        tree = lay(some, share_prefixes=True)
         assert len(tree) <= 3000 and all(len(w) == len(s) for w, s in zip(tree.where, some, strict=True))
 
 
@@ -149,7 +149,7 @@ def test_grouped_rows_hold_every_sample_once(samples: list[np.ndarray], room: in
     capacity = max(map(len, samples)) + room
     found = Grouping(samples, capacity).rows(seed, 3)
     assert sorted(chain(*found)) == list(range(len(samples)))
-    assert all(row and len(lay([samples[i] for i in row], share=True)) <= capacity for row in found)
+    assert all(row and len(lay([samples[i] for i in row], share_prefixes=True)) <= capacity for row in found)
     assert found == Grouping(samples, capacity).rows(seed, 3)
 
 

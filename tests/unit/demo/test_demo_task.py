@@ -16,7 +16,7 @@ import pytest
 from megatron_replay.demo import task as demo_task
 from megatron_replay.demo.questions import TEMPLATES, quoted
 from megatron_replay.demo.schemas import TEST, TRAIN
-from megatron_replay.demo.task import GENERAL_TEXT, Task, make_task
+from megatron_replay.demo.task import GENERAL_TEXT, TaskFiles, make_task
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.scoring.sql import Sandbox, execution_match, extract_sql, has_order_by
 
@@ -30,11 +30,11 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def task(tmp_path_factory: pytest.TempPathFactory) -> TaskFiles:
     return make_task(tmp_path_factory.mktemp("task"))
 
 
-def test_sizes_and_fields(task: Task) -> None:
+def test_sizes_and_fields(task: TaskFiles) -> None:
     train, test = read(task.train), read(task.test)
     assert (len(train), len(test)) == (600, 120)
     for example in train + test:
@@ -53,7 +53,7 @@ def test_same_seed_same_bytes_other_seed_other_task(tmp_path: Path) -> None:
     assert content(tmp_path / "a") == content(tmp_path / "c"), "an earlier task in the folder must be replaced"
 
 
-def test_splits_share_no_database_table_or_example(task: Task) -> None:
+def test_splits_share_no_database_table_or_example(task: TaskFiles) -> None:
     train, test = read(task.train), read(task.test)
     assert {e["db_id"] for e in train} == {s.db_id for s in TRAIN} and {e["db_id"] for e in test} == {
         s.db_id for s in TEST
@@ -65,7 +65,7 @@ def test_splits_share_no_database_table_or_example(task: Task) -> None:
     assert max(Counter((e["db_id"], e["query"]) for e in train + test).values()) == 1
 
 
-def test_databases_are_used_alike_and_all_templates_occur(task: Task) -> None:
+def test_databases_are_used_alike_and_all_templates_occur(task: TaskFiles) -> None:
     train, test = read(task.train), read(task.test)
     assert set(Counter(e["db_id"] for e in train).values()) == {150} and set(
         Counter(e["db_id"] for e in test).values()
@@ -88,7 +88,7 @@ def test_databases_are_used_alike_and_all_templates_occur(task: Task) -> None:
             assert any(words in e["query"] for e in split), words
 
 
-def test_every_query_runs_finds_something_and_matches_itself(task: Task) -> None:
+def test_every_query_runs_finds_something_and_matches_itself(task: TaskFiles) -> None:
     examples = read(task.train) + read(task.test)
     with Sandbox() as sandbox:
         found = 0
@@ -99,7 +99,7 @@ def test_every_query_runs_finds_something_and_matches_itself(task: Task) -> None
     assert found == len(examples)
 
 
-def test_the_scorer_tells_the_queries_apart(task: Task) -> None:
+def test_the_scorer_tells_the_queries_apart(task: TaskFiles) -> None:
     """A task whose queries all return the same would be passed by any answer: another query of the same database is
     nearly always wrong."""
     test = sorted(read(task.test), key=lambda example: example["db_id"])
@@ -124,7 +124,7 @@ def test_templates_that_ask_for_an_order_are_ordered() -> None:
     assert len({template.name for template in TEMPLATES}) == len(TEMPLATES) >= 25
 
 
-def test_sorted_numbers_have_no_ties_and_links_point_somewhere(task: Task) -> None:
+def test_sorted_numbers_have_no_ties_and_links_point_somewhere(task: TaskFiles) -> None:
     for schema in TRAIN + TEST:
         with closing(sqlite3.connect(task.databases / f"{schema.db_id}.sqlite")) as db:
             assert db.execute("PRAGMA foreign_key_check").fetchall() == []

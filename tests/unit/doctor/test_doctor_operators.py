@@ -36,6 +36,6 @@ def test_an_operator_that_is_a_name_for_others_is_not_counted() -> None:
     seen = Seen()
     with torch.inference_mode(), seen:
         torch.ones(2, 3).to(torch.float64).diff()
-    (place,) = seen.places()
-    asked = seen.places()[place]
+    (place,) = seen.by_device()
+    asked = seen.by_device()[place]
     assert place == "cpu" and "aten::_to_copy" in asked and not {"aten::to.dtype", "aten::diff"} & asked.keys()

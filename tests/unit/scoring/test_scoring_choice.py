@@ -1,4 +1,4 @@
-"""Multiple choice, proportions and the numbers of forgetting."""
+"""Multiple choice and proportions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.errors import DataError
-from megatron_replay.scoring import choose, proportion, relative_change, score_choices
+from megatron_replay.scoring import choose, proportion, score_choices
 
 NAN = math.nan
 
@@ -70,11 +70,3 @@ def test_interval_lies_in_0_1_holds_the_share_and_mirrors(pair: tuple[int, int])
 def test_no_proportion_of_nothing(k: int, n: int) -> None:
     with pytest.raises(DataError, match=f"k={k}, n={n}"):
         proportion(k, n)
-
-
-def test_relative_change() -> None:
-    assert relative_change(20.0, 22.0) == pytest.approx(0.1)
-    assert relative_change(-2.0, -1.0) == 0.5
-    assert relative_change(0.0, 0.0) == 0
-    assert relative_change(0.0, -1.0) == -math.inf
-    assert math.isnan(relative_change(0.0, NAN)) and math.isnan(relative_change(NAN, 1.0))

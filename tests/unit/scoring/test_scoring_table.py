@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 
 from megatron_replay.scoring.choice import Proportion
-from megatron_replay.scoring.table import compare, flat, show, shown
+from megatron_replay.scoring.table import compare, flat, relative_change, show, shown
 
 
 class Terminal(io.StringIO):
@@ -78,3 +79,11 @@ def test_an_empty_result_is_a_table_without_rows() -> None:
     out = io.StringIO()
     show({}, "", file=out)
     assert out.getvalue() == "metric  value\n"
+
+
+def test_relative_change() -> None:
+    assert relative_change(20.0, 22.0) == pytest.approx(0.1)
+    assert relative_change(-2.0, -1.0) == 0.5
+    assert relative_change(0.0, 0.0) == 0
+    assert relative_change(0.0, -1.0) == -math.inf
+    assert math.isnan(relative_change(0.0, math.nan)) and math.isnan(relative_change(math.nan, 1.0))

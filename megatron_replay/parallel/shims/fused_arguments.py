@@ -1,11 +1,10 @@
-"""What the NPU's fused operators are to be asked for in place of our torch forms: argument mappings, from torch-npu's
-documentation.
+"""Arguments of the NPU's fused operators, which stand in for our torch forms.
 
 The operators themselves come from `device.fused_operator`. Sources: the pages of `npu_fusion_attention`, `npu_rms_norm`
 and `npu_rotary_mul` in the API reference of Ascend Extension for PyTorch.
 
-T tokens in the flat micro-batch, Hq query heads, Hk key heads, Q queries, K keys, D head size, B batch (1), S sequence
-(T, or this rank's part of it).
+T tokens in the flat micro-batch, Hq query heads, Hk key heads, Q queries, K keys, D head size. B is the batch (1) and S
+the sequence (T, or this rank's part of it).
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ _RIGHT_DOWN_CAUSAL = 3
 
 
 def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
-    """Arguments of `npu_fusion_attention` after query, key and value [T, heads, D] for causal attention within each
-    segment.
+    """Arguments of `npu_fusion_attention` for causal attention within each segment.
 
-    segments [n, 3] (start, length, -1; int64, on the cpu) follow each other from token 0 to the end of the three
-    tensors.
+    They follow query, key and value [T, heads, D]. segments [n, 3] (start, length, -1; int64, on the CPU) follow each
+    other from token 0 to the end of the three tensors.
     """
     ends = segments[:, :2].sum(1).tolist()
     assert segments[:, 0].tolist() == [0, *ends[:-1]], "segments must follow each other"
@@ -45,13 +43,16 @@ def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[
 
 
 def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
-    """Arguments of `npu_fusion_attention` after query, key and value, each a batch of one, for attention to the keys
-    that are visible.
+    """Arguments of `npu_fusion_attention` for attention to the visible keys.
 
-    query [Q, Hq, D] without the batch; visible [Q, K] (bool): every query sees a key, which the operator's precision
-    needs. What its page says of the rest: sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part,
-    and reads neither pre_tockens nor next_tockens; the mask may be [Q, K] for all heads; Q and K are free up to a
-    million, D up to 768, Hq is a multiple of Hk up to 256.
+    They follow query, key and value, each a batch of one. query [Q, Hq, D] is without the batch; visible [Q, K] is
+    bool. Every query sees a key, which the operator's precision needs.
+
+    The operator's page says of the rest:
+    - sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part.
+    - It reads neither pre_tockens nor next_tockens.
+    - The mask may be [Q, K] for all heads.
+    - Q and K are free up to a million, D up to 768, and Hq is a multiple of Hk up to 256.
     """
     return {
         "head_num": query.shape[1],
@@ -64,7 +65,7 @@ def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str,
 
 @cache
 def _later(device: torch.device) -> Tensor:
-    """True where a key is later than the query: what is masked. 4 MiB, once a device."""
+    """The mask: True where a key is later than the query. It takes 4 MiB, once a device."""
     return torch.ones(_MASK, _MASK, dtype=torch.bool, device=device).triu(1)
 
 
@@ -73,8 +74,8 @@ def rotary(
 ) -> Callable[..., Tensor]:
     """megatron's `_apply_rotary_pos_emb_bshd` with `npu_rotary_mul` where `operator` has it; `plain` is megatron's own.
 
-    The fused operator rotates halves of the whole head of [S, B, heads, D] by cosines and sines [S, 1, 1, D] (its SBND
-    layout).
+    The fused operator rotates the two halves of whole heads [S, B, heads, D] by cosines and sines [S, 1, 1, D]. This is
+    its SBND layout.
     """
 
     def apply(
