@@ -214,8 +214,8 @@ def segment_attention() -> type:
         """Stands where DotProductAttention stands; see the top of this file for what `attention_mask` holds."""
 
         cache: Cache | None = None
-        narrow: Callable[[Tensor, Tensor], Tensor] | None = None
-        """(output [T, 1, Hq * D], rows that count [N]) -> what of it goes on."""
+        select_rows: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(output [T, 1, Hq * D], rows that count [N]) -> the rows [N^, 1, Hq * D] that the layer goes on with."""
 
         def __init__(
             self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
@@ -228,8 +228,8 @@ def segment_attention() -> type:
         def forward(
             self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any
         ) -> Tensor:
-            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where they are
-            narrowed."""
+            """query [T, 1, Hq, D], key and value [T, 1, Hk, D] -> [T, 1, Hq * D], or fewer rows where
+            `select_rows` is set."""
             q, k, v = query[:, 0], key[:, 0], value[:, 0]
             segments, rows = unpack(attention_mask)
             if self.watch is not None and self.training and self.cache is None:
@@ -240,7 +240,7 @@ def segment_attention() -> type:
                 self.layer = self.layer or LayerCache(self.cache, k)
                 out = self.layer.attend(q, k, v, segments, self.cache, self.scale)
             out = out.reshape(query.shape[0], 1, -1)
-            return out if self.narrow is None else self.narrow(out, rows)
+            return out if self.select_rows is None else self.select_rows(out, rows)
 
         def use(self, cache: Cache | None) -> None:
             """Begin (or with None end) generation with a key/value cache."""

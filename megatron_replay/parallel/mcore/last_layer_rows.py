@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-class Narrowing:
-    """Where a layer's rows become fewer: at the output of its attention, and at the residual that is added to it."""
+class LastLayerRows:
+    """Selects the rows that count, at the output of a layer's attention and in the residual that is added to it."""
 
     def __init__(self, layer: Any) -> None:
         from megatron.core import parallel_state
@@ -21,15 +21,15 @@ class Narrowing:
         self._ranks = parallel_state.get_tensor_model_parallel_world_size()
         self._scattered = bool(layer.config.sequence_parallel)
         self._rows: Tensor | None = None
-        layer.self_attention.core_attention.narrow = self.attention
+        layer.self_attention.core_attention.select_rows = self.attention
         layer.self_attn_bda = self.bias_dropout_add
 
     def attention(self, out: Tensor, rows: Tensor) -> Tensor:
         """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence
         parallelism divides it."""
-        room = max(len(rows), 1)
-        room += -room % self._ranks
-        self._rows = torch.nn.functional.pad(rows, (0, room - len(rows))).to(out.device)
+        padded = max(len(rows), 1)
+        padded += -padded % self._ranks
+        self._rows = torch.nn.functional.pad(rows, (0, padded - len(rows))).to(out.device)
         return out.index_select(0, self._rows)
 
     def bias_dropout_add(self, training: bool, fused: bool) -> Any:

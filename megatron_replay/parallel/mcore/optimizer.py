@@ -39,7 +39,7 @@ class ModelShards:
         self._parts = dict(parts)
         hidden = {param: part for param, part in parts.items() if self._kinds[part.row] in HIDDEN}
         self._exchange = Exchange(
-            model.world, model.spec, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32
+            model.world, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32
         )
 
     def place(self, params: Sequence[Tensor]) -> Placement:
@@ -224,7 +224,7 @@ def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped:
     found = [(held, part) for held, part in _parts(outer, inner, model).values() if ours[part.row].kind == "vocab"]
     parts = {held: dataclasses.replace(part, counted=counts) for held, part in found}
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    exchange = Exchange(model.world, model.spec, theirs, parts, dtype, into=ours)
+    exchange = Exchange(model.world, theirs, parts, dtype, into=ours)
     params, keys = list(parts), inner.keys_of("embedding")
 
     def tensors(index: int) -> list[Tensor]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, merge, shard, split, unshard
 from megatron_replay.parallel.ranks.world import World
 
@@ -43,7 +42,6 @@ class Exchange:
     def __init__(
         self,
         world: World,
-        spec: ModelSpec,
         table: Sequence[Weight],
         parts: Mapping[Tensor, Part],
         dtype: torch.dtype,
@@ -51,7 +49,7 @@ class Exchange:
         into: Sequence[Weight] | None = None,
     ) -> None:
         """into: what the results are laid out as, where that is not the `table` the values come in."""
-        self._world, self._spec, self._table, self._dtype = world, spec, table, dtype
+        self._world, self._table, self._dtype = world, table, dtype
         self._into = into or table
         self._mine = dict(parts)
         held: list[list[Part]] = world.gather_stage_objects(list(parts.values()))
@@ -104,14 +102,9 @@ class Exchange:
         for rank, piece in parts.items():
             part = self._held[rank][row]
             local[part.tensor_rank][:, part.start : part.stop] = piece
-        layers = [
-            split(weight, unshard([x[k].view(shape) for x in local], weight.axis), self._spec) for k in range(stacked)
-        ]
+        layers = [split(weight, unshard([x[k].view(shape) for x in local], weight.axis)) for k in range(stacked)]
         results = {name: function(torch.stack([layer[name] for layer in layers])) for name in weight.hf}
-        whole = [
-            merge(self._into[row], {name: result[k] for name, result in results.items()}, self._spec)
-            for k in range(stacked)
-        ]
+        whole = [merge(self._into[row], {name: result[k] for name, result in results.items()}) for k in range(stacked)]
         for tensor_rank in range(size):
             flat = torch.stack([shard(w, weight.axis, tensor_rank, size).reshape(-1) for w in whole])
             for rank, held in enumerate(self._held):
