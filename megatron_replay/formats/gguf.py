@@ -1,5 +1,7 @@
-"""Import a GGUF file of the llama architecture (llama.cpp's format, quantised or not) as a Hugging Face folder in
-float32."""
+"""Importer of GGUF files (llama.cpp's format, quantised or not) of the llama architecture.
+
+The result is a Hugging Face folder in float32.
+"""
 
 from __future__ import annotations
 

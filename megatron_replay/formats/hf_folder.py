@@ -1,4 +1,4 @@
-"""A Hugging Face folder read one tensor at a time."""
+"""Reads the weights of a Hugging Face folder, one tensor at a time, and checks them against its config.json."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A Hugging Face folder written one tensor at a time.
+"""Writes a Hugging Face folder, one tensor at a time.
 
 safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes
 little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the
-tensors' bytes. Names and shapes follow from the spec, so the headers are written first and each tensor goes to its
-place when it comes, in any order.
+tensors' bytes. Names and shapes follow from `models.table`, so the headers are written first and each tensor goes to
+its place when it comes, in any order.
 """
 
 from __future__ import annotations

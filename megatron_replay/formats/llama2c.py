@@ -1,5 +1,7 @@
-"""Import a llama2.c checkpoint (legacy version 0: seven int32, then float32 weights) and its tokenizer as a Hugging
-Face folder."""
+"""Importer of llama2.c checkpoints and their tokenizers; the result is a Hugging Face folder.
+
+The legacy format (version 0) is read: seven int32, then float32 weights.
+"""
 
 from __future__ import annotations
 

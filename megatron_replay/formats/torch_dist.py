@@ -5,9 +5,9 @@ tokenizer, source.json). An iteration folder is what megatron.core.dist_checkpoi
 has which shape, in which chunks, and where each chunk lies; `__0_0.distcp` and its like hold the chunks, torch.save
 blobs one after the other; `common.pt` holds plain values; `metadata.json` is written last.
 
-The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by whoever wrote it (pipeline
-ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and one reader
-every writer. A tied output layer is not stored.
+The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by the run that wrote it
+(pipeline ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and
+one reader every writer. A tied output layer is not stored.
 
 The blobs are written by hand: torch's FileSystemWriter keeps the last tensor of every key until its file is complete
 (2.13), which is twice the largest tensor and more where the output layer is not tied.

@@ -22,7 +22,7 @@ between layouts."""
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets a family apart from the plain Llama layer."""
+    """The differences of a family from the plain Llama layer."""
 
     qk_norm: bool = False
     """RMSNorm over each query and key head."""

@@ -41,7 +41,7 @@ class Weight:
     """Hugging Face tensor names, in the order of `hf_shapes`."""
     kind: Kind
     axis: Axis
-    """What tensor parallelism cuts: None (every rank holds it), rows 0, columns 1, or both halves of gate_up."""
+    """The dimension tensor parallelism cuts: rows 0, columns 1, each half of gate_up, or None (every rank holds it)."""
     shape: tuple[int, ...]
     """Whole megatron shape, padding included."""
     hf_shapes: tuple[tuple[int, ...], ...]

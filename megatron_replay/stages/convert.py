@@ -1,7 +1,7 @@
 """Convert a model between Hugging Face folders and megatron checkpoints, on the cpu, one tensor in memory at a time.
 
-What is made follows from what is given: a Hugging Face folder becomes a checkpoint that any layout loads; a checkpoint
-(also one of training, whatever layout wrote it) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
+The source decides the kind of the result. A Hugging Face folder becomes a checkpoint that any layout loads. A
+checkpoint (also one of training, on any layout) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The last layer computes only what counts: behind its attention each position stands alone, so its output projection,
-its MLP and the final norm see the positions whose hidden state goes to the head, and no others.
+"""The last layer computes only the rows that count.
 
-Exact: what is left out reaches neither the loss nor a gradient. T positions of a flat row, N of them count.
+Behind its attention each position stands alone. So its output projection, its MLP and the final norm see the positions
+whose hidden state goes to the head, and no others. This is exact: the rows left out reach neither the loss nor a
+gradient. T positions of a flat row, N of them count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
 
 megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies,
-parameter gathers. Only the inner torch optimizer is exchanged. One row a logical tensor of the whole model, one gather
-a step: see `optim.shards`.
+parameter gathers. Only the inner torch optimizer is exchanged. Each logical tensor of the whole model has one row in a
+table, which one gather a step fills: see `optim.shards`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_replay.parallel.mcore.zero1 import only
 from megatron_replay.parallel.ranks.matrix_exchange import Exchange, Part
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
-"""What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline
-stages."""
+"""The parts that belong to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two
+pipeline stages."""
 
 
 class ModelShards:

@@ -1,4 +1,4 @@
-"""The largest attention logits of a sharded model, and what MuonClip scales because of them.
+"""The largest attention logits of a sharded model, and the weights that MuonClip scales because of them.
 
 While it is watched, each layer's attention notes the largest scaled logit of every key/value head: one more product of
 queries and keys a forward pass, in blocks, since the fused attention does not tell. The ranks' maxima meet in one small

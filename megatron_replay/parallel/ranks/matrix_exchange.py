@@ -4,8 +4,8 @@ result.
 A hidden matrix lies in pieces: cut by tensor parallelism, each part perhaps cut again anywhere by ZeRO-1, or held alike
 by data-parallel replicas. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's
 ranks by cost, and two all-to-alls a batch of matrices carry the pieces there and the results back. Each matrix is
-computed once in the world, by one rank, whatever the layout: the results are the same bits everywhere. What megatron
-fuses (query, key and value; gate and up) is taken apart first.
+computed once in the world, by one rank, so the results are the same bits on every layout. Matrices that megatron fuses
+(query, key and value; gate and up) are taken apart first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 1 << 25
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
+    """A rank's piece of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
 
     row: int
     tensor_rank: int

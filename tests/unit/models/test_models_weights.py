@@ -75,29 +75,6 @@ def test_merge_shard_unshard_split_is_bit_exact(spec, tensor_ranks, dtype, strip
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-def test_megatron_names():
-    names = [weight.name for weight in WeightTable(make_spec(layers=2))]
-    layer = [
-        "input_layernorm.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.q_layernorm.weight",
-        "self_attention.k_layernorm.weight",
-        "self_attention.linear_proj.weight",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ]
-    layers = [f"decoder.layers.{i}.{name}" for i in (0, 1) for name in layer]
-    assert names == [
-        "embedding.word_embeddings.weight",
-        *layers,
-        "decoder.final_layernorm.weight",
-        "output_layer.weight",
-    ]
-    assert [weight.layer for weight in WeightTable(make_spec())] == [None] + [0] * 8 + [None, None]
-    assert not any("q_layernorm" in weight.name for weight in WeightTable(make_spec(qk_norm=False)))
-
-
 def test_qkv_rows_are_grouped_by_key_value_head():
     """Row r of q, k, v holds 100r, 100r+1, 100r+2: the order of the fused rows can be read off."""
     spec = make_spec(heads_per_group=2, groups=2, dim=2, hidden=1)
@@ -121,16 +98,6 @@ def test_a_striped_vocabulary_is_dealt_out_in_eights(vocab):
     assert torch.equal(split(striped, dealt)["lm_head.weight"], tensors["lm_head.weight"])
 
 
-def test_only_vocabulary_weights_are_striped():
-    spec = make_spec()
-    assert [w.name for w in WeightTable(spec, striped=True) if w.striped] == [
-        w.name for w in WeightTable(spec) if w.kind == "vocab"
-    ]
-    tied = WeightTable(make_spec(tied=True), striped=True)
-    assert tied["output_layer.weight"] == tied["embedding.word_embeddings.weight"]
-    assert not any(w.striped for w in WeightTable(spec))
-
-
 def test_padding_is_zero():
     spec = make_spec(groups=3)
     tensors = {name: tensor.abs() + 1 for name, tensor in random_tensors(spec).items()}
@@ -147,21 +114,6 @@ def test_gate_up_shards_hold_a_part_of_each_half():
     fc1 = torch.arange(8)[:, None]
     assert shard(fc1, "gate_up", 1, 2).flatten().tolist() == [2, 3, 6, 7]
     assert torch.equal(unshard([shard(fc1, "gate_up", rank, 2) for rank in (0, 1)], "gate_up"), fc1)
-
-
-def test_tied_output_layer_is_the_embedding():
-    tied, untied = WeightTable(make_spec(tied=True)), WeightTable(make_spec(tied=False))
-    assert tied["output_layer.weight"] == tied["embedding.word_embeddings.weight"]
-    assert untied["output_layer.weight"].hf == ("lm_head.weight",)
-    assert "output_layer.weight" not in [weight.name for weight in tied]
-
-
-def test_unknown_parameter_gets_the_nearest_name():
-    with pytest.raises(
-        CheckpointError,
-        match=r"no parameter 'decoder\.final_norm\.weight'; did you mean 'decoder\.final_layernorm\.weight'",
-    ):
-        WeightTable(make_spec())["decoder.final_norm.weight"]
 
 
 def test_wrong_shapes_are_named():
