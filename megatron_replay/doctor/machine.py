@@ -6,7 +6,6 @@ It covers devices, kernels, two ranks that add up a tensor, and the model in its
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.kernels import library, loading, on_cuda
 from megatron_replay.models.layout import validate_layout
-from megatron_replay.models.weights import weights
+from megatron_replay.models.table import WeightTable
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.mcore import attention, layers
@@ -116,15 +115,15 @@ def model(config: RunConfig) -> dict[str, Any]:
     """
     source = Source.open(config.model)
     spec, layout = source.spec, source.layout(config.layout)
-    split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    split, table = validate_layout(spec, layout), WeightTable.of(spec, layout)
     if source.is_checkpoint:
-        Reader(source.path).check(spec, head_multiple=layout.head_multiple)
+        Reader(source.path).check(table)
     else:
         HFFolder(source.path).check()
     return {
         "path": config.model,
         "architecture": spec.architecture,
-        "parameters": sum(math.prod(weight.shape) for weight in weights(spec, head_multiple=layout.head_multiple)),
+        "parameters": table.numel,
         "tensor": layout.tensor,
         "layers_of_stages": split,
     }

@@ -1,5 +1,5 @@
 """Models on disk, read and written one tensor at a time, without ranks and without megatron.
 
-Hugging Face folders (`hf_folder`, `hf_writer`), megatron's torch_dist checkpoints (`torch_dist`), and importers of
-other formats (`gguf`, `llama2c`).
+Hugging Face folders are read by `hf_folder` and written by `hf_writer`, megatron's checkpoints by `torch_dist`, whose
+pickles `untrusted` looks through first. `gguf` and `llama2c` import other formats; `bpe` rebuilds their tokenizers.
 """

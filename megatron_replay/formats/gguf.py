@@ -1,5 +1,7 @@
-"""Import a GGUF file of the llama architecture (llama.cpp's format, quantised or not) as a Hugging Face folder in
-float32."""
+"""Importer of GGUF files (llama.cpp's format, quantised or not) of the llama architecture.
+
+The result is a Hugging Face folder in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from megatron_replay.errors import CheckpointError, ReplayError
 from megatron_replay.formats.bpe import SPACE, begin_with, byte_level_bpe, scored_bpe
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import half_split_rows, hf_shapes
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import half_split_rows
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -56,7 +59,7 @@ def import_gguf(gguf_path: str | Path, folder: str | Path) -> Path:
         raise CheckpointError(f"{path}: {err}") from err
     spec = ModelSpec.from_hf(config)
     with HFWriter(folder, spec, dtype=torch.float32) as out:
-        for name, shape in hf_shapes(spec).items():
+        for name, shape in WeightTable(spec).hf_shapes.items():
             source = tensors.get(_gguf_name(name))
             if source is None:
                 raise CheckpointError(f"{path}: tensor {_gguf_name(name)!r} is missing")

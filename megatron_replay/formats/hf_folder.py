@@ -1,4 +1,4 @@
-"""A Hugging Face folder read one tensor at a time."""
+"""Reads the weights of a Hugging Face folder, one tensor at a time, and checks them against its config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -86,7 +86,7 @@ class HFFolder:
         """Every tensor of the model there, in its shape and a float type, and none beside; CheckpointError names the
         first that is not."""
         spec = spec or self.spec
-        expected = hf_shapes(spec)
+        expected = WeightTable(spec).hf_shapes
         problems = [f"tensor {n!r} {list(s)} is missing" for n, s in expected.items() if n not in self._headers]
         for name, (shape, _) in sorted(self._headers.items()):
             if name in expected:

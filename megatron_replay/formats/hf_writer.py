@@ -1,9 +1,9 @@
-"""A Hugging Face folder written one tensor at a time.
+"""Writes a Hugging Face folder, one tensor at a time.
 
 safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes
 little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the
-tensors' bytes. Names and shapes follow from the spec, so the headers are written first and each tensor goes to its
-place when it comes, in any order.
+tensors' bytes. Names and shapes follow from `models.table`, so the headers are written first and each tensor goes to
+its place when it comes, in any order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import DTYPES, INDEX, SINGLE
 from megatron_replay.models.spec import ModelSpec, read_config
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 
 SHARD_BYTES = 5 << 30
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -45,7 +45,7 @@ class HFWriter:
     ) -> None:
         self.path = Path(path)
         self.dtype = dtype
-        self._shapes = hf_shapes(spec)
+        self._shapes = WeightTable(spec).hf_shapes
         self._sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in self._shapes.items()}
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise CheckpointError(f"{self.path} exists and is not an empty folder; choose another target or remove it")

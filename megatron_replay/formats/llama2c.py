@@ -1,5 +1,7 @@
-"""Import a llama2.c checkpoint (legacy version 0: seven int32, then float32 weights) and its tokenizer as a Hugging
-Face folder."""
+"""Importer of llama2.c checkpoints and their tokenizers; the result is a Hugging Face folder.
+
+The legacy format (version 0) is read: seven int32, then float32 weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.bpe import SPACE, scored_bpe
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import half_split_rows, hf_shapes
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import half_split_rows
 
 HEADER = struct.Struct("<7i")
 VERSIONED_MAGIC = 0x616B3432
@@ -53,7 +56,7 @@ def import_llama2c(bin_path: str | Path, tokenizer_bin: str | Path, folder: str 
         )
     with HFWriter(folder, spec, dtype=torch.float32) as out:
         data = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
-        for name, shape in hf_shapes(spec).items():
+        for name, shape in WeightTable(spec).hf_shapes.items():
             tensor = torch.from_numpy(data[places[name] : places[name] + math.prod(shape)].copy()).view(shape)
             out.add(name, _half_split(name, tensor, spec))
         out.write_side_file("config.json", config)
@@ -134,7 +137,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
     """Offset of every Hugging Face tensor, in float32 numbers after the header; CheckpointError when the file's length
     differs."""
-    shapes = hf_shapes(spec)
+    shapes = WeightTable(spec).hf_shapes
     order = ["model.embed_tokens.weight"]
     order += [f"model.layers.{layer}.{part}.weight" for part in ORDER for layer in range(spec.num_layers)]
     order.append("model.norm.weight")

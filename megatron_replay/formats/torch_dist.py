@@ -1,14 +1,13 @@
-"""megatron-core's `torch_dist` checkpoints, read and written without a process group and with one tensor in memory at a
-time.
+"""megatron-core's `torch_dist` checkpoints, read and written without a process group, one tensor in memory at a time.
 
 A checkpoint of ours is a folder ROOT: latest_checkpointed_iteration.txt, iter_0000100/ (tensors), hf/ (configuration,
 tokenizer, source.json). An iteration folder is what megatron.core.dist_checkpointing writes: `.metadata` says which key
 has which shape, in which chunks, and where each chunk lies; `__0_0.distcp` and its like hold the chunks, torch.save
 blobs one after the other; `common.pt` holds plain values; `metadata.json` is written last.
 
-The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by whoever wrote it (pipeline
-ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and one reader
-every writer. A tied output layer is not stored.
+The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by the run that wrote it
+(pipeline ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and
+one reader every writer. A tied output layer is not stored.
 
 The blobs are written by hand: torch's FileSystemWriter keeps the last tensor of every key until its file is complete
 (2.13), which is twice the largest tensor and more where the output layer is not tied.
@@ -23,7 +22,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_replay.config import Adapter
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.untrusted import COMMON, METADATA, first_line, read_metadata, refuse_code
-from megatron_replay.models.lora import A, B, beside, factors, merged
-from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, restripe, weights
+from megatron_replay.models.lora import A, B, merged
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import Weight, restripe
 
 __all__ = ["LATEST", "Reader", "is_checkpoint", "iteration_name", "refuse_code", "resolve", "write_model"]
 
@@ -110,27 +108,27 @@ def resolve(path: str | Path) -> Path:
 
 
 def write_model(
-    path: str | Path, spec: ModelSpec, tensors: Callable[[Weight], Tensor], *, head_multiple: int, dtype: torch.dtype
+    path: str | Path, table: WeightTable, tensors: Callable[[Weight], Tensor], *, dtype: torch.dtype
 ) -> None:
     """Write the iteration folder `path` for any layout; `tensors(weight)` gives each whole megatron tensor
-    [weight.shape], in model order.
+    [weight.shape], in the order of the table.
 
     Memory: what `tensors` holds, and a copy of a tensor whose storage is shared.
     CheckpointError for another shape or dtype, or a full disk.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    table = weights(spec, head_multiple=head_multiple)
-    need, free = sum(math.prod(w.shape) for w in table) * dtype.itemsize, shutil.disk_usage(folder).free
+    need, free = table.numel * dtype.itemsize, shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(f"{folder}: the weights need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     found = Metadata(state_dict_metadata={}, storage_data={})
     with (folder / "__0_0.distcp").open("wb") as out:
         for weight in table:
-            _write_tensor(out, found, weight, spec, tensors(weight), dtype)
-        for layer in range(spec.num_layers):
+            _write_tensor(out, found, weight, tensors(weight), dtype)
+        layers = table.spec.num_layers
+        for layer in range(layers):
             for module in STATEFUL:
-                key = f"decoder.layers.{module}._extra_state/shard_{layer}_{spec.num_layers}"
+                key = f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
                 found.state_dict_metadata[key] = BytesStorageMetadata()
                 found.storage_data[MetadataIndex(key)] = _append(out, [None])
         _sync(out)
@@ -169,40 +167,32 @@ class Reader:
         """Whether factors stand beside the model's matrices."""
         return any(key.startswith("decoder.layers.") and key.endswith((f".{A}", f".{B}")) for key in self.keys())
 
-    def dtype(self, weight: Weight, spec: ModelSpec) -> torch.dtype:
+    def dtype(self, weight: Weight) -> torch.dtype:
         """Stored type of a tensor."""
-        stored: torch.dtype = self._entry(weight, spec).properties.dtype
+        stored: torch.dtype = self._entry(weight).properties.dtype
         return stored
 
-    def check(self, spec: ModelSpec, *, head_multiple: int, adapter: Adapter | None = None) -> None:
-        """Every tensor of the model there and in its shape, by the metadata alone; CheckpointError names the first that
-        is not.
+    def check(self, weights: Iterable[Weight]) -> None:
+        """Every one of the tensors there and in its shape, by the metadata alone; CheckpointError names the first that
+        is not."""
+        for weight in weights:
+            self._entry(weight)
 
-        adapter: whose factors must be there too.
-        """
-        for weight in weights(spec, head_multiple=head_multiple) + (
-            factors(spec, adapter, head_multiple=head_multiple) if adapter else []
-        ):
-            self._entry(weight, spec)
-
-    def read(self, weight: Weight, spec: ModelSpec) -> Tensor:
+    def read(self, weight: Weight) -> Tensor:
         """One whole megatron tensor [weight.shape], rows as `weight` has them; CheckpointError when missing, misshapen
         or damaged.
 
         Memory: the tensor, and one chunk of it where it was written in several, or a copy where its rows are stored in
             another order.
         """
-        whole = self._read(weight, spec)
-        return (
-            restripe(whole, striped=weight.striped)
-            if weight.kind == "vocab" and weight.striped != self.striped
-            else whole
-        )
+        whole = self._read(weight)
+        other_order = weight.kind == "vocab" and weight.striped != self.striped
+        return restripe(whole, striped=weight.striped) if other_order else whole
 
-    def _read(self, weight: Weight, spec: ModelSpec) -> Tensor:
+    def _read(self, weight: Weight) -> Tensor:
         """The tensor as it is stored."""
-        entry = self._entry(weight, spec)
-        key, size, offset = _place(weight, spec)
+        entry = self._entry(weight)
+        key, size, offset = _place(weight)
         wanted = tuple(1 for _ in range(len(size) - len(weight.shape))) + weight.shape
         whole: Tensor | None = None
         filled = 0
@@ -223,17 +213,17 @@ class Reader:
             )
         return whole.view(weight.shape)
 
-    def read_merged(self, weight: Weight, spec: ModelSpec, adapter: Adapter | None, *, head_multiple: int) -> Tensor:
-        """`read`, with the adapter's factors, where there are any beside this tensor, added to it."""
-        whole = self.read(weight, spec)
-        table = {f.name: f for f in factors(spec, adapter, head_multiple=head_multiple)} if adapter else {}
-        if adapter is None or beside(weight)[0] not in table:
+    def read_merged(self, weight: Weight, table: WeightTable) -> Tensor:
+        """`read`, with the factors that the table has beside this tensor added to it."""
+        whole = self.read(weight)
+        factors = table.factors_of(weight)
+        if table.adapter is None or factors is None:
             return whole
-        a, b = (self.read(table[name], spec) for name in beside(weight))
-        return merged(whole, a, b, adapter)
+        a, b = map(self.read, factors)
+        return merged(whole, a, b, table.adapter)
 
-    def _entry(self, weight: Weight, spec: ModelSpec) -> Any:
-        key, size, _ = _place(weight, spec)
+    def _entry(self, weight: Weight) -> Any:
+        key, size, _ = _place(weight)
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
@@ -299,19 +289,19 @@ class _Section(io.RawIOBase):
         return count
 
 
-def _place(weight: Weight, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+def _place(weight: Weight) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """(key, shape of the key's tensor, where this weight begins in it)."""
     start = (0,) * len(weight.shape)
     if weight.layer is None:
         return weight.name, weight.shape, start
     name = weight.name.removeprefix(f"decoder.layers.{weight.layer}.")
-    return f"decoder.layers.{RENAMED.get(name, name)}", (spec.num_layers, *weight.shape), (weight.layer, *start)
+    return f"decoder.layers.{RENAMED.get(name, name)}", (weight.num_layers, *weight.shape), (weight.layer, *start)
 
 
 def _overlap(
     offset: Sequence[int], size: Sequence[int], other: Sequence[int], other_size: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What two boxes share, as slices of the first and of the second; None when they share nothing."""
+    """The common part of two boxes, as slices of the first and of the second; None when they have none."""
     ours, theirs = [], []
     for a, n, b, m in zip(offset, size, other, other_size, strict=True):
         low, high = max(a, b), min(a + n, b + m)
@@ -322,15 +312,13 @@ def _overlap(
     return tuple(ours), tuple(theirs)
 
 
-def _write_tensor(
-    out: Any, found: Metadata, weight: Weight, spec: ModelSpec, whole: Tensor, dtype: torch.dtype
-) -> None:
+def _write_tensor(out: Any, found: Metadata, weight: Weight, whole: Tensor, dtype: torch.dtype) -> None:
     """Append one tensor as one chunk and note its place."""
     if tuple(whole.shape) != weight.shape or whole.dtype != dtype:
         raise CheckpointError(
             f"parameter {weight.name!r} is {list(whole.shape)} {whole.dtype}, expected {list(weight.shape)} {dtype}"
         )
-    key, size, offset = _place(weight, spec)
+    key, size, offset = _place(weight)
     chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size((1,) * (len(size) - len(weight.shape)) + weight.shape))
     if key not in found.state_dict_metadata:
         found.state_dict_metadata[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])

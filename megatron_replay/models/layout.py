@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_replay.config import Layout
 from megatron_replay.errors import LayoutError
 from megatron_replay.models.spec import VOCAB_MULTIPLE, ModelSpec
 
 
-def validate_layout(
-    spec: ModelSpec, tensor: int = 1, pipeline: int = 1, split: Sequence[int] | None = None, head_multiple: int = 1
-) -> list[int]:
+def validate_layout(spec: ModelSpec, layout: Layout) -> list[int]:
     """Layers of each pipeline stage; LayoutError names the numbers that do not divide and the ways out."""
-    _check_heads(spec, tensor, head_multiple)
-    _check_divides(spec.ffn_size, f"ffn_size={spec.ffn_size} is", tensor)
+    _check_heads(spec, layout)
+    _check_divides(spec.ffn_size, f"ffn_size={spec.ffn_size} is", layout.tensor)
     rows = spec.padded_vocab()
-    _check_divides(
-        rows, f"{rows} vocabulary rows ({spec.vocab_size} rounded up to a multiple of {VOCAB_MULTIPLE}) are", tensor
-    )
-    return stage_layers(spec.num_layers, pipeline, split)
+    rounded = f"{rows} vocabulary rows ({spec.vocab_size} rounded up to a multiple of {VOCAB_MULTIPLE}) are"
+    _check_divides(rows, rounded, layout.tensor)
+    return stage_layers(spec.num_layers, layout.pipeline, layout.split)
 
 
 def stage_layers(num_layers: int, pipeline: int, split: Sequence[int] | None = None) -> list[int]:
@@ -44,18 +42,16 @@ def stage_layers(num_layers: int, pipeline: int, split: Sequence[int] | None = N
     return list(split)
 
 
-def _check_heads(spec: ModelSpec, tensor: int, head_multiple: int) -> None:
-    _, groups = spec.padded_heads(head_multiple)
+def _check_heads(spec: ModelSpec, layout: Layout) -> None:
+    _, groups = spec.padded_heads(layout.head_multiple)
+    tensor = layout.tensor
     if groups % tensor == 0:
         return
-    padded = (
-        f" ({spec.num_kv_heads} padded by layout.head_multiple={head_multiple})" if groups != spec.num_kv_heads else ""
-    )
-    larger = tensor * 2
+    padded = f" ({spec.num_kv_heads} padded by layout.head_multiple={layout.head_multiple})"
     raise LayoutError(
-        f"{groups} key/value heads{padded} are not divisible by layout.tensor={tensor}; "
-        f"set layout.head_multiple={tensor} (or {larger} for up to {larger} ranks) to pad with zero heads, "
-        f"or use layout.tensor={_sizes(groups)}"
+        f"{groups} key/value heads{padded if groups != spec.num_kv_heads else ''} are not divisible by "
+        f"layout.tensor={tensor}; set layout.head_multiple={tensor} (or {2 * tensor} for up to {2 * tensor} ranks) "
+        f"to pad with zero heads, or use layout.tensor={_sizes(groups)}"
     )
 
 

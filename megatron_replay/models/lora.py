@@ -10,31 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from megatron_replay.config import Adapter
 from megatron_replay.errors import ConfigError
-from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Axis, Kind, Weight, weights
+from megatron_replay.models.weights import Axis, Kind, Weight
 
 A, B = "lora_a", "lora_b"
 """Last words of the factors' names, where the matrix's own is `weight`."""
 
 
-def factors(spec: ModelSpec, adapter: Adapter, *, head_multiple: int = 1) -> list[Weight]:
+def factors(weights: Iterable[Weight], adapter: Adapter) -> list[Weight]:
     """A and B of every adapted matrix, in the model's order; `hf` is their own name, for Hugging Face folders hold them
     merged.
 
     The zero rows and columns of padded heads are no part of the factors: B has none of their rows, A none of their
     columns.
     """
-    plain = {weight.name: weight.shape for weight in weights(spec)}
     found = []
-    for weight in weights(spec, head_multiple=head_multiple):
-        if weight.layer is not None and _target(weight) in adapter.targets:
-            rows, columns = plain[weight.name]
+    for weight in weights:
+        if _adapted(weight, adapter):
+            rows, columns = weight.plain
             by_rows = weight.axis != 1
             shape_a, shape_b = (adapter.rank, weight.shape[1]), (weight.shape[0], adapter.rank)
             found.append(_factor(weight, A, "columns", None if by_rows else 1, shape_a, (adapter.rank, columns)))
@@ -42,13 +41,13 @@ def factors(spec: ModelSpec, adapter: Adapter, *, head_multiple: int = 1) -> lis
     return found
 
 
-def check(adapter: Adapter, spec: ModelSpec) -> None:
+def check(adapter: Adapter, weights: Iterable[Weight]) -> None:
     """Raise ConfigError for a rank that no product B A can have: above the rows or columns of an adapted matrix."""
-    for weight in weights(spec):
-        if weight.layer is not None and _target(weight) in adapter.targets and adapter.rank > min(weight.shape):
+    for weight in weights:
+        if _adapted(weight, adapter) and adapter.rank > min(weight.plain):
             raise ConfigError(
-                f"adapter.rank={adapter.rank} is too large: {_target(weight)} is {list(weight.shape)}; "
-                f"give at most {min(weight.shape)} (8 to 64 is usual), or train the matrices themselves with "
+                f"adapter.rank={adapter.rank} is too large: {_target(weight)} is {list(weight.plain)}; "
+                f"give at most {min(weight.plain)} (8 to 64 is usual), or train the matrices themselves with "
                 "adapter.rank=0"
             )
 
@@ -87,10 +86,15 @@ def beside(weight: Weight) -> tuple[str, str]:
     return stem + A, stem + B
 
 
+def _adapted(weight: Weight, adapter: Adapter) -> bool:
+    return weight.layer is not None and len(weight.shape) == 2 and _target(weight) in adapter.targets
+
+
 def _target(weight: Weight) -> str:
     return weight.name.split(".")[-2]
 
 
 def _factor(of: Weight, word: str, kind: Kind, axis: Axis, shape: tuple[int, int], plain: tuple[int, int]) -> Weight:
     name = of.name.removesuffix("weight") + word
-    return Weight(name, (name,), "copy" if shape == plain else kind, axis, shape, (plain,), of.layer)
+    kind = "copy" if shape == plain else kind
+    return Weight(name, (name,), kind, axis, shape, (plain,), layer=of.layer, num_layers=of.num_layers)

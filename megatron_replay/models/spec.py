@@ -1,5 +1,4 @@
-"""What a Hugging Face config.json says about a model, checked, and which tensor and pipeline layouts that model can be
-cut into.
+"""The shape of a model as its Hugging Face config.json gives it, checked.
 
 A new family is one line in `ARCHITECTURES`, as long as its layer is norm, attention, norm, gated silu MLP.
 """
@@ -23,7 +22,7 @@ between layouts."""
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets a family apart from the plain Llama layer."""
+    """The differences of a family from the plain Llama layer."""
 
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
@@ -163,7 +162,7 @@ def _architecture(config: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    """Whatever would change the maths and is not built: better a refusal by name than other logits."""
+    """Raise CheckpointError for a key that changes the maths and is not built: better that than other logits."""
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise CheckpointError(f"{where}: {key}=true is not supported; only models without biases work")

@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from megatron_replay.config import RunConfig
 from megatron_replay.device import Device
 from megatron_replay.models.layout import validate_layout
-from megatron_replay.models.lora import factors
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight
 from megatron_replay.optim import HIDDEN, OPTIMIZERS, Muon, half
 from megatron_replay.parallel import activations
 from megatron_replay.parallel.activations import FLOAT, Load
@@ -69,7 +70,7 @@ def predict(
     the model, ConfigError for an unknown optimizer.
     """
     layout = config.layout
-    split = validate_layout(spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    split = validate_layout(spec, layout)
     replicas = max(1, ranks // (layout.tensor * layout.pipeline))
     run = _Run(spec, config, replicas, dtype, device, load or largest(config, ranks))
     starts = [sum(split[:stage]) for stage in range(len(split))]
@@ -106,7 +107,7 @@ class _Run:
     load: Load
 
     def peak(self, stage: int, layers: range) -> Peak:
-        held = [weight for weight in self.table() if self._here(weight, stage, layers)]
+        held = [weight for weight in self.table if self._here(weight, stage, layers)]
         trained = self.trained()
         moving = [weight for weight in held if weight.name in trained]
         always = Peak(
@@ -119,18 +120,16 @@ class _Run:
         moment = max(moments, key=lambda name: sum(moments[name].values()))
         return replace(always, moment=moment, **moments[moment])
 
-    def table(self) -> list[Weight]:
-        """Every parameter of the whole model."""
-        return weights(self.spec, head_multiple=self.config.layout.head_multiple) + self.factors()
-
-    def factors(self) -> list[Weight]:
-        adapter, layout = self.config.adapter, self.config.layout
-        return factors(self.spec, adapter, head_multiple=layout.head_multiple) if adapter.rank else []
+    @cached_property
+    def table(self) -> WeightTable:
+        adapter = self.config.adapter
+        return WeightTable.of(self.spec, self.config.layout, adapter if adapter.rank else None)
 
     def trained(self) -> set[str]:
+        """Names of the parameters that are trained."""
         if self.config.adapter.rank:
-            return {weight.name for weight in self.factors()}
-        names, share = {weight.name: weight for weight in self.table()}, self.config.train.freeze_share
+            return {weight.name for weight in self.table.factors}
+        names, share = {weight.name: weight for weight in self.table}, self.config.train.freeze_share
         return set(names) - set(half(names.items(), share, self.config.seed) if share else ())
 
     def _here(self, weight: Weight, stage: int, layers: range) -> bool:

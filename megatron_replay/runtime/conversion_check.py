@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.config import Adapter, Layout
+from megatron_replay.config import Layout
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
-from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, hf_shapes, split, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import Weight, split
 from megatron_replay.parallel.batch import MicroBatch, flatten
 from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
@@ -34,31 +34,28 @@ class Pair:
     """The two forms of a model that `convert` leaves; the weights are equal once both are cast to `dtype`, that of the
     form it made."""
 
-    spec: ModelSpec
+    table: WeightTable
+    """Of the checkpoint; the folder holds its adapter merged."""
     folder: HFFolder
     reader: Reader
-    head_multiple: int
-    """Head padding of the checkpoint."""
     dtype: torch.dtype
-    adapter: Adapter | None = None
-    """Of the checkpoint; the folder holds it merged."""
 
     def read(self, weight: Weight) -> Tensor:
         """A whole megatron tensor of the checkpoint, the adapter merged."""
-        return self.reader.read_merged(weight, self.spec, self.adapter, head_multiple=self.head_multiple)
+        return self.reader.read_merged(weight, self.table)
 
     @property
     def size(self) -> int:
         """Bytes of the Hugging Face tensors."""
-        return sum(math.prod(shape) for shape in hf_shapes(self.spec).values()) * self.dtype.itemsize
+        return sum(math.prod(shape) for shape in self.table.hf_shapes.values()) * self.dtype.itemsize
 
 
 def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
     """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that
     differs."""
     count = 0
-    for weight in weights(pair.spec, head_multiple=pair.head_multiple):
-        for name, tensor in split(weight, pair.read(weight), pair.spec).items():
+    for weight in pair.table.base:
+        for name, tensor in split(weight, pair.read(weight)).items():
             inside, outside = digest(tensor.to(pair.dtype)), digest(pair.folder.read(name).to(pair.dtype))
             if inside != outside:
                 where = f"{outside[:12]} in {pair.folder.path}, {inside[:12]} in {pair.reader.folder}"
@@ -75,15 +72,17 @@ def compare_logits(pair: Pair) -> tuple[float, int]:
     CheckpointError when they differ at all, or where heads are padded by more than rounding.
     """
     generator = np.random.default_rng(0)
-    length = min(TOKENS, pair.spec.max_positions)
-    ids = [generator.integers(0, pair.spec.vocab_size, length) for _ in range(SAMPLES)]
+    spec = pair.table.spec
+    length = min(TOKENS, spec.max_positions)
+    ids = [generator.integers(0, spec.vocab_size, length) for _ in range(SAMPLES)]
     batch = flatten(ids, [np.arange(length - 1)] * SAMPLES, SAMPLES * length, torch.device("cpu"))
     with world.running(Layout(), CPU) as alone:
         outside = _logits(pair, alone, Layout(), batch, lambda model: load_hf(model, pair.folder))
-        inside = _logits(pair, alone, Layout(head_multiple=pair.head_multiple), batch, lambda model: _load(model, pair))
+        padded = Layout(head_multiple=pair.table.head_multiple)
+        inside = _logits(pair, alone, padded, batch, lambda model: _load(model, pair))
     difference = float((inside - outside).abs().max())
-    padded = pair.spec.padded_heads(pair.head_multiple) != pair.spec.padded_heads()
-    if not difference <= (PADDED_TOLERANCE * float(outside.abs().max()) if padded else 0.0):
+    allowed = PADDED_TOLERANCE * float(outside.abs().max()) if pair.table.has_padded_heads else 0.0
+    if not difference <= allowed:
         raise CheckpointError(
             f"logits of {pair.folder.path} and {pair.reader.folder} differ by {difference:.3g}; convert again"
         )
@@ -99,7 +98,7 @@ def digest(tensor: Tensor) -> str:
 @torch.no_grad()
 def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: Callable[[Model], None]) -> Tensor:
     """Logits [N, V] of the batch's positions, of the model that `fill` fills."""
-    model = build(pair.spec, layout, alone, torch.float32, seq_length=batch.tokens.shape[1])
+    model = build(pair.table.spec, layout, alone, torch.float32, seq_length=batch.tokens.shape[1])
     fill(model)
     for _, _, parameter in model.parameters():
         parameter.copy_(parameter.to(pair.dtype))
@@ -107,7 +106,7 @@ def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: C
     forward(
         model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
     )
-    return found[0][:, : pair.spec.vocab_size]
+    return found[0][:, : pair.table.spec.vocab_size]
 
 
 @torch.no_grad()

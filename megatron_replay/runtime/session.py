@@ -56,7 +56,7 @@ def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     source = Source.open(config.model)
     layout = source.layout(config.layout)
-    validate_layout(source.spec, layout.tensor, layout.pipeline, layout.split, layout.head_multiple)
+    validate_layout(source.spec, layout)
     tokenizer = load_tokenizer(config.tokenizer or source.hf)
     if tokenizer.size > source.spec.vocab_size:
         raise DataError(

@@ -1,12 +1,11 @@
 """Convert a model between Hugging Face folders and megatron checkpoints, on the cpu, one tensor in memory at a time.
 
-What is made follows from what is given: a Hugging Face folder becomes a checkpoint that any layout loads; a checkpoint
-(also one of training, whatever layout wrote it) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
+The source decides the kind of the result. A Hugging Face folder becomes a checkpoint that any layout loads. A
+checkpoint (also one of training, on any layout) becomes a Hugging Face folder; so does a .gguf or llama2.c .bin file.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,8 +23,8 @@ from megatron_replay.formats.gguf import import_gguf
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.formats.llama2c import import_llama2c
-from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, hf_shapes, merge, split, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import Weight, merge, split
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.runtime.conversion_check import Pair, compare_logits, compare_tensors
@@ -71,12 +70,12 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
     """Hugging Face folder -> checkpoint ROOT, written beside the target and renamed when it is complete."""
     folder = HFFolder(given)
     folder.check()
-    spec, head_multiple = folder.spec, config.layout.head_multiple
-    dtype = _dtype(config, given, {name: folder.dtype(name) for name in hf_shapes(spec)})
-    size = _size(spec, head_multiple, dtype)
+    table = WeightTable(folder.spec, head_multiple=config.layout.head_multiple)
+    dtype = _dtype(config, given, {name: folder.dtype(name) for name in table.hf_shapes})
+    size = table.numel * dtype.itemsize
 
     def tensors(weight: Weight) -> Tensor:
-        whole = merge(weight, {name: folder.read(name).to(dtype) for name in weight.hf}, spec)
+        whole = merge(weight, {name: folder.read(name).to(dtype) for name in weight.hf})
         advance(whole.nbytes)
         return whole
 
@@ -85,41 +84,37 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this id
     try:
         with progress("convert", size, "bytes") as advance:
-            torch_dist.write_model(
-                partial / torch_dist.iteration_name(0), spec, tensors, head_multiple=head_multiple, dtype=dtype
-            )
-        facts = {"fingerprint": folder.fingerprint(), "head_multiple": head_multiple, "dtype": _name(dtype)}
+            torch_dist.write_model(partial / torch_dist.iteration_name(0), table, tensors, dtype=dtype)
+        facts = {"fingerprint": folder.fingerprint(), "head_multiple": table.head_multiple, "dtype": _name(dtype)}
         checkpoint.write_side_files(partial, given, facts)
         (partial / torch_dist.LATEST).write_text("0", encoding="utf-8")
         partial.replace(made)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _report(given, made, size, f"a checkpoint for any layout, {_name(dtype)}, layout.head_multiple={head_multiple}")
-    return Pair(spec, folder, torch_dist.Reader(made), head_multiple, dtype)
+    padding = f"layout.head_multiple={table.head_multiple}"
+    _report(given, made, size, f"a checkpoint for any layout, {_name(dtype)}, {padding}")
+    return Pair(table, folder, torch_dist.Reader(made), dtype)
 
 
 def _export(config: RunConfig, given: Path, made: Path) -> Pair:
     """Checkpoint -> Hugging Face folder, with the configuration and tokenizer files that lie in the checkpoint's hf
     folder."""
     source = Source.open(str(given))
-    reader, spec = torch_dist.Reader(given), source.spec
-    head_multiple = int(source.facts.get("head_multiple", 1))
-    adapter = source.adapter
-    reader.check(spec, head_multiple=head_multiple, adapter=adapter)
-    table = weights(spec, head_multiple=head_multiple)
-    dtype = _dtype(config, given, {weight.name: reader.dtype(weight, spec) for weight in table})
-    size = _size(spec, head_multiple, dtype)
-    with HFWriter(made, spec, dtype=dtype) as out, progress("convert", size, "bytes") as advance:
-        for weight in table:
-            whole = reader.read_merged(weight, spec, adapter, head_multiple=head_multiple)
-            for name, tensor in split(weight, whole, spec).items():
+    reader, table = torch_dist.Reader(given), source.table
+    reader.check(table)
+    dtype = _dtype(config, given, {weight.name: reader.dtype(weight) for weight in table.base})
+    size = table.numel * dtype.itemsize
+    with HFWriter(made, table.spec, dtype=dtype) as out, progress("convert", size, "bytes") as advance:
+        for weight in table.base:
+            whole = reader.read_merged(weight, table)
+            for name, tensor in split(weight, whole).items():
                 out.add(name, tensor.to(dtype))
             advance(whole.nbytes)
         out.copy_side_files(source.hf)
     (made / SOURCE_NOTE).unlink(missing_ok=True)  # what the checkpoint was made of, not what this folder is
-    what = f", an adapter of rank {adapter.rank} merged" if adapter else ""
-    _report(reader.folder, made, size, f"a Hugging Face folder, {_name(dtype)}{what}")
-    return Pair(spec, HFFolder(made), reader, head_multiple, dtype, adapter)
+    merged = f", an adapter of rank {table.adapter.rank} merged" if table.adapter else ""
+    _report(reader.folder, made, size, f"a Hugging Face folder, {_name(dtype)}{merged}")
+    return Pair(table, HFFolder(made), reader, dtype)
 
 
 def _import_file(given: Path, made: Path) -> None:
@@ -141,11 +136,11 @@ def _import_file(given: Path, made: Path) -> None:
     folder = HFFolder(made)
     folder.check()
     dtype = folder.dtype(folder.names()[0])
-    _report(given, made, _size(folder.spec, 1, dtype), f"a Hugging Face folder, {_name(dtype)}")
+    _report(given, made, WeightTable(folder.spec).numel * dtype.itemsize, f"a Hugging Face folder, {_name(dtype)}")
 
 
 def _dtype(config: RunConfig, where: Path, stored: Mapping[str, torch.dtype]) -> torch.dtype:
-    """What to write: what `precision` says, else what is stored; CheckpointError where that is more than one type."""
+    """The type to write: that of `precision`, else the stored one; CheckpointError where that is more than one."""
     if config.precision != "auto":
         return device_dtype(config.precision, CPU)
     examples = {kind: name for name, kind in stored.items()}
@@ -161,10 +156,5 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _size(spec: ModelSpec, head_multiple: int, dtype: torch.dtype) -> int:
-    """Bytes of all megatron tensors."""
-    return sum(math.prod(weight.shape) for weight in weights(spec, head_multiple=head_multiple)) * dtype.itemsize
-
-
-def _report(given: Path, made: Path, size: int, what: str) -> None:
-    print(f"{given} -> {made}: {what}, {size / 1e9:.3g} GB; peak memory {CPU.peak_memory() / 1e9:.2f} GB", flush=True)
+def _report(given: Path, made: Path, size: int, result: str) -> None:
+    print(f"{given} -> {made}: {result}, {size / 1e9:.3g} GB; peak memory {CPU.peak_memory() / 1e9:.2f} GB", flush=True)

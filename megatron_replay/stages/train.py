@@ -24,7 +24,6 @@ from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
-from megatron_replay.parallel.mcore.freeze import freeze_half
 from megatron_replay.parallel.mcore.lora_layers import attach
 from megatron_replay.parallel.mcore.optimizer import foreign_options
 from megatron_replay.parallel.memory import num_micro_batches
@@ -238,11 +237,11 @@ def _narrow(session: Session) -> None:
         attach(model, config.adapter, config.seed)
         what = f"adapter of rank {config.adapter.rank} on {', '.join(config.adapter.targets)}"
     elif config.train.freeze_share:
-        freeze_half(model, config.train.freeze_share, config.seed)
+        model.freeze_half(config.train.freeze_share, config.seed)
         what = f"train.freeze_share={config.train.freeze_share}"
     else:
         return
-    table = model.table()
+    table = model.table
     frozen = [weight for weight in table if weight.name in model.frozen]
     total, still = (sum(math.prod(shape) for weight in some for shape in weight.hf_shapes) for some in (table, frozen))
     session.say(
@@ -269,10 +268,10 @@ def _save(session: Session, trainer: Trainer, iteration: int) -> None:
     root = Path(session.config.train.save)
     if session.world.is_main:
         facts = {
-            "head_multiple": session.model.layout.head_multiple,
+            "head_multiple": session.model.table.head_multiple,
             "dtype": str(session.model.dtype).removeprefix("torch."),
         }
-        facts |= {"adapter": checkpoint.adapter_facts(session.model.adapter)}
+        facts |= {"adapter": checkpoint.adapter_facts(session.model.table.adapter)}
         checkpoint.write_side_files(root, session.source.hf, facts)
     began = time.perf_counter()
     checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": session.config.seed})

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -70,7 +70,7 @@ def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
-        for name, shape in hf_shapes(ModelSpec.from_hf(config)).items()
+        for name, shape in WeightTable(ModelSpec.from_hf(config)).hf_shapes.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -65,7 +65,7 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
     """A Hugging Face folder, made without transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
-    tensors = {name: value(name, shape) for name, shape in hf_shapes(ModelSpec.from_hf(config)).items()}
+    tensors = {name: value(name, shape) for name, shape in WeightTable(ModelSpec.from_hf(config)).hf_shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

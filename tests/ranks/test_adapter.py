@@ -22,8 +22,9 @@ from megatron_replay.config import Adapter, Layout, Optimizer, RunConfig
 from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats.hf_folder import HFFolder
-from megatron_replay.models.lora import A, B, factors
+from megatron_replay.models.lora import A, B
 from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.table import WeightTable
 from megatron_replay.models.weights import merge, shard
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source
@@ -55,7 +56,7 @@ def adapted(job: Job, adapter: Adapter) -> Iterator[Model]:
         with torch.no_grad():
             for name, factor, parameter in model.parameters():
                 if name.endswith(B):
-                    part = merge(factor, {name: value(name, factor.hf_shapes[0])}, model.spec)
+                    part = merge(factor, {name: value(name, factor.hf_shapes[0])})
                     parameter.copy_(shard(part, factor.axis, model.world.tensor_rank, model.world.tensor_size))
         yield model
 
@@ -119,7 +120,7 @@ def padding(job: Job, adapter: Adapter) -> tuple[list[float], float]:
     """On a rank: losses of a run, and the sum of what stands in the factors' padding after it."""
     with adapted(job, adapter) as model:
         outcome = advance(job, make_trainer(model, job.optimizer))
-        real = {weight.name: weight.hf_shapes[0] for weight in model.table()}
+        real = {weight.name: weight.hf_shapes[0] for weight in model.table}
         held = {name: parameter for name, _, parameter in model.parameters()}
         beyond = [0.0]
         for name, parameter in held.items():
@@ -156,7 +157,7 @@ def stop(job: Job, adapter: Adapter, root: str) -> Outcome:
             facts = {
                 "head_multiple": job.layout.head_multiple,
                 "dtype": "float32",
-                "adapter": checkpoint.adapter_facts(model.adapter),
+                "adapter": checkpoint.adapter_facts(model.table.adapter),
             }
             checkpoint.write_side_files(Path(root), Path(job.folder), facts)
         checkpoint.save(Path(root), job.first + job.steps, trainer, {"iteration": job.first + job.steps, "seed": 7})
@@ -321,7 +322,7 @@ def buffers(job: Job, adapter: Adapter) -> tuple[int, int]:
 
 def test_what_is_frozen_has_neither_gradient_nor_state(folders: dict[Any, str]) -> None:
     spec = ModelSpec.from_hf(SMALL)
-    size = sum(int(np.prod(factor.shape)) for factor in factors(spec, ATTENTION))
+    size = sum(int(np.prod(factor.shape)) for factor in WeightTable(spec, adapter=ATTENTION).factors)
     assert fresh(1, buffers, Job(folder=folders[False], steps=1).on(zero1=False), ATTENTION) == [(size, 2 * size)]
 
 

@@ -20,7 +20,7 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.mcore.model import build, load_hf
 from megatron_replay.parallel.ranks import world
@@ -49,7 +49,9 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG))
     torch.manual_seed(3)
-    tensors = {name: torch.randn(shape) * 0.2 for name, shape in hf_shapes(ModelSpec.from_hf(CONFIG)).items()}
+    tensors = {
+        name: torch.randn(shape) * 0.2 for name, shape in WeightTable(ModelSpec.from_hf(CONFIG)).hf_shapes.items()
+    }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -84,7 +86,7 @@ def test_differences_are_found(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 0.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    pair = Pair(ModelSpec.from_hf(CONFIG), HFFolder(other), Reader(tmp_path / "ckpt"), 1, torch.float32)
+    pair = Pair(WeightTable(ModelSpec.from_hf(CONFIG)), HFFolder(other), Reader(tmp_path / "ckpt"), torch.float32)
     with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' differs: sha256"):
         compare_tensors(pair, lambda _: None)
     with pytest.raises(AssertionError, match=r"CheckpointError: logits of .* differ by"):

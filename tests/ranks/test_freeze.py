@@ -18,7 +18,6 @@ from megatron_replay.config import Optimizer
 from megatron_replay.errors import CheckpointError, ConfigError, LayoutError
 from megatron_replay.models.weights import EMBEDDING, OUTPUT
 from megatron_replay.parallel.checkpoints import training as checkpoint
-from megatron_replay.parallel.mcore.freeze import freeze_half
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.trainer import make_trainer
 
@@ -36,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
 @contextmanager
 def frozen(job: Job, share: float = 0.5, seed: int = SEED) -> Iterator[Model]:
     with opened(job.folder, job.layout, job.dtype) as model:
-        freeze_half(model, share, seed)
+        model.freeze_half(share, seed)
         yield model
 
 

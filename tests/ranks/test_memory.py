@@ -16,7 +16,6 @@ from megatron_replay.device import CPU, NPU
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel import activations, shims
 from megatron_replay.parallel.mcore.attention import pack
-from megatron_replay.parallel.mcore.freeze import freeze_half
 from megatron_replay.parallel.mcore.lora_layers import attach
 from megatron_replay.parallel.memory import predict
 from megatron_replay.parallel.trainer import make_trainer
@@ -90,7 +89,7 @@ def held(job: Job, config: RunConfig) -> tuple[int, int, int, int]:
         if config.adapter.rank:
             attach(model, config.adapter, seed=config.seed)
         if config.train.freeze_share:
-            freeze_half(model, config.train.freeze_share, config.seed)
+            model.freeze_half(config.train.freeze_share, config.seed)
         trainer = make_trainer(model, config.optimizer)
         trainer.inner.init_state()
         weights = sum(parameter.nbytes for parameter in model.module.parameters())

@@ -24,6 +24,7 @@ from megatron_replay.config import Optimizer
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.trainer import make_trainer
 
@@ -219,7 +220,10 @@ def test_another_model_is_refused(job: Job, root: Path, tmp_path: Path) -> None:
 def test_a_model_without_optimizer_state_is_refused(job: Job, tmp_path: Path) -> None:
     spec = ModelSpec.from_hf(CONFIG)
     torch_dist.write_model(
-        tmp_path / "iter_0000000", spec, lambda weight: torch.zeros(weight.shape), head_multiple=1, dtype=torch.float32
+        tmp_path / "iter_0000000",
+        WeightTable(spec),
+        lambda weight: torch.zeros(weight.shape),
+        dtype=torch.float32,
     )
     (tmp_path / torch_dist.LATEST).write_text("0")
     refused(job, tmp_path, "without optimizer state", "model=")

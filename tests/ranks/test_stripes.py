@@ -22,7 +22,8 @@ from megatron_replay.config import Layout
 from megatron_replay.formats import torch_dist
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import STRIPES, restripe, split, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import STRIPES, restripe, split
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
@@ -284,7 +285,7 @@ def there_and_back(job: Job) -> list[tuple[bool, bool]]:
         params = [param for group in trainer.inner.param_groups for param in group["params"]]
         tensors = [tensor for param in params for tensor in (param, *trainer.inner.state[param].values())]
         before = [tensor.clone() for tensor in tensors]
-        flipped = dataclasses.replace(model, layout=dataclasses.replace(model.layout, stripe=not job.layout.striped))
+        flipped = dataclasses.replace(model, table=dataclasses.replace(model.table, striped=not job.layout.striped))
         restripe_state(flipped, trainer.outer, trainer.inner, striped=job.layout.striped)
         once = [tensor.clone() for tensor in tensors]
         restripe_state(model, trainer.outer, trainer.inner, striped=not job.layout.striped)
@@ -305,11 +306,7 @@ def test_restriping_there_and_back_changes_no_bit(
 def exported(root: Path, spec: ModelSpec) -> dict[str, Tensor]:
     """The Hugging Face tensors of a checkpoint, as `convert` reads them."""
     reader = torch_dist.Reader(root)
-    return {
-        name: tensor
-        for weight in weights(spec)
-        for name, tensor in split(weight, reader.read(weight, spec), spec).items()
-    }
+    return {name: tensor for weight in WeightTable(spec) for name, tensor in split(weight, reader.read(weight)).items()}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,7 +20,8 @@ from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import Weight, shard, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import Weight, shard
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.mcore.model import build
 from megatron_replay.parallel.ranks import world
@@ -92,7 +93,7 @@ def megatron_loads(path: str, spec: ModelSpec, layout: Layout) -> list[str]:
             parameter.data.fill_(float("nan"))
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, path)
         model.module.load_state_dict(state["model"])
-        table = {weight.name for weight in weights(spec, head_multiple=layout.head_multiple)}
+        table = {weight.name for weight in WeightTable.of(spec, layout)}
         wrong = []
         for name, weight, parameter in model.parameters():
             assert weight.name in table
@@ -103,9 +104,8 @@ def megatron_loads(path: str, spec: ModelSpec, layout: Layout) -> list[str]:
 
 
 def write(path: Path, spec: ModelSpec, *, head_multiple: int = 1) -> Path:
-    torch_dist.write_model(
-        path, spec, lambda weight: value(weight.name, weight.shape), head_multiple=head_multiple, dtype=torch.float32
-    )
+    table = WeightTable(spec, head_multiple=head_multiple)
+    torch_dist.write_model(path, table, lambda weight: value(weight.name, weight.shape), dtype=torch.float32)
     return path
 
 
@@ -123,9 +123,9 @@ def test_the_reader_reads_what_megatron_saves(tmp_path: Path, tied: bool, layout
     spec = spec_of(tied=tied)
     fresh(layout.tensor * layout.pipeline, megatron_saves, str(tmp_path / "iter_0000007"), spec, layout)
     reader = torch_dist.Reader(tmp_path / "iter_0000007")
-    reader.check(spec, head_multiple=1)
-    for weight in weights(spec):
-        assert torch.equal(reader.read(weight, spec), value(weight.name, weight.shape)), weight.name
+    reader.check(WeightTable(spec))
+    for weight in WeightTable(spec):
+        assert torch.equal(reader.read(weight), value(weight.name, weight.shape)), weight.name
     model = {key for key in reader.keys() if not key.startswith("optimizer")}  # noqa: SIM118 - not a mapping
     assert ("output_layer.weight" in model) is not tied
     # the writer's keys, shapes and objects are those of the real thing, neither more nor less
@@ -174,12 +174,12 @@ def test_padded_heads_go_to_four_ranks(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     reader = torch_dist.Reader(write(tmp_path / "iter_0000000", spec_of(tied=True)))
     with pytest.raises(CheckpointError, match=r"'output_layer\.weight' \[256, 32\] is missing"):
-        reader.check(spec_of(tied=False), head_multiple=1)
-    deeper = spec_of(tied=True, config={**CONFIG, "num_hidden_layers": 5})
+        reader.check(WeightTable(spec_of(tied=False)))
+    deeper = WeightTable(spec_of(tied=True, config={**CONFIG, "num_hidden_layers": 5}))
     with pytest.raises(CheckpointError, match=r"layer_norm_weight' is \[4, 32\], expected \[5, 32\]"):
-        reader.check(deeper, head_multiple=1)
+        reader.check(deeper)
     with pytest.raises(CheckpointError, match=r"layer_norm_weight' is \[4, 32\], expected \[5, 32\]"):
-        reader.read(weights(deeper)[1], deeper)
+        reader.read(deeper.base[1])
 
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
         whole = value(weight.name, weight.shape)
         return torch.cat([whole.flatten(), torch.zeros(100)])[: whole.numel()].view(weight.shape)
 
-    torch_dist.write_model(tmp_path / "b", spec, part_of_more, head_multiple=1, dtype=torch.float32)
+    torch_dist.write_model(tmp_path / "b", WeightTable(spec), part_of_more, dtype=torch.float32)
     one, two = write(tmp_path / "a", spec), tmp_path / "b"
     for name in sorted(file.name for file in one.iterdir()):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -226,9 +226,9 @@ def broken(sound: Path, tmp_path: Path) -> Path:
 
 
 def read_all(path: Path) -> None:
-    spec, reader = spec_of(tied=True), torch_dist.Reader(path)
-    for weight in weights(spec):
-        reader.read(weight, spec)
+    reader = torch_dist.Reader(path)
+    for weight in WeightTable(spec_of(tied=True)):
+        reader.read(weight)
 
 
 def refused(path: Path, *words: str) -> None:

@@ -1,5 +1,7 @@
-"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours. Both say what the model is, where its
-tokenizer lies, and fill a built model."""
+"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours.
+
+Both give the model's shape and its tokenizer, and fill a built model.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats.hf_folder import HFFolder, sha256_file
 from megatron_replay.formats.torch_dist import Reader, is_checkpoint, resolve
 from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.mcore.lora_layers import merge_into
 from megatron_replay.parallel.mcore.model import Model, load_hf
@@ -52,7 +55,7 @@ class Source:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `convert` or `train` noted about the checkpoint's weights (source.json); empty for a Hugging Face
+        """The notes of `convert` or `train` on the checkpoint's weights (source.json); empty for a Hugging Face
         folder."""
         path = self.hf / "source.json"
         if not self.is_checkpoint:
@@ -67,7 +70,7 @@ class Source:
     def adapter(self) -> Adapter | None:
         """The adapter that was trained beside the checkpoint's weights; `fill` and `convert` merge it."""
         noted = self.facts.get("adapter")
-        # which would be left out without a word
+        # an adapter without its note would be left out without a word
         if not noted and self.is_checkpoint and Reader(self.path).has_adapter():
             raise CheckpointError(
                 f"{self.path}: holds an adapter that {self.hf / 'source.json'} does not describe; restore that file"
@@ -78,6 +81,12 @@ class Source:
             raise CheckpointError(
                 f"{self.hf / 'source.json'}: the adapter cannot be read ({err}); restore the file"
             ) from err
+
+    @cached_property
+    def table(self) -> WeightTable:
+        """The parameters as they lie in the checkpoint, an adapter's factors among them; rows of the vocabulary by
+        id."""
+        return WeightTable(self.spec, head_multiple=int(self.facts.get("head_multiple", 1)), adapter=self.adapter)
 
     def fingerprint(self) -> str:
         """sha256 that names the weights; a checkpoint converted from a Hugging Face folder has that folder's."""
@@ -91,15 +100,14 @@ class Source:
 
     def layout(self, wanted: Layout) -> Layout:
         """The layout with the head padding this checkpoint was written with."""
-        if not self.is_checkpoint or self.facts["head_multiple"] == wanted.head_multiple:
+        if not self.is_checkpoint:
             return wanted
-        if wanted.head_multiple != 1:
+        written, asked = int(self.facts["head_multiple"]), wanted.head_multiple
+        if asked not in (written, 1):
             raise CheckpointError(
-                f"{self.path}: was written with layout.head_multiple={self.facts['head_multiple']}, this run asks for "
-                f"{wanted.head_multiple}; "
-                f"leave it out"
+                f"{self.path}: was written with layout.head_multiple={written}, this run asks for {asked}; leave it out"
             )
-        return dataclasses.replace(wanted, head_multiple=int(self.facts["head_multiple"]))
+        return dataclasses.replace(wanted, head_multiple=written)
 
     def fill(self, model: Model) -> None:
         """Load the weights into this rank's built model, an adapter merged into them."""

@@ -26,18 +26,18 @@ from megatron_replay.parallel.mcore.optimizer import adam_form, restripe_state
 from megatron_replay.parallel.trainer import Trainer
 
 SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-"""Endings of what describes a model besides its weights; the weights' own index is left out."""
+"""Endings of the files that describe a model besides its weights; the weights' own index is left out."""
 
 
 def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any]) -> Path:
-    """Write the model, optimizer, RNG and `progress` (plain values: what else a resumed run needs); returns the
-    iteration's folder."""
+    """Write model, optimizer, RNG and `progress` (the other plain values a resumed run needs); returns the iteration's
+    folder."""
     from megatron.core import dist_checkpointing
 
     world = trainer.model.world
     target = root / f"iter_{iteration:07d}"
     if world.is_main:
-        shutil.rmtree(target, ignore_errors=True)  # what a killed save left
+        shutil.rmtree(target, ignore_errors=True)  # of a killed save
         target.mkdir(parents=True)
     world.barrier()
     try:
@@ -45,7 +45,7 @@ def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any])
             dist_checkpointing.save(
                 _state(trainer, {**progress, "travel": trainer.inner.update_rms_sums()}, loading=False), str(target)
             )
-    # the latter is what megatron gathers from all ranks, and no Exception
+    # CheckpointException is what megatron gathers from all ranks, and no Exception
     except (Exception, CheckpointException) as err:
         said = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
         free = shutil.disk_usage(root).free / 1e9
@@ -67,7 +67,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     folder = resolve(root)
     refuse_code(folder)
     reader = Reader(folder)
-    reader.check(trainer.model.spec, head_multiple=trainer.model.layout.head_multiple)
+    reader.check(trainer.model.table.base)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "optimizer" not in common:
         raise CheckpointError(
@@ -81,7 +81,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
     saved = common["progress"]
     _fits(saved, trainer, folder)
     _same("layout.zero1", saved["zero1"], _zero1(trainer), folder)
-    for key, ours in _narrowed(trainer.model).items():
+    for key, ours in _trained_part(trainer.model).items():
         _same(key, saved.get(key), ours, folder)
     with adam_form(trainer.inner, zero1=_zero1(trainer)):
         with _named(folder):
@@ -89,7 +89,7 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
         trainer.model.module.load_state_dict(state["model"])
         with torch.no_grad():
             zero1.load_state(trainer.outer, state["optimizer"])
-    if reader.striped != trainer.model.layout.striped:
+    if reader.striped != trainer.model.table.striped:
         restripe_state(trainer.model, trainer.outer, trainer.inner, striped=reader.striped)
         _restripe(trainer.model, reader)  # last: in fp32 the weights that were just moved are these
     trainer.inner.restore_update_rms(*saved["travel"])
@@ -101,17 +101,17 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
 
 def load_model(root: Path, model: Model, adapter: Adapter | None = None) -> None:
     """Fill just the model from a checkpoint; the factors of its `adapter`, which must be there, are left for
-    `adapter.merge_into`."""
+    `lora_layers.merge_into`."""
     from megatron.core import dist_checkpointing
 
     folder = resolve(root)
     refuse_code(folder)
     reader = Reader(folder)
-    reader.check(model.spec, head_multiple=model.layout.head_multiple, adapter=adapter)
+    reader.check(model.table.with_adapter(adapter))
     with _named(folder):
         state = dist_checkpointing.load({"model": model.module.sharded_state_dict()}, str(folder))
     model.module.load_state_dict(state["model"])
-    if reader.striped != model.layout.striped:
+    if reader.striped != model.table.striped:
         _restripe(model, reader)
 
 
@@ -120,14 +120,12 @@ def _restripe(model: Model, reader: Reader) -> None:
     """Read the embedding and head again, in the order of this run's rows: megatron loads rows by number."""
     for _, weight, parameter in model.parameters():
         if weight.kind == "vocab":
-            parameter.copy_(
-                shard(reader.read(weight, model.spec), weight.axis, model.world.tensor_rank, model.world.tensor_size)
-            )
+            parameter.copy_(shard(reader.read(weight), weight.axis, model.world.tensor_rank, model.world.tensor_size))
 
 
 def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
-    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and what must be known to export the
-    checkpoint again."""
+    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and `facts`, without which the
+    checkpoint cannot be exported (source.json)."""
     side = root / "hf"
     if side.resolve() == hf.resolve():
         return
@@ -159,20 +157,20 @@ def adapter_facts(adapter: Adapter | None) -> dict[str, Any] | None:
     return None if adapter is None else {"rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
 
 
-def _narrowed(model: Model) -> dict[str, Any]:
-    """What of the model is trained: None for all of it."""
+def _trained_part(model: Model) -> dict[str, Any]:
+    """The settings that decide which tensors are trained; None for all of the model's own."""
     frozen = None if model.frozen_by is None else list(model.frozen_by)
-    return {"adapter": adapter_facts(model.adapter), "(train.freeze_share, seed)": frozen}
+    return {"adapter": adapter_facts(model.table.adapter), "(train.freeze_share, seed)": frozen}
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
     world = trainer.model.world
     return {
-        **_narrowed(trainer.model),
+        **_trained_part(trainer.model),
         "optimizer": type(trainer.inner).__name__,
         "state": _form(trainer),
         "zero1": _zero1(trainer),
-        "striped": trainer.model.layout.striped,
+        "striped": trainer.model.table.striped,
         "layout": [world.tensor_size, world.pipeline_size, world.data_size],
         "skipped": trainer.inner.skipped,
     }
@@ -183,8 +181,8 @@ def _zero1(trainer: Trainer) -> bool:
 
 
 def _form(trainer: Trainer) -> list[list[str]]:
-    """State tensors of a hidden matrix, and of everything else: what lets one optimizer go on from another's
-    checkpoint."""
+    """State tensors of a hidden matrix, and of everything else; an optimizer goes on from another's checkpoint where
+    these agree."""
     return [list(trainer.inner.keys_of(kind)) for kind in ("matrix", "vector")]
 
 
@@ -197,15 +195,15 @@ def _fits(saved: dict[str, Any], trainer: Trainer, folder: Path) -> None:
         )
 
 
-def _same(what: str, saved: Any, ours: Any, folder: Path) -> None:
+def _same(setting: str, saved: Any, ours: Any, folder: Path) -> None:
     if saved != ours:
         raise CheckpointError(
-            f"{folder}: was written with {what}={saved}, this run has {what}={ours}; resume with the same setting"
+            f"{folder}: was written with {setting}={saved}, this run has {setting}={ours}; resume with the same setting"
         )
 
 
 class _named:
-    """Turn whatever megatron says of a damaged checkpoint into one line that names it."""
+    """Turns megatron's report of a damaged checkpoint into one line that names it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -219,7 +219,7 @@ def segment_attention() -> type:
 
         cache: Cache | None = None
         select_rows: Callable[[Tensor, Tensor], Tensor] | None = None
-        """(output [T, 1, Hq * D], rows that count [N]) -> the rows of the output that the layer goes on with."""
+        """(output [T, 1, Hq * D], rows that count [N]) -> the rows [N^, 1, Hq * D] that the layer goes on with."""
 
         def __init__(
             self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any

@@ -1,7 +1,8 @@
-"""The last layer computes only what counts: behind its attention each position stands alone, so its output projection,
-its MLP and the final norm see the positions whose hidden state goes to the head, and no others.
+"""The last layer computes only the rows that count.
 
-Exact: what is left out reaches neither the loss nor a gradient. T positions of a flat row, N of them count.
+Behind its attention each position stands alone. So its output projection, its MLP and the final norm see the positions
+whose hidden state goes to the head, and no others. This is exact: the rows left out reach neither the loss nor a
+gradient. T positions of a flat row, N of them count.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-class Narrowing:
-    """Where a layer's rows become fewer: at the output of its attention, and at the residual that is added to it."""
+class LastLayerRows:
+    """Selects the rows that count, at the output of a layer's attention and in the residual that is added to it."""
 
     def __init__(self, layer: Any) -> None:
         from megatron.core import parallel_state
@@ -27,9 +28,9 @@ class Narrowing:
     def attention(self, out: Tensor, rows: Tensor) -> Tensor:
         """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence
         parallelism divides it."""
-        room = max(len(rows), 1)
-        room += -room % self._ranks
-        self._rows = torch.nn.functional.pad(rows, (0, room - len(rows))).to(out.device)
+        padded = max(len(rows), 1)
+        padded += -padded % self._ranks
+        self._rows = torch.nn.functional.pad(rows, (0, padded - len(rows))).to(out.device)
         return out.index_select(0, self._rows)
 
     def bias_dropout_add(self, training: bool, fused: bool) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_replay.config import Adapter
 from megatron_replay.formats.torch_dist import Reader
-from megatron_replay.models.lora import A, B, beside, check, factors, initial, merged, scale
+from megatron_replay.models.lora import A, B, check, initial, merged, scale
 from megatron_replay.models.weights import merge, shard
 from megatron_replay.parallel.mcore.model import Model
 
@@ -35,17 +35,17 @@ def attach(model: Model, adapter: Adapter, seed: int) -> None:
 
     Raises ConfigError for a rank that is too large for the model.
     """
-    check(adapter, model.spec)
-    model.freeze([weight.name for weight in model.table()])
-    model.adapter = adapter
-    table = {factor.name: factor for factor in factors(model.spec, adapter, head_multiple=model.layout.head_multiple)}
+    check(adapter, model.table)
+    model.freeze([weight.name for weight in model.table])
+    model.table = model.table.with_adapter(adapter)
     by_rows, by_columns = _classes()
     for _, weight, parameter in list(model.parameters()):
-        if beside(weight)[0] not in table:
+        factors = model.table.factors_of(weight)
+        if factors is None:
             continue
         linear = _owner(model, parameter)
-        for word, factor in zip((A, B), (table[name] for name in beside(weight)), strict=True):
-            whole = merge(factor, {factor.name: initial(factor, seed)}, model.spec)
+        for word, factor in zip((A, B), factors, strict=True):
+            whole = merge(factor, {factor.name: initial(factor, seed)})
             part = shard(whole, factor.axis, model.world.tensor_rank, model.world.tensor_size)
             made = torch.nn.Parameter(part.to(parameter.device, parameter.dtype, copy=True))
             made.sequence_parallel = model.config.sequence_parallel and factor.axis is None  # type: ignore[attr-defined]
@@ -60,19 +60,11 @@ def attach(model: Model, adapter: Adapter, seed: int) -> None:
 @torch.no_grad()
 def merge_into(model: Model, reader: Reader, adapter: Adapter) -> None:
     """Add a checkpoint's adapter to this rank's matrices, one at a time; the model then has no adapter."""
-    table = {factor.name: factor for factor in factors(model.spec, adapter, head_multiple=model.layout.head_multiple)}
+    table, world = model.table.with_adapter(adapter), model.world
     for _, weight, parameter in model.parameters():
-        names = beside(weight)
-        if names[0] in table:
-            a, b = (
-                shard(
-                    reader.read(table[name], model.spec),
-                    table[name].axis,
-                    model.world.tensor_rank,
-                    model.world.tensor_size,
-                )
-                for name in names
-            )
+        factors = table.factors_of(weight)
+        if factors is not None:
+            a, b = (shard(reader.read(factor), factor.axis, world.tensor_rank, world.tensor_size) for factor in factors)
             parameter.copy_(merged(parameter, a.to(parameter.device), b.to(parameter.device), adapter))
 
 
@@ -109,7 +101,7 @@ def _classes() -> tuple[type, type]:
             return torch.add(out, F.linear(spread(low), self.lora_b), alpha=self.scale), bias
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
-            return _sharded(self, prefix, sharded_offsets, metadata, {"weight": 0, B: 0})
+            return _sharded(self, prefix, sharded_offsets, metadata, {"weight": 0, "bias": 0, B: 0})
 
     class AdaptedColumns(RowParallelLinear):
         """megatron calls it row-parallel."""
@@ -132,7 +124,10 @@ def _classes() -> tuple[type, type]:
 
 
 def _sharded(linear: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[str, int]) -> Any:
-    """What megatron's linears say of their tensors, and where the factors lie."""
+    """A linear's tensors as megatron's checkpoints cut them, the factors among them.
+
+    axes: the dimension of each that tensor parallelism cuts.
+    """
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.config import Adapter, Layout
+from megatron_replay.config import Layout
 from megatron_replay.errors import LayoutError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.layout import validate_layout
-from megatron_replay.models.lora import A, B, beside, factors, merged
+from megatron_replay.models.lora import A, B, merged
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import OUTPUT, STRIPES, Weight, merge, shard, weight_of, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import OUTPUT, STRIPES, Weight, merge, shard
 from megatron_replay.ops import VocabShard
 from megatron_replay.ops.shard import Stripes
+from megatron_replay.optim import half
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.mcore import head
 from megatron_replay.parallel.mcore.attention import Cache, segment_attention
-from megatron_replay.parallel.mcore.last_layer_rows import Narrowing
+from megatron_replay.parallel.mcore.last_layer_rows import LastLayerRows
 from megatron_replay.parallel.mcore.layers import RMSNorm, TokenRotary
 from megatron_replay.parallel.ranks.world import World
 
@@ -30,22 +32,26 @@ from megatron_replay.parallel.ranks.world import World
 class Model:
     """This rank's part of the model."""
 
-    spec: ModelSpec
+    table: WeightTable
+    """Every parameter of the whole model. It has an adapter while one is trained (`parallel.mcore.lora_layers`): its
+    factors then stand beside the matrices, not merged."""
     layout: Layout
     world: World
     config: Any
     """megatron's TransformerConfig."""
     module: Any
-    """megatron's GPTModel; wrapped for gradients by `parallel.training`."""
+    """megatron's GPTModel; `parallel.trainer.make_trainer` wraps it for gradients."""
     dtype: torch.dtype
     head: Any = None
     """The output layer (last stage only)."""
-    adapter: Adapter | None = None
-    """Whose factors stand beside the matrices, not merged: while training, see `parallel.mcore.lora_layers`."""
     frozen: frozenset[str] = frozenset()
     """Names of the tensors that are not trained, of the whole model."""
     frozen_by: tuple[float, int] | None = None
-    """Share and seed, where `parallel.mcore.freeze` chose them."""
+    """Share and seed, where `freeze_half` chose them."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.table.spec
 
     def global_name(self, name: str) -> str:
         """A local parameter name with the layer's number in the whole model."""
@@ -54,31 +60,19 @@ class Model:
             parts[2] = str(self.module.decoder.layers[int(parts[2])].layer_number - 1)
         return ".".join(parts)
 
-    def table(self) -> list[Weight]:
-        """Every distinct parameter of the whole model, the same on every rank; an adapter's factors come last."""
-        table = weights(self.spec, head_multiple=self.layout.head_multiple, striped=self.layout.striped)
-        return table + (
-            factors(self.spec, self.adapter, head_multiple=self.layout.head_multiple) if self.adapter else []
-        )
-
     def trained(self) -> list[Weight]:
         """The part of `table` that is not frozen."""
-        return [weight for weight in self.table() if weight.name not in self.frozen]
+        return [weight for weight in self.table if weight.name not in self.frozen]
 
     def parameters(self) -> Iterator[tuple[str, Weight, Any]]:
         """(global megatron name, its place in the Hugging Face layout, parameter) of everything this rank holds."""
-        added = {weight.name: weight for weight in self.table()} if self.adapter else {}
-        layout = self.layout
         for name, parameter in self.module.named_parameters():
             known = self.global_name(name)
-            weight = added.get(known) or weight_of(
-                self.spec, known, head_multiple=layout.head_multiple, striped=layout.striped
-            )
-            yield known, weight, parameter
+            yield known, self.table[known], parameter
 
     def stripes(self) -> Stripes | None:
         """The order of the vocabulary's rows; None: by id."""
-        return Stripes(self.spec.padded_vocab(), STRIPES) if self.layout.striped else None
+        return Stripes(self.spec.padded_vocab(), STRIPES) if self.table.striped else None
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """The embedding's rows of token ids: what megatron's embedding takes for ids."""
@@ -86,11 +80,29 @@ class Model:
         return ids if stripes is None else stripes.row_of(ids)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Train all of these no more; a tied output layer goes with its embedding. Before the model is wrapped for
+        """Stop training these; a tied output layer goes with its embedding. Before the model is wrapped for
         training."""
         self.frozen |= set(names)
         for _, weight, parameter in self.parameters():
             parameter.requires_grad_(weight.name not in self.frozen)
+
+    def freeze_half(self, share: float, seed: int) -> None:
+        """Freeze a `share` of the whole model's tensors (`optim.half`), the same ones on every layout; to be called
+        before the model is wrapped for training. Collective.
+
+        Frozen tensors have neither gradient buffer nor optimizer state. The tensors are megatron's: query, key and
+        value are one, and so are gate and up. Raises LayoutError where a pipeline stage would have nothing left to
+        train.
+        """
+        self.freeze(half(((weight.name, weight) for weight in self.table), share, seed))
+        self.frozen_by = (share, seed)
+        trained = [any(parameter.requires_grad for parameter in self.module.parameters())]
+        idle = [rank for rank, (any_,) in enumerate(self.world.gather_objects(trained)) if not any_]
+        if idle:
+            raise LayoutError(
+                f"train.freeze_share={share} leaves rank {idle[0]} nothing to train; lower it, or give every pipeline "
+                "stage more layers"
+            )
 
     def use_cache(self, cache: Cache | None) -> None:
         for layer in self.module.decoder.layers:
@@ -101,10 +113,8 @@ def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, 
     """This rank's GPTModel with uninitialised weights. Raises LayoutError when the ranks do not divide the model."""
     from megatron.core.models.gpt import GPTModel
 
-    split = validate_layout(
-        spec, tensor=layout.tensor, pipeline=layout.pipeline, split=layout.split, head_multiple=layout.head_multiple
-    )
-    config = transformer_config(spec, layout, dtype, split, cpu=world.device.name == "cpu")
+    split, table = validate_layout(spec, layout), WeightTable.of(spec, layout)
+    config = transformer_config(table, layout, dtype, split, cpu=world.device.name == "cpu")
     module = GPTModel(
         config,
         _layer_specs(spec, split[world.pipeline_rank]),
@@ -122,15 +132,16 @@ def build(spec: ModelSpec, layout: Layout, world: World, dtype: torch.dtype, *, 
     task_head = None
     if world.last_stage:
         task_head = head.install(module)
-        Narrowing(module.decoder.layers[-1])
-    return Model(spec, layout, world, config, module, dtype, task_head)
+        LastLayerRows(module.decoder.layers[-1])
+    return Model(table, layout, world, config, module, dtype, task_head)
 
 
-def transformer_config(spec: ModelSpec, layout: Layout, dtype: torch.dtype, split: list[int], *, cpu: bool) -> Any:
+def transformer_config(table: WeightTable, layout: Layout, dtype: torch.dtype, split: list[int], *, cpu: bool) -> Any:
     """megatron's TransformerConfig, every field by keyword (MindSpeed replaces the class)."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    q_heads, kv_heads = spec.padded_heads(layout.head_multiple)
+    spec = table.spec
+    q_heads, kv_heads = table.heads
     recompute: dict[str, Any] = {}
     if layout.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -222,12 +233,12 @@ def load_hf(model: Model, folder: HFFolder) -> None:
     """Copy a Hugging Face folder's weights into this rank's model, one tensor in memory at a time."""
     folder.check(model.spec)
     for _, weight, parameter in model.parameters():
-        parameter.copy_(local_part(weight, folder, model.spec, model.world))
+        parameter.copy_(local_part(weight, folder, model.world))
 
 
-def local_part(weight: Weight, folder: HFFolder, spec: ModelSpec, world: World) -> Tensor:
+def local_part(weight: Weight, folder: HFFolder, world: World) -> Tensor:
     """This rank's slice of one megatron tensor, read from the folder."""
-    whole = merge(weight, {name: folder.read(name) for name in weight.hf}, spec)
+    whole = merge(weight, {name: folder.read(name) for name in weight.hf})
     return shard(whole, weight.axis, world.tensor_rank, world.tensor_size)
 
 
@@ -249,10 +260,11 @@ def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
     for name, weight, parameter in model.parameters():
         factor = name.endswith((A, B))
         if not factor and counted(name, weight, model.world, sharded_over_data=False):
-            start = local_part(weight, base, model.spec, model.world).double()
-            a, b = (held.get(beside_it) for beside_it in beside(weight))
-            if model.adapter is not None and a is not None and b is not None:
-                parameter = merged(parameter, a, b, model.adapter)
+            start = local_part(weight, base, model.world).double()
+            factors = model.table.factors_of(weight)
+            if model.table.adapter is not None and factors is not None:
+                a, b = (held[factor.name] for factor in factors)
+                parameter = merged(parameter, a, b, model.table.adapter)
             moved += float((parameter.detach().cpu().double() - start).square().sum())
             size += float(start.square().sum())
     row = torch.tensor([moved, size], dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
 
 megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies,
-parameter gathers. Only the inner torch optimizer is exchanged. One row a logical tensor of the whole model, one gather
-a step: see `optim.shards`.
+parameter gathers. Only the inner torch optimizer is exchanged. Each logical tensor of the whole model has one row in a
+table, which one gather a step fills: see `optim.shards`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_replay.parallel.mcore.zero1 import only
 from megatron_replay.parallel.ranks.matrix_exchange import Exchange, Part
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
-"""What belongs to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two pipeline
-stages."""
+"""The parts that belong to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two
+pipeline stages."""
 
 
 class ModelShards:
@@ -40,7 +40,7 @@ class ModelShards:
         self._parts = dict(parts)
         hidden = {param: part for param, part in parts.items() if self._kinds[part.row] in HIDDEN}
         self._exchange = Exchange(
-            model.world, model.spec, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32
+            model.world, table, hidden, torch.float64 if model.dtype == torch.float64 else torch.float32
         )
 
     def place(self, params: Sequence[Tensor]) -> Placement:
@@ -231,7 +231,7 @@ def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped:
     found = [(held, part) for held, part in _parts(outer, inner, model).values() if ours[part.row].kind == "vocab"]
     parts = {held: dataclasses.replace(part, counted=counts) for held, part in found}
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    exchange = Exchange(model.world, model.spec, theirs, parts, dtype, into=ours)
+    exchange = Exchange(model.world, theirs, parts, dtype, into=ours)
     params, keys = list(parts), inner.keys_of("embedding")
 
     def tensors(index: int) -> list[Tensor]:

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_replay.models.weights import Weight
 from megatron_replay.optim.muonclip import qk_factor
 from megatron_replay.parallel.mcore.attention import blocks, gathered
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.ranks.matrix_exchange import Part
 
-QKV, NORMS = (
-    ".self_attention.linear_qkv.weight",
-    (".self_attention.q_layernorm.weight", ".self_attention.k_layernorm.weight"),
-)
+NORMS = (".self_attention.q_layernorm.weight", ".self_attention.k_layernorm.weight")
 
 
 @torch.no_grad()
@@ -49,10 +47,10 @@ class WatchedLogits:
 
     def __init__(self, model: Model, held: Mapping[Tensor, tuple[Tensor, Part]]) -> None:
         self._model = model
-        self._weights: list[tuple[int, str, Tensor, Part]] = []
-        for name, weight, parameter in model.parameters():
-            if weight.layer is not None and parameter in held and name.endswith((QKV, *NORMS)):
-                self._weights.append((weight.layer, name, *held[parameter]))
+        self._weights: list[tuple[Weight, Tensor, Part]] = []
+        for _, weight, parameter in model.parameters():
+            if parameter in held and (weight.kind == "qkv" or weight.name.endswith(NORMS)):
+                self._weights.append((weight, *held[parameter]))
         self._largest: dict[int, Tensor] = {}
         for layer in model.module.decoder.layers:
             layer.self_attention.core_attention.watch = self._watcher(layer.layer_number - 1)
@@ -69,24 +67,24 @@ class WatchedLogits:
         """See `optim.AttentionLogits.factors`; one gather of [layers, key/value heads]."""
         largest = self._gathered()
         self._largest = {}
-        for layer, name, param, part in self._weights:
-            factor = qk_factor(largest[layer], threshold)
+        for weight, param, part in self._weights:
+            factor = qk_factor(largest[weight.layer], threshold)
             if bool((factor < 1).any()):
-                if name.endswith(NORMS):
+                if weight.kind != "qkv":
                     yield param, factor.min().to(param.device)
                 elif not self._model.spec.qk_norm:
-                    yield param, self._rows(factor, part, param).to(param.device)
+                    yield param, self._rows(factor, weight, part, param).to(param.device)
 
     def _gathered(self) -> Tensor:
         world, spec = self._model.world, self._model.spec
-        heads = spec.padded_heads(self._model.layout.head_multiple)[1]
+        _, heads = self._model.table.heads
         each = heads // world.tensor_size
         table = torch.full((spec.num_layers, heads), -math.inf)
         for layer, largest in self._largest.items():
             table[layer, world.tensor_rank * each : (world.tensor_rank + 1) * each] = largest.cpu()
         return torch.stack(world.gather(table)).amax(0)
 
-    def _rows(self, factor: Tensor, part: Part, param: Tensor) -> Tensor:
+    def _rows(self, factor: Tensor, weight: Weight, part: Part, param: Tensor) -> Tensor:
         """The factor of each element of this rank's piece of a linear_qkv.
 
         Query and key rows shrink; value rows stay.
@@ -95,4 +93,4 @@ class WatchedLogits:
         local = factor.chunk(world.tensor_size)[world.tensor_rank]
         shrinking = (spec.heads_per_group + 1) * spec.head_dim
         rows = torch.cat([local[:, None].expand(-1, shrinking), torch.ones(len(local), spec.head_dim)], 1).reshape(-1)
-        return rows.repeat_interleave(spec.hidden_size)[part.start : part.stop].view(param.shape)
+        return rows.repeat_interleave(math.prod(weight.shape[1:]))[part.start : part.stop].view(param.shape)

@@ -4,8 +4,8 @@ result.
 A hidden matrix lies in pieces: cut by tensor parallelism, each part perhaps cut again anywhere by ZeRO-1, or held alike
 by data-parallel replicas. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's
 ranks by cost, and two all-to-alls a batch of matrices carry the pieces there and the results back. Each matrix is
-computed once in the world, by one rank, whatever the layout: the results are the same bits everywhere. What megatron
-fuses (query, key and value; gate and up) is taken apart first.
+computed once in the world, by one rank, so the results are the same bits on every layout. Matrices that megatron fuses
+(query, key and value; gate and up) are taken apart first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_replay.models.spec import ModelSpec
 from megatron_replay.models.weights import Weight, merge, shard, split, unshard
 from megatron_replay.parallel.ranks.world import World
 
@@ -27,7 +26,7 @@ BATCH = 1 << 25
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
+    """A rank's piece of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
 
     row: int
     tensor_rank: int
@@ -43,7 +42,6 @@ class Exchange:
     def __init__(
         self,
         world: World,
-        spec: ModelSpec,
         table: Sequence[Weight],
         parts: Mapping[Tensor, Part],
         dtype: torch.dtype,
@@ -51,7 +49,7 @@ class Exchange:
         into: Sequence[Weight] | None = None,
     ) -> None:
         """into: what the results are laid out as, where that is not the `table` the values come in."""
-        self._world, self._spec, self._table, self._dtype = world, spec, table, dtype
+        self._world, self._table, self._dtype = world, table, dtype
         self._into = into or table
         self._mine = dict(parts)
         held: list[list[Part]] = world.gather_stage_objects(list(parts.values()))
@@ -104,14 +102,9 @@ class Exchange:
         for rank, piece in parts.items():
             part = self._held[rank][row]
             local[part.tensor_rank][:, part.start : part.stop] = piece
-        layers = [
-            split(weight, unshard([x[k].view(shape) for x in local], weight.axis), self._spec) for k in range(stacked)
-        ]
+        layers = [split(weight, unshard([x[k].view(shape) for x in local], weight.axis)) for k in range(stacked)]
         results = {name: function(torch.stack([layer[name] for layer in layers])) for name in weight.hf}
-        whole = [
-            merge(self._into[row], {name: result[k] for name, result in results.items()}, self._spec)
-            for k in range(stacked)
-        ]
+        whole = [merge(self._into[row], {name: result[k] for name, result in results.items()}) for k in range(stacked)]
         for tensor_rank in range(size):
             flat = torch.stack([shard(w, weight.axis, tensor_rank, size).reshape(-1) for w in whole])
             for rank, held in enumerate(self._held):

@@ -271,11 +271,11 @@ def folder(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
 
     from megatron_replay.models.spec import ModelSpec
-    from megatron_replay.models.weights import hf_shapes
+    from megatron_replay.models.table import WeightTable
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file(
-        {name: torch.zeros(shape) for name, shape in hf_shapes(ModelSpec.from_hf(CONFIG)).items()},
+        {name: torch.zeros(shape) for name, shape in WeightTable(ModelSpec.from_hf(CONFIG)).hf_shapes.items()},
         tmp_path / "model.safetensors",
     )
     return tmp_path

@@ -11,7 +11,8 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder, sha256_file
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes, merge, split, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import merge, split
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def tensors(config):
     generator = torch.Generator().manual_seed(2)
     return {
         name: torch.randn(shape, generator=generator).bfloat16()
-        for name, shape in hf_shapes(ModelSpec.from_hf(config())).items()
+        for name, shape in WeightTable(ModelSpec.from_hf(config())).hf_shapes.items()
     }
 
 
@@ -43,9 +44,9 @@ def copy(source, target, head_multiple=4, **options):
     opened = HFFolder(source)
     opened.check()
     with HFWriter(target, opened.spec, dtype=opened.dtype("model.norm.weight"), **options) as out:
-        for weight in weights(opened.spec, head_multiple=head_multiple):
-            whole = merge(weight, {name: opened.read(name) for name in weight.hf}, opened.spec)
-            for name, tensor in split(weight, whole, opened.spec).items():
+        for weight in WeightTable(opened.spec, head_multiple=head_multiple):
+            whole = merge(weight, {name: opened.read(name) for name in weight.hf})
+            for name, tensor in split(weight, whole).items():
                 out.add(name, tensor)
         out.copy_side_files(source)
 

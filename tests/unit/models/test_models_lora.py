@@ -9,9 +9,10 @@ import torch
 
 from megatron_replay.config import Adapter
 from megatron_replay.errors import ConfigError
-from megatron_replay.models.lora import A, B, beside, check, factors, initial, merged, scale
+from megatron_replay.models.lora import A, B, beside, check, initial, merged, scale
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import merge, shard, split, unshard, weights
+from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weights import merge, shard, split, unshard
 
 FOUR = Adapter(rank=4, alpha=8.0)
 
@@ -36,19 +37,21 @@ def make_spec(groups: int = 3, layers: int = 1, hidden: int = 16) -> ModelSpec:
 
 
 def test_every_target_of_every_layer_has_its_two_factors() -> None:
-    spec = make_spec(layers=2, hidden=16)
-    found = {factor.name: factor for factor in factors(spec, FOUR)}
+    table = WeightTable(make_spec(layers=2, hidden=16), adapter=FOUR)
+    found = {factor.name: factor for factor in table.factors}
     assert len(found) == 2 * 2 * 4
-    for weight in weights(spec):
+    for weight in table.base:
         a, b = beside(weight)
         if weight.layer is not None and len(weight.shape) == 2:
+            assert table.factors_of(weight) == (found[a], found[b])
             assert found[a].shape == (4, weight.shape[1]) and found[b].shape == (weight.shape[0], 4)
             assert found[a].layer == found[b].layer == weight.layer
             assert (found[a].axis, found[b].axis) == ((1, None) if weight.axis == 1 else (None, weight.axis))
         else:
             assert a not in found and b not in found
-    only = factors(spec, Adapter(rank=4, targets=("linear_fc2",)))
-    assert [factor.name for factor in only] == [
+            assert table.factors_of(weight) is None
+    only = table.with_adapter(Adapter(rank=4, targets=("linear_fc2",)))
+    assert [factor.name for factor in only.factors] == [
         f"decoder.layers.{i}.mlp.linear_fc2.{word}" for i in range(2) for word in (A, B)
     ]
 
@@ -57,10 +60,10 @@ def test_every_target_of_every_layer_has_its_two_factors() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_factors_are_cut_and_joined_exactly_and_padding_is_zero(multiple: int, ranks: int) -> None:
     spec = make_spec(groups=4 if multiple < ranks else 3, hidden=16)
-    for factor in factors(spec, FOUR, head_multiple=multiple):
+    for factor in WeightTable(spec, head_multiple=multiple, adapter=FOUR).factors:
         (plain,) = factor.hf_shapes
         start = 1 + torch.rand(plain)
-        whole = merge(factor, {factor.name: start}, spec)
+        whole = merge(factor, {factor.name: start})
         assert tuple(whole.shape) == factor.shape and (whole != 0).sum() == start.numel()
         if (
             factor.axis is None
@@ -68,12 +71,12 @@ def test_factors_are_cut_and_joined_exactly_and_padding_is_zero(multiple: int, r
         ):
             parts = [shard(whole, factor.axis, rank, ranks) for rank in range(ranks)]
             assert torch.equal(unshard(parts, factor.axis), whole)
-        assert torch.equal(split(factor, whole, spec)[factor.name], start)
+        assert torch.equal(split(factor, whole)[factor.name], start)
 
 
 def test_the_start_depends_on_name_and_seed_alone() -> None:
     spec = make_spec(layers=2, hidden=16)
-    table, padded = factors(spec, FOUR), factors(spec, FOUR, head_multiple=4)
+    table, padded = (WeightTable(spec, head_multiple=multiple, adapter=FOUR).factors for multiple in (1, 4))
     starts = [initial(factor, 7) for factor in table]
     assert all(torch.equal(a, initial(factor, 7)) for a, factor in zip(starts, padded, strict=True)), (
         "padding changes nothing"
@@ -88,7 +91,7 @@ def test_a_starts_as_kaiming_uniform() -> None:
     spec = make_spec(hidden=400)
     (start,) = (
         initial(factor, 1)
-        for factor in factors(spec, Adapter(rank=64, targets=("linear_fc1",)))
+        for factor in WeightTable(spec, adapter=Adapter(rank=64, targets=("linear_fc1",))).factors
         if factor.name.endswith(A)
     )
     bound = math.sqrt(6 / ((1 + 5) * 400))  # torch.nn.init.kaiming_uniform_(a=sqrt 5)
@@ -117,7 +120,7 @@ def test_merged_is_the_sum_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_a_rank_beyond_the_matrix_is_refused() -> None:
-    spec = make_spec(hidden=6)
-    check(Adapter(rank=6), spec)
+    table = WeightTable(make_spec(hidden=6), head_multiple=4)
+    check(Adapter(rank=6), table)
     with pytest.raises(ConfigError, match=r"adapter\.rank=7 is too large: linear_qkv is \[48, 6\]; give at most 6"):
-        check(Adapter(rank=7), spec)
+        check(Adapter(rank=7), table)

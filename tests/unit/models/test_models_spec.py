@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_replay.config import Layout
 from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.layout import stage_layers, validate_layout
 from megatron_replay.models.rope import RopeScaling
@@ -134,9 +135,9 @@ def test_padding(config):
 
 def test_layouts_that_fit(config):
     spec = ModelSpec.from_hf(config(num_hidden_layers=7))
-    assert validate_layout(spec) == [7]
-    assert validate_layout(spec, 2, 3, head_multiple=2) == [3, 2, 2]
-    assert validate_layout(spec, 4, 2, [2, 5], head_multiple=4) == [2, 5]
+    assert validate_layout(spec, Layout()) == [7]
+    assert validate_layout(spec, Layout(tensor=2, pipeline=3, head_multiple=2)) == [3, 2, 2]
+    assert validate_layout(spec, Layout(tensor=4, pipeline=2, split=(2, 5), head_multiple=4)) == [2, 5]
     assert stage_layers(4, 4) == [1, 1, 1, 1]
 
 
@@ -158,14 +159,14 @@ def test_layouts_that_fit(config):
             "ffn_size=20 is not divisible by layout.tensor=8; use layout.tensor=1, 2, 4, 5, 10 or 20",
         ),
         ({"pipeline": 3}, "2 layers cannot fill layout.pipeline=3 stages; use layout.pipeline=1 to 2"),
-        ({"pipeline": 2, "split": [2]}, "has 1 stages, but layout.pipeline=2"),
-        ({"pipeline": 2, "split": [2, 1]}, "add up to 2 layers, it adds up to 3"),
-        ({"pipeline": 2, "split": [2, 0]}, "must give every stage a layer"),
+        ({"pipeline": 2, "split": (2,)}, "has 1 stages, but layout.pipeline=2"),
+        ({"pipeline": 2, "split": (2, 1)}, "add up to 2 layers, it adds up to 3"),
+        ({"pipeline": 2, "split": (2, 0)}, "must give every stage a layer"),
     ],
 )
 def test_layouts_that_do_not_fit(config, layout, said):
     with pytest.raises(LayoutError) as caught:
-        validate_layout(ModelSpec.from_hf(config()), **layout)
+        validate_layout(ModelSpec.from_hf(config()), Layout(**layout))
     assert said in str(caught.value)
 
 
@@ -174,4 +175,4 @@ def test_vocabulary_rows_that_do_not_divide(config):
         LayoutError,
         match=r"128 vocabulary rows \(37 rounded up to a multiple of 128\) are not divisible by layout.tensor=3",
     ):
-        validate_layout(ModelSpec.from_hf(config(intermediate_size=21)), 3)
+        validate_layout(ModelSpec.from_hf(config(intermediate_size=21)), Layout(tensor=3))

@@ -7,16 +7,14 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.spec import ModelSpec
+from megatron_replay.models.table import WeightTable
 from megatron_replay.models.weights import (
     half_split_rows,
-    hf_shapes,
     merge,
     restripe,
     shard,
     split,
     unshard,
-    weight_of,
-    weights,
 )
 
 
@@ -42,7 +40,9 @@ def make_spec(
 
 def random_tensors(spec: ModelSpec, dtype=torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(spec).items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in WeightTable(spec).hf_shapes.items()
+    }
 
 
 specs = st.builds(
@@ -63,47 +63,24 @@ specs = st.builds(
 def test_merge_shard_unshard_split_is_bit_exact(spec, tensor_ranks, dtype, striped):
     tensors = random_tensors(spec, dtype)
     back = {}
-    for weight in weights(spec, head_multiple=tensor_ranks, striped=striped):
-        whole = merge(weight, tensors, spec)
+    for weight in WeightTable(spec, head_multiple=tensor_ranks, striped=striped):
+        whole = merge(weight, tensors)
         assert tuple(whole.shape) == weight.shape
         assert whole.dtype == dtype
         parts = [shard(whole, weight.axis, rank, tensor_ranks) for rank in range(tensor_ranks)]
         assert len({part.shape for part in parts}) == 1
         assert all(part.is_contiguous() for part in parts)
-        back.update(split(weight, unshard(parts, weight.axis), spec))
+        back.update(split(weight, unshard(parts, weight.axis)))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
-
-
-def test_megatron_names():
-    names = [weight.name for weight in weights(make_spec(layers=2))]
-    layer = [
-        "input_layernorm.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.q_layernorm.weight",
-        "self_attention.k_layernorm.weight",
-        "self_attention.linear_proj.weight",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ]
-    layers = [f"decoder.layers.{i}.{name}" for i in (0, 1) for name in layer]
-    assert names == [
-        "embedding.word_embeddings.weight",
-        *layers,
-        "decoder.final_layernorm.weight",
-        "output_layer.weight",
-    ]
-    assert [weight.layer for weight in weights(make_spec())] == [None] + [0] * 8 + [None, None]
-    assert not any("q_layernorm" in weight.name for weight in weights(make_spec(qk_norm=False)))
 
 
 def test_qkv_rows_are_grouped_by_key_value_head():
     """Row r of q, k, v holds 100r, 100r+1, 100r+2: the order of the fused rows can be read off."""
     spec = make_spec(heads_per_group=2, groups=2, dim=2, hidden=1)
-    weight = weight_of(spec, "decoder.layers.0.self_attention.linear_qkv.weight", head_multiple=3)
+    weight = WeightTable(spec, head_multiple=3)["decoder.layers.0.self_attention.linear_qkv.weight"]
     q, k, v = (torch.arange(n)[:, None] * 100 + i for i, n in enumerate((8, 4, 4)))
-    fused = merge(weight, dict(zip(weight.hf, (q, k, v), strict=True)), spec).flatten().tolist()
+    fused = merge(weight, dict(zip(weight.hf, (q, k, v), strict=True))).flatten().tolist()
     assert fused == [0, 100, 200, 300, 1, 101, 2, 102, 400, 500, 600, 700, 201, 301, 202, 302] + [0] * 8
 
 
@@ -111,32 +88,20 @@ def test_qkv_rows_are_grouped_by_key_value_head():
 def test_a_striped_vocabulary_is_dealt_out_in_eights(vocab):
     """Row of id v in a vocabulary of V rows: (v mod 8) (V / 8) + v div 8; the rows of no id are zero."""
     spec = make_spec(hidden=1, vocab=vocab)
-    plain, striped = (weight_of(spec, "output_layer.weight", striped=striped) for striped in (False, True))
+    plain, striped = (WeightTable(spec, striped=striped)["output_layer.weight"] for striped in (False, True))
     tensors = {"lm_head.weight": torch.arange(1.0, vocab + 1)[:, None]}
-    whole, dealt = merge(plain, tensors, spec), merge(striped, tensors, spec)
+    whole, dealt = merge(plain, tensors), merge(striped, tensors)
     rows = len(whole)
     assert [float(dealt[v % 8 * (rows // 8) + v // 8]) for v in range(vocab)] == list(range(1, vocab + 1))
     assert int((dealt != 0).sum()) == vocab
     assert torch.equal(restripe(whole, striped=True), dealt) and torch.equal(restripe(dealt, striped=False), whole)
-    assert torch.equal(split(striped, dealt, spec)["lm_head.weight"], tensors["lm_head.weight"])
-
-
-def test_only_vocabulary_weights_are_striped():
-    spec = make_spec()
-    assert [w.name for w in weights(spec, striped=True) if w.striped] == [
-        w.name for w in weights(spec) if w.kind == "vocab"
-    ]
-    tied = make_spec(tied=True)
-    assert weight_of(tied, "output_layer.weight", striped=True) == weight_of(
-        tied, "embedding.word_embeddings.weight", striped=True
-    )
-    assert not any(w.striped for w in weights(spec))
+    assert torch.equal(split(striped, dealt)["lm_head.weight"], tensors["lm_head.weight"])
 
 
 def test_padding_is_zero():
     spec = make_spec(groups=3)
     tensors = {name: tensor.abs() + 1 for name, tensor in random_tensors(spec).items()}
-    whole = {weight.name: merge(weight, tensors, spec) for weight in weights(spec, head_multiple=4)}
+    whole = {weight.name: merge(weight, tensors) for weight in WeightTable(spec, head_multiple=4)}
     assert whole["embedding.word_embeddings.weight"].shape == (128, 6)
     assert not whole["embedding.word_embeddings.weight"][37:].any()
     assert not whole["output_layer.weight"][37:].any()
@@ -151,31 +116,16 @@ def test_gate_up_shards_hold_a_part_of_each_half():
     assert torch.equal(unshard([shard(fc1, "gate_up", rank, 2) for rank in (0, 1)], "gate_up"), fc1)
 
 
-def test_tied_output_layer_is_the_embedding():
-    tied, untied = make_spec(tied=True), make_spec(tied=False)
-    assert weight_of(tied, "output_layer.weight") == weight_of(tied, "embedding.word_embeddings.weight")
-    assert weight_of(untied, "output_layer.weight").hf == ("lm_head.weight",)
-    assert "output_layer.weight" not in [weight.name for weight in weights(tied)]
-
-
-def test_unknown_parameter_gets_the_nearest_name():
-    with pytest.raises(
-        CheckpointError,
-        match=r"no parameter 'decoder\.final_norm\.weight'; did you mean 'decoder\.final_layernorm\.weight'",
-    ):
-        weight_of(make_spec(), "decoder.final_norm.weight")
-
-
 def test_wrong_shapes_are_named():
     spec = make_spec()
     tensors = random_tensors(spec)
-    weight = weight_of(spec, "decoder.layers.0.self_attention.linear_qkv.weight")
+    weight = WeightTable(spec)["decoder.layers.0.self_attention.linear_qkv.weight"]
     with pytest.raises(
         CheckpointError, match=r"'model\.layers\.0\.self_attn\.k_proj\.weight' is \[6, 12\], expected \[12, 6\]"
     ):
-        merge(weight, {**tensors, weight.hf[1]: tensors[weight.hf[1]].T}, spec)
+        merge(weight, {**tensors, weight.hf[1]: tensors[weight.hf[1]].T})
     with pytest.raises(CheckpointError, match=r"linear_qkv\.weight' is \[1, 6\], expected"):
-        split(weight, torch.zeros(1, 6), spec)
+        split(weight, torch.zeros(1, 6))
     with pytest.raises(LayoutError, match="3 equal parts"):
         shard(torch.zeros(4, 2), 0, 0, 3)
 

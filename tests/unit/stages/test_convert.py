@@ -23,7 +23,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats import torch_dist
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.weights import hf_shapes
+from megatron_replay.models.table import WeightTable
 from megatron_replay.stages.convert import run
 
 SIZES: dict[str, Any] = {
@@ -256,7 +256,7 @@ def test_memory_stays_below_two_of_the_largest_tensor(tmp_path: Path) -> None:
     source = tmp_path / "hf"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(WIDE))
-    shapes = hf_shapes(spec)
+    shapes = WeightTable(spec).hf_shapes
     save_file(
         {name: torch.randn(shape) for name, shape in shapes.items()},
         source / "model.safetensors",

@@ -39,14 +39,14 @@ def samples_of(index: int, vocab: int) -> tuple[list[np.ndarray], list[np.ndarra
     return ids, [np.array([5 + index]), np.array([len(ids[1]) - 4, len(ids[1]) - 2]), np.zeros(0, dtype=np.int64)]
 
 
-def batches_of(model: Model, micro: int, *, narrow: bool) -> list[MicroBatch]:
+def batches_of(model: Model, micro: int, *, select: bool) -> list[MicroBatch]:
     """This replica's part of four rows: cut where that is possible, or whole and every position going through all of
     the last layer."""
     ours, each = model.world, ROWS // model.world.data_size
     rows = [samples_of(i, model.spec.vocab_size) for i in range(ours.data_rank * each, (ours.data_rank + 1) * each)]
     parts = [rows[i : i + micro] for i in range(0, each, micro)]
     ids, chosen = ([[sample for row in part for sample in row[k]] for part in parts] for k in (0, 1))
-    if narrow:
+    if select:
         notes: list[dict[str, Any]] = [{} for _ in parts]
         return micro_batches(ids, chosen, notes, ours.torch_device, multiple=ours.tensor_size, share=False)
     found = []
@@ -69,14 +69,14 @@ def masked(task_of: TaskOf) -> TaskOf:
     return of
 
 
-def gradients(job: Job, narrow: bool) -> Outcome:
+def gradients(job: Job, select: bool) -> Outcome:
     """On a rank: the sum of the losses that count, and its gradients."""
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         trainer.wrapped.zero_grad_buffer()
         task_of = masked(full_task(model, model.spec.vocab_size))
         loss, positions = forward_backward(
-            model, trainer.wrapped, batches_of(model, job.micro, narrow=narrow), task_of, trainer.timers
+            model, trainer.wrapped, batches_of(model, job.micro, select=select), task_of, trainer.timers
         )
         total, count = model.world.total(loss, positions)
         assert int(count) == 12
@@ -124,7 +124,7 @@ def rows_seen(job: Job) -> tuple[list[int], list[int], int]:
         for layer in model.module.decoder.layers:
             layer.mlp.register_forward_pre_hook(note(mlp))
             layer.self_attention.linear_proj.register_forward_pre_hook(note(projection))
-        batches = batches_of(model, ROWS, narrow=True)
+        batches = batches_of(model, ROWS, select=True)
         forward(model, batches, full_task(model, model.spec.vocab_size), consume=lambda batch, out: None)
         return mlp, projection, batches[0].tokens.shape[1]
 
