@@ -38,11 +38,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     with open_session(config, seq_length=config.data.seq_length) as session:
         samples = load_samples(config.data, session.tokenizer, template=session.template)
         store = check_store(session, config.train.store, samples) if config.train.store else None
-        if kind.needs_logits and store is not None and store.manifest.logits == "none":
-            raise ConfigError(
-                f"train.loss={config.train.loss} needs the base model's logits, and {config.train.store} was collected "
-                "without them; collect again with collect.logits=fp16 (or bf16)"
-            )
+        if store is not None:
+            _check_logits(config, kind, store.manifest.logits)
         loss = kind(session.model, session.vocab_size, config.kernels)
         feed = Feed(session, samples, store, loss)
         feed.rate(0)  # a schedule that cannot be is refused before anything is built
@@ -72,6 +69,14 @@ def _check(config: RunConfig, kind: type[Loss]) -> None:
         raise LayoutError(
             f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in "
             f"micro-batches of {config.batch.micro}; make it a multiple of {config.batch.micro * replicas}"
+        )
+
+
+def _check_logits(config: RunConfig, kind: type[Loss], logits: str) -> None:
+    if kind.needs_logits and logits == "none":
+        raise ConfigError(
+            f"train.loss={config.train.loss} needs the base model's logits, and {config.train.store} was collected "
+            "without them; collect again with collect.logits=fp16 (or bf16)"
         )
 
 
