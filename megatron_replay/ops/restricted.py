@@ -3,6 +3,7 @@
 L_t = w_t (logsumexp_{j in S_t} z_tj - sum_{j in S_t} y_tj z_tj) with z_tj = h_t . W_j for j in S_t only. Its gradient
 in z is w_t (p~ - y) on S_t and 0 elsewhere. Sets without targets y and weights w are the paper's loss: y is 1 at the
 gold id, and w is 1.
+
 N positions, m candidate ids here, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
 """
 

@@ -181,10 +181,9 @@ class _Run:
         rows = spec.padded_vocab() // layout.tensor
         loss = LOSSES.get(self.config.train.loss)
         trained = (EMBEDDING if spec.tied else OUTPUT) in names
+        dense = loss.dense_gradient and trained
         # for the embedding's own gradient
-        waiting = (
-            rows * spec.hidden_size * size if loss.dense_gradient and trained and spec.tied and first and last else 0
-        )
+        waiting = rows * spec.hidden_size * size if dense and spec.tied and first and last else 0
         inside = (4 if plain else 8) * largest.tokens * (spec.ffn_size // layout.tensor) * size
         moments = {"backward": {"activations": flight * each, "head": waiting, "passing": layer.recomputed + inside}}
         if last:

@@ -87,10 +87,9 @@ class Logs:
             f" {name.split('/')[-1].replace('_', ' ')}: {value:.3f} |" for name, value in result.metrics.items()
         )
         return (
-            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} | consumed samples: "
-            f"{iteration * batch:12d} |"
-            f" elapsed time per iteration (ms): {seconds * 1000:.1f} | learning rate: {lr:.6E} | global batch size: "
-            f"{batch:5d} |"
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} |"
+            f" consumed samples: {iteration * batch:12d} | elapsed time per iteration (ms): {seconds * 1000:.1f} |"
+            f" learning rate: {lr:.6E} | global batch size: {batch:5d} |"
             f" {self.loss_name}: {result.loss:.6E} | loss scale: 1.0 | grad norm: {result.grad_norm:.3f} |"
             f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |{ours}"
         )

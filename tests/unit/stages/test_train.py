@@ -22,17 +22,16 @@ def config(**train: str) -> RunConfig:
     return dataclasses.replace(RunConfig(), train=Train(**train))  # type: ignore[arg-type]
 
 
-def test_every_file_of_the_package_registers_its_loss() -> None:
-    assert {name: LOSSES.get(name) for name in LOSSES} == {"full": Full, "restricted": Restricted}
+def test_the_losses_register_themselves() -> None:
+    assert LOSSES.get("full") is Full and LOSSES.get("restricted") is Restricted
     with pytest.raises(ConfigError, match=r"unknown train\.loss 'restrict'; did you mean 'restricted'\?"):
         LOSSES.get("restrict")
 
 
 def test_a_loss_over_sets_needs_a_store() -> None:
-    says = "train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)"
-    with pytest.raises(ConfigError) as refused:
+    says = r"train\.loss=restricted needs the candidate store of `collect`: train\.store=PATH \(or .*train\.loss=full\b"
+    with pytest.raises(ConfigError, match=says):
         _check(config(loss="restricted"), Restricted)
-    assert str(refused.value) == says
 
 
 @pytest.mark.parametrize(
