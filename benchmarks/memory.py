@@ -160,7 +160,7 @@ def peak(folder: Path, case: Case, stage: int, stages: int) -> int:
 def measured(model: Path, case: Case, folder: Path) -> list[dict[str, Any]]:
     """A row for each pipeline stage."""
     given = [f"model={model}", f"data.path={folder / 'data.jsonl'}", *PLAIN, *case.settings]
-    if "train.loss=restricted" in case.settings:
+    if RESTRICTED in case.settings:
         given.append(f"train.store={folder / 'store'}")
         if not (folder / "store").exists():
             collect(given, folder)

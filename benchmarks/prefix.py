@@ -20,9 +20,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,11 +38,11 @@ from megatron_replay.device import CPU
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel.batch import MicroBatch, flatten
-from megatron_replay.parallel.losses import full_task, restricted_task
-from megatron_replay.parallel.mcore.model import Model, build, load_hf
+from megatron_replay.parallel.losses import LOSSES
+from megatron_replay.parallel.mcore.model import Model, build, load_hf, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, SetRule
 from megatron_replay.parallel.trainer import Trainer, make_trainer
 
 Row = tuple[str, str, float, str]
@@ -72,16 +71,14 @@ def questions(folder: Path, model: Path, seq_length: int) -> list[Sample]:
         )
 
 
-def batches(samples: Sequence[Sample], way: Way, sets: dict[bytes, CandidateSets] | None) -> list[MicroBatch]:
+def batches(samples: Sequence[Sample], way: Way) -> list[MicroBatch]:
     chosen = [[samples[i] for i in row] for row in way.rows]
     trees = [lay([s.ids for s in row], share_prefixes=way.share) for row in chosen]
     found = []
     for row, tree in zip(chosen, trees, strict=True):
-        notes: dict[str, Any] = {"samples": row}
-        if sets is not None:
-            notes["sets"] = CandidateSets.cat([sets[s.uid] for s in row])
         ids, positions = [s.ids for s in row], [s.positions for s in row]
-        found.append(flatten(ids, positions, max(map(len, trees)), torch.device("cpu"), notes, tree))
+        batch = flatten(ids, positions, max(map(len, trees)), torch.device("cpu"), tree)
+        found.append(replace(batch, samples=row))
     return found
 
 
@@ -90,10 +87,12 @@ def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int
     rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
     found: dict[bytes, CandidateSets] = {}
 
+    selection = Selection(model, rule)
+
     def keep(batch: MicroBatch, _: Tensor) -> None:
-        sets, at = batch.notes["sets"], 0
+        sets, at = selection.take(), 0
         offsets = sets.offsets.tolist()
-        for sample in batch.notes["samples"]:
+        for sample in batch.samples:
             stop = at + len(sample.positions)
             span = slice(offsets[at], offsets[stop])
             found[sample.uid] = CandidateSets.from_arrays(
@@ -103,7 +102,7 @@ def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int
             )
             at = stop
 
-    forward(model, batches(samples, way, None), select_task(model, rule, None), consume=keep)
+    forward(model, batches(samples, way), selection, consume=keep)
     return found
 
 
@@ -111,7 +110,7 @@ def measured(
     trainer: Trainer, loss: str, vocab_size: int, steps: dict[str, list[MicroBatch]], rounds: int
 ) -> list[Row]:
     """Rows of one loss: every way once a round, after one round that does not count."""
-    task = restricted_task(trainer.model) if loss == "restricted" else full_task(trainer.model, vocab_size)
+    task = LOSSES.get(loss)(trainer.model, vocab_size)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, float] = {}
     grads: dict[str, Tensor] = {}
@@ -171,7 +170,14 @@ def main() -> None:
         size = load_tokenizer(args.model).size
         sets = collected(model, samples, ways[0], size)
         rows.append(("", "positions in a step", sum(s.num_positions for s in sets.values()), "positions"))
-        steps = {way.name: batches(samples, way, sets) for way in ways}
+        shard = vocab_shard(model)
+        steps = {
+            way.name: [
+                replace(batch, sets=CandidateSets.cat([sets[s.uid] for s in batch.samples]).local(shard))
+                for batch in batches(samples, way)
+            ]
+            for way in ways
+        }
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         for loss in args.losses:
             rows += measured(trainer, loss, size, steps, args.rounds)

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,20 @@ from megatron_replay.config import Layout, Optimizer
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.device import CPU
 from megatron_replay.formats.hf_folder import HFFolder
+from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
-from megatron_replay.parallel.losses import full_task, restricted_task
+from megatron_replay.parallel.losses.full import Full
+from megatron_replay.parallel.losses.restricted import Restricted
 from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.spawn import launch
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, SetRule
 from megatron_replay.parallel.trainer import make_trainer
 
 
-def windows(model: Model, args: Namespace, vocab_size: int) -> list[MicroBatch]:
-    """The step's micro-batches, with the model's own candidate sets."""
+def windows(model: Model, args: Namespace, vocab_size: int) -> tuple[list[MicroBatch], Tensor]:
+    """The step's micro-batches, with the model's own candidate sets; and the sizes of the sets of all positions."""
     text = args.text.read_text(encoding="utf-8")[: 8 * args.rows * args.seq_length]
     ids = np.array(load_tokenizer(args.model).encode(text))
     length = args.seq_length
@@ -47,16 +50,14 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> list[MicroBatch]:
     samples = [[ids[i * length : (i + 1) * length + 1]] for i in range(here.data_rank, args.rows, here.data_size)]
     drawn = np.random.default_rng(0)
     positions = [[np.sort(drawn.permutation(length)[: round(args.fraction * length)])] for _ in samples]
-    found = micro_batches(
-        samples, positions, [{} for _ in samples], torch.device("cpu"), multiple=here.tensor_size, share=False
-    )
+    found = micro_batches(samples, positions, torch.device("cpu"), multiple=here.tensor_size, share=False)
     rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
 
-    def done(batch: MicroBatch, _: Tensor) -> None:
-        """The sets are in the batch's notes."""
-
-    forward(model, found, select_task(model, rule, None), consume=done)
-    return found
+    selection = Selection(model, rule)
+    sets: list[CandidateSets] = []
+    forward(model, found, selection, consume=lambda *_: sets.append(selection.take()))
+    batches = [replace(batch, sets=some.local(selection.shard)) for batch, some in zip(found, sets, strict=True)]
+    return batches, torch.cat([some.sizes() for some in sets])
 
 
 def run(args: Namespace) -> int:
@@ -68,35 +69,32 @@ def run(args: Namespace) -> int:
         model = build(source.spec, layout, here, torch.float32, seq_length=args.seq_length)
         load_hf(model, source)
         size = load_tokenizer(args.model).size
-        batches = windows(model, args, size)
+        batches, sizes = windows(model, args, size)
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
-        tasks = {
-            "restricted": restricted_task(model),
-            "restricted, plain torch": restricted_task(model, "reference"),
-            "full": full_task(model, size),
+        compared = {
+            "restricted": Restricted(model, size),
+            "restricted, plain torch": Restricted(model, size, "reference"),
+            "full": Full(model, size),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        seconds: dict[str, list[float]] = {name: [] for name in compared}
         losses = {}
         for turn in range(args.rounds + 1):
-            for name, task_of in tasks.items():
+            for name, loss in compared.items():
                 here.barrier()
                 began = time.perf_counter()
-                losses[name] = trainer.step(batches, task_of, 0.0).loss
+                losses[name] = trainer.step(batches, loss, 0.0).loss
                 if turn:
                     seconds[name].append(time.perf_counter() - began)
         if here.is_main:
-            write(args, seconds, losses, batches)
+            write(args, seconds, losses, sizes)
     return 0
 
 
-def write(
-    args: Namespace, seconds: dict[str, list[float]], losses: dict[str, float], batches: list[MicroBatch]
-) -> None:
+def write(args: Namespace, seconds: dict[str, list[float]], losses: dict[str, float], sizes: Tensor) -> None:
     shown = [a for a in sys.argv[1:] if a != "--output" and a != str(args.output)]
     for path in (args.model, args.text):  # its name alone
         shown = [path.name if a == str(path) else a for a in shown]
     common = about(" ".join(["python benchmarks/run.py step", *shown]), machine())
-    sizes = torch.cat([batch.notes["sets"].offsets.diff() for batch in batches])
     setting = {
         "ranks": args.ranks,
         "tensor": args.tensor,

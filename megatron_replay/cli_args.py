@@ -156,6 +156,7 @@ def fields_help(kind: type) -> list[str]:
 
 def _fields(kind: ast.ClassDef, defaults: object, prefix: str) -> list[str]:
     lines = []
+    registered = {f.name: f.metadata.get("registered") for f in dataclasses.fields(defaults)}  # type: ignore[arg-type]
     for node, after in zip(kind.body, [*kind.body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
@@ -163,14 +164,29 @@ def _fields(kind: ast.ClassDef, defaults: object, prefix: str) -> list[str]:
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             continue
         said = (
-            [ast.literal_eval(after.value)]
+            [" ".join(ast.literal_eval(after.value).split())]
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             else []
         )
         if isinstance(node.annotation, ast.Subscript) and ast.unparse(node.annotation.value) == "Literal":
             said.insert(0, " | ".join(ast.literal_eval(node.annotation.slice)) + ".")
+        if folder := registered[node.target.id]:
+            names = _registered(Path(config_module.__file__).parent / folder)
+            said.insert(0, " | ".join(sorted(names, key=lambda name: (name != value, name))) + ".")
         lines.append(entry(f"{prefix}{node.target.id}={_yaml(value)}", " ".join(" ".join(said).split())))
     return lines
+
+
+def _registered(folder: Path) -> list[str]:
+    """The names in the `@REGISTRY.register("name")` lines of a folder's files, which may need torch to be imported."""
+    return [
+        ast.literal_eval(decorator.args[0])
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith(".register")
+    ]
 
 
 def _yaml(value: object) -> str:

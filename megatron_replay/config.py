@@ -118,7 +118,7 @@ class Collect:
 class Train:
     """Stage 1: the loop around the loss."""
 
-    loss: Literal["restricted", "full"] = "restricted"
+    loss: str = field(default="restricted", metadata={"registered": "parallel/losses"})
     store: str = ""
     """The candidate store of `loss: restricted`; with `loss: full` a store, when given, still says which positions
     count."""

@@ -8,6 +8,7 @@ CPU, and its tensors are copied there and back. Nothing else reports that; in th
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from megatron_replay.kernels import library
 from megatron_replay.kernels.schemas import OPERATORS
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel.batch import flatten
-from megatron_replay.parallel.losses import restricted_task
+from megatron_replay.parallel.losses.restricted import Restricted
 from megatron_replay.parallel.mcore.model import build
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, SetRule
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 TINY = {
@@ -115,10 +116,13 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
         rule = SetRule(
             tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
         )
-        forward(model, [batch], select_task(model, rule, None), consume=lambda *_: None)
+        selection = Selection(model, rule)
+        forward(model, [batch], selection, consume=lambda *_: None)
+        sets = selection.take()
         trainer = make_trainer(model, config.optimizer, config.kernels)
+        loss = Restricted(model, spec.vocab_size, config.kernels)
         return [
-            trainer.step([batch], restricted_task(model, config.kernels), config.optimizer.lr) for _ in range(STEPS)
+            trainer.step([replace(batch, sets=sets.local(loss.shard))], loss, config.optimizer.lr) for _ in range(STEPS)
         ]
 
 

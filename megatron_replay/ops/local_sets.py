@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class ByColumn:
 
 @dataclass(frozen=True, eq=False)
 class LocalSets:
-    """The part of candidate sets that one vocabulary shard holds: what the kernels see (m ids of this shard)."""
+    """The part of candidate sets that one vocabulary shard holds, as the kernels take it (m ids of this shard)."""
 
     offsets: Tensor
     """[N+1] int64: position t owns columns[offsets[t]:offsets[t+1]]."""
@@ -54,6 +54,10 @@ class LocalSets:
     """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
     by_column: ByColumn | None = None
     """The same by column, where it was made ahead."""
+    targets: Tensor | None = None
+    """[m] y >= 0, whose sum over all shards is 1 at each position; None: 1 at the gold id, 0 elsewhere."""
+    weights: Tensor | None = None
+    """[N] w >= 0: factors of the positions' losses, the same on every shard; None: 1 each."""
 
     @property
     def num_positions(self) -> int:
@@ -64,5 +68,5 @@ class LocalSets:
         return self if self.by_column else replace(self, by_column=ByColumn.of(self.offsets, self.columns))
 
     def to(self, device: torch.device | str) -> LocalSets:
-        index = self.by_column.to(device) if self.by_column else None
-        return LocalSets(self.offsets.to(device), self.columns.to(device), self.gold.to(device), index)
+        held = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: value.to(device) for name, value in held if value is not None})

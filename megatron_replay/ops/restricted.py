@@ -1,7 +1,10 @@
 """Stage 1: cross-entropy renormalised over each position's candidate set (arXiv 2510.09152, section 2).
 
-L_t = logsumexp_{j in S_t} z_tj - z_t,gold with z_tj = h_t . W_j for j in S_t only; the gradient in z is p~ - y on S_t
-and 0 elsewhere. N positions, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
+L_t = w_t (logsumexp_{j in S_t} z_tj - sum_{j in S_t} y_tj z_tj) with z_tj = h_t . W_j for j in S_t only. Its gradient
+in z is w_t (p~ - y) on S_t and 0 elsewhere. Sets without targets y and weights w are the paper's loss: y is 1 at the
+gold id, and w is 1.
+
+N positions, m candidate ids here, H hidden, V vocabulary rows here. Losses are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_replay.errors import DataError
 from megatron_replay.kernels.library import Kernels, choose
-from megatron_replay.kernels.torch_twins import set_gradient
+from megatron_replay.kernels.torch_twins import row_of, set_gradient, weighted_rows
 from megatron_replay.ops.local_sets import LocalSets
 from megatron_replay.ops.sets import CandidateSets
 from megatron_replay.ops.shard import VocabShard, shard_of
@@ -42,7 +45,7 @@ def restricted_linear_cross_entropy(
         hidden: [N, H].
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
         sets: N candidate sets, the same on every rank; or what this shard holds of them, `sets.local(shard).indexed()`,
-            which a loader prepares while the device computes.
+            which a loader prepares while the device computes. Only the latter can have targets and weights.
         main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for
             `weight`.
         sparse: return the weight's gradient as a sparse tensor of its touched rows, as torch.nn.Embedding(sparse=True)
@@ -57,7 +60,7 @@ def restricted_linear_cross_entropy(
     trained = torch.is_grad_enabled() and (weight.requires_grad or main_grad is not None)
     here = _local(sets, shard, hidden, by_column=trained)
     loss: Tensor = _RestrictedLinear.apply(hidden, weight, here, shard, main_grad, sparse, choose(kernels))
-    return loss
+    return _weighted(loss, here)
 
 
 def restricted_cross_entropy(
@@ -69,8 +72,13 @@ def restricted_cross_entropy(
     Raises what `restricted_linear_cross_entropy` does; `kernels` as there.
     """
     shard = shard_of(logits.shape[1], shard)
-    loss: Tensor = _RestrictedLogits.apply(logits, _local(sets, shard, logits), shard, choose(kernels))
-    return loss
+    here = _local(sets, shard, logits)
+    loss: Tensor = _RestrictedLogits.apply(logits, here, shard, choose(kernels))
+    return _weighted(loss, here)
+
+
+def _weighted(loss: Tensor, here: LocalSets) -> Tensor:
+    return loss if here.weights is None else loss * here.weights.to(loss.dtype)
 
 
 class _RestrictedLinear(torch.autograd.Function):
@@ -85,10 +93,9 @@ class _RestrictedLinear(torch.autograd.Function):
         sparse: bool,
         ops: Kernels,
     ) -> Tensor:
-        z, stats, mixture = ops.restricted_fwd(
-            hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0]
-        )
-        loss, peak, total = _combine(stats, shard)
+        mix = ctx.needs_input_grad[0] and here.targets is None
+        z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix)
+        loss, peak, total = _combine(_aimed(stats, z, here), shard)
         ctx.save_for_backward(hidden, weight, z, stats[0], peak, total)
         ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = here, ops, main_grad, sparse, mixture
         return loss
@@ -99,15 +106,18 @@ class _RestrictedLinear(torch.autograd.Function):
         hidden, weight, z, top, peak, total = ctx.saved_tensors
         here, ops = ctx.here, ctx.ops
         grad_hidden = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and here.targets is None:
             mixture, ctx.mixture = ctx.mixture, None  # becomes the gradient in place
             if mixture is None:  # backward came before, through a retained graph
                 mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)[2]
             scale = torch.stack([(top - peak).exp_().mul_(grad).div_(total), grad])
             ops.restricted_bwd_dh(mixture, weight, here.columns, here.gold, scale)
             grad_hidden = mixture.to(hidden.dtype)
+        elif ctx.needs_input_grad[0]:
+            coefficient = _coefficient(z, here, peak, total, grad)
+            grad_hidden = weighted_rows(weight, here.offsets, here.columns, coefficient).to(hidden.dtype)
         if ctx.main_grad is not None or ctx.needs_input_grad[1]:
-            entries = (hidden, *here.by_column.entries(_coefficient(z, here.offsets, here.gold, peak, total, grad)))
+            entries = (hidden, *here.by_column.entries(_coefficient(z, here, peak, total, grad)))
             if ctx.main_grad is not None:
                 ops.restricted_bwd_dw(*entries, ctx.main_grad)
             elif ctx.sparse:
@@ -125,32 +135,51 @@ class _RestrictedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard, ops: Kernels) -> Tensor:
         z, stats = ops.restricted_logits_fwd(logits, here.offsets, here.columns, here.gold)
-        loss, peak, total = _combine(stats, shard)
-        ctx.save_for_backward(z, here.offsets, here.columns, here.gold, peak, total)
-        ctx.ops, ctx.shape, ctx.dtype = ops, logits.shape, logits.dtype
+        loss, peak, total = _combine(_aimed(stats, z, here), shard)
+        ctx.save_for_backward(z, peak, total)
+        ctx.here, ctx.ops, ctx.shape, ctx.dtype = here, ops, logits.shape, logits.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *entries, peak, total = ctx.saved_tensors
+        z, peak, total = ctx.saved_tensors
+        here = ctx.here
         grad_logits = _zeros(ctx.shape, ctx.dtype, grad.device)
-        ctx.ops.restricted_logits_bwd(*entries, torch.stack([peak, grad / total, grad]), grad_logits)
+        if here.targets is None:
+            scalars = torch.stack([peak, grad / total, grad])
+            ctx.ops.restricted_logits_bwd(z, here.offsets, here.columns, here.gold, scalars, grad_logits)
+        else:
+            values = _coefficient(z, here, peak, total, grad).to(grad_logits.dtype)
+            grad_logits[row_of(here.offsets, z.shape[0]), here.columns.long()] = values
         return grad_logits, None, None, None
 
 
+def _aimed(stats: Tensor, z: Tensor, here: LocalSets) -> Tensor:
+    """Local (max, sum exp, sum y z) [3, N] of (max, sum exp, gold logit): without targets they are the same."""
+    if here.targets is None:
+        return stats
+    rows = row_of(here.offsets, z.shape[0])
+    aimed = torch.zeros_like(stats[2]).index_add_(0, rows, z * here.targets.to(z.dtype))
+    return torch.stack([stats[0], stats[1], aimed])
+
+
 def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Local (max, sum exp, gold logit) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives:
-    MAX, then one SUM."""
-    top, total, gold = stats
+    """Local (max, sum exp, sum y z) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives: MAX,
+    then one SUM."""
+    top, total, aimed = stats
     peak = shard.max_(top.clone())
-    total, gold = shard.sum_(torch.stack([total * (top - peak).exp(), gold]))
-    return total.log() + (peak - gold), peak, total
+    total, aimed = shard.sum_(torch.stack([total * (top - peak).exp(), aimed]))
+    return total.log() + (peak - aimed), peak, total
 
 
-def _coefficient(z: Tensor, offsets: Tensor, gold: Tensor, peak: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, total: Tensor, grad: Tensor) -> Tensor:
     """dL/dz of the candidates here, [m]: (p~ - y) times the gradient of each position's loss."""
-    return set_gradient(z, offsets, gold, torch.stack([peak, grad / total, grad]))
+    scalars = torch.stack([peak, grad / total, grad])
+    if here.targets is None:
+        return set_gradient(z, here.offsets, here.gold, scalars)
+    share = set_gradient(z, here.offsets, torch.full_like(here.gold, -1), scalars)  # p~ alone
+    return share.sub_(here.targets.to(z.dtype) * grad[row_of(here.offsets, z.shape[0])])
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -126,23 +126,32 @@ class CandidateSets:
         _refuse((self.ids.diff() <= 0) & (row.diff() == 0), "ids after entry {at} do not ascend within their position")
         return self
 
-    def local(self, shard: VocabShard) -> LocalSets:
-        """The ids in `shard`, as columns of its weight.
+    def local(self, shard: VocabShard, *, targets: Tensor | None = None, weights: Tensor | None = None) -> LocalSets:
+        """The ids in `shard`, as columns of its weight; with the targets [nnz] of the ids and the weights [N] of the
+        positions, where the loss has them (see `LocalSets`).
 
-        Raises DataError for an id outside a shard that is the whole vocabulary.
+        Raises DataError for an id outside a shard that is the whole vocabulary, or targets or weights of another shape.
         """
+        for name, values, like in (("targets", targets, self.ids), ("weights", weights, self.gold_slot)):
+            if values is not None and values.shape != like.shape:
+                raise DataError(
+                    f"candidate sets: {name} has shape {tuple(values.shape)}, but there are {self.num_positions} "
+                    f"positions and {len(self.ids)} ids"
+                )
         columns = shard.columns(self.ids)
         mine = columns >= 0
         at = self.offsets[:-1] + self.gold_slot
         if bool(mine.all()):
-            return LocalSets(self.offsets, columns, at)
+            return LocalSets(self.offsets, columns, at, targets=targets, weights=weights)
         if shard.is_whole:
             bad = int(self.ids[~mine][0])
             raise DataError(
                 f"candidate id {bad} lies outside the vocabulary rows {shard.start}..{shard.stop} of the model"
             )
         before = torch.cat([mine.new_zeros(1, dtype=torch.int64), mine.cumsum(0)])
-        return LocalSets(before[self.offsets], columns[mine], torch.where(mine[at], before[at], -1))
+        kept = None if targets is None else targets[mine]
+        gold = torch.where(mine[at], before[at], -1)
+        return LocalSets(before[self.offsets], columns[mine], gold, targets=kept, weights=weights)
 
 
 def _refuse(bad: Tensor, message: str) -> None:

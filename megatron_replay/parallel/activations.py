@@ -1,8 +1,9 @@
-"""What a micro-batch holds in memory between its forward and its backward pass, as the layers and the head are built
-here; in bytes.
+"""Memory of a micro-batch between its forward and its backward pass, in bytes, as the layers are built here.
 
-T tokens of the micro-batch (a tensor rank's part of them under sequence parallelism, where norms and residuals are), N
-positions whose loss is computed, H hidden, V vocabulary rows here.
+The head's is that of its loss, see `parallel.losses`.
+
+T tokens of the micro-batch (under sequence parallelism, a tensor rank's part of them where norms and residuals are), N
+positions whose loss is computed, H hidden.
 """
 
 from __future__ import annotations
@@ -11,36 +12,34 @@ from dataclasses import dataclass
 
 from megatron_replay.config import Layout
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.ops.full import CHUNK_ROWS
 
 FLOAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """A micro-batch at its largest."""
+class LargestMicroBatch:
+    """Sizes that no micro-batch of a run exceeds."""
 
     tokens: int
     positions: int
-    """Whose loss is computed."""
+    """Those whose loss is computed."""
     candidates: int
     """Ids in the candidate sets of all of them."""
     micro_batches: int
-    """A step has of them on one replica."""
+    """How many a step has on one replica."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the layers keep of a micro-batch for the backward pass."""
+    """What a layer keeps of a micro-batch for the backward pass, in bytes."""
 
     kept: int
-    """By each layer."""
-    again: int
-    """More of one layer at a time, where that is computed again."""
+    recomputed: int
+    """Extra bytes of the layer that is being recomputed; there is one at a time."""
 
 
 def tokens_here(layout: Layout, tokens: int) -> int:
-    """Of a micro-batch's tokens those whose norms and residuals this rank has."""
+    """How many of a micro-batch's tokens have their norms and residuals on this rank."""
     return tokens // layout.tensor if layout.sequence_parallel else tokens
 
 
@@ -60,7 +59,7 @@ def layer(
     counted: int | None = None,
     norms_trained: bool = True,
 ) -> Layer:
-    """What autograd keeps of one layer and one micro-batch, with attention that keeps no matrix of scores.
+    """The memory that autograd keeps of one layer and one micro-batch, with attention that keeps no matrix of scores.
 
     The fused query, key and value stay whole, for the values are a view of them. The MLP keeps the fused gate and up
     projection, silu's output, the other half and their product. `counted`: of the last layer, behind whose attention
@@ -89,29 +88,6 @@ def layer(
     return Layer(whole - core, core) if layout.recompute == "selective" else Layer(whole, 0)
 
 
-def restricted_head(spec: ModelSpec, load: Load, itemsize: int) -> int:
-    """Restricted loss, forward and backward, its gradient of the weight added in place: nothing here grows with V."""
-    exact = max(itemsize, FLOAT)
-    rounded = itemsize if itemsize < exact else 0
-    return _states(spec, load, itemsize) + load.positions * spec.hidden_size * (exact + rounded) + 40 * load.candidates
-
-
-def full_head(spec: ModelSpec, load: Load, itemsize: int, rows_here: int, *, trained: bool, cpu: bool) -> int:
-    """Full loss, forward and backward: a chunk of logits, and the gradient of the weight where that is trained;
-    `rows_here` is V."""
-    exact = max(itemsize, FLOAT)
-    low = itemsize if itemsize < exact else 0
-    chunk, weight = min(load.positions, CHUNK_ROWS) * rows_here, rows_here * spec.hidden_size
-    before = chunk * itemsize if load.positions > CHUNK_ROWS else 0  # is there until the next one is made
-    logits = chunk * (exact + low) + before
-    states = _states(spec, load, itemsize) + load.positions * spec.hidden_size * itemsize
-    if not trained:
-        return states + logits
-    # in bf16 a chunk's product is made, and on the cpu cast, before it is added
-    product = chunk * itemsize + weight * (low + (exact if low and cpu else 0))
-    return states + weight * exact + max(logits, product)
-
-
-def _states(spec: ModelSpec, load: Load, itemsize: int) -> int:
-    """Hidden states of the positions, and the gradient of all tokens'."""
-    return (load.positions + load.tokens) * spec.hidden_size * itemsize
+def head_states(spec: ModelSpec, largest: LargestMicroBatch, itemsize: int) -> int:
+    """Hidden states of the positions at the head, and the gradient of all tokens' hidden states."""
+    return (largest.positions + largest.tokens) * spec.hidden_size * itemsize

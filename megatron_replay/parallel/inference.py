@@ -1,4 +1,4 @@
-"""What evaluation asks of a sharded model: log-probabilities of given tokens, and greedy continuations.
+"""Evaluation of a sharded model: log-probabilities of given tokens, and greedy continuations.
 
 Sequences are dealt out over the data-parallel replicas; every rank gets every result.
 """
@@ -17,7 +17,6 @@ from megatron_replay.data import prefixes
 from megatron_replay.ops import VocabShard, linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches, row_length
 from megatron_replay.parallel.mcore.attention import Cache
-from megatron_replay.parallel.mcore.head import Task
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks.world import World
@@ -38,31 +37,27 @@ def token_nll(
 ) -> list[np.ndarray]:
     """Negative log-likelihood (nats, fp32) of the token after each of the given positions of each sequence.
 
-    vocab_size: real vocabulary; row_tokens: sequences are laid together up to this many tokens a forward pass; share:
-    those that begin alike as a tree.
+    vocab_size: the real vocabulary. row_tokens: sequences are laid together up to this many tokens a forward pass.
+    share: lay those that begin alike as a tree.
     """
     world = model.world
     shard = vocab_shard(model)
-    found: dict[int, np.ndarray] = {}
 
-    def task_of(batch: MicroBatch) -> Task:
-        return lambda hidden, weight: linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
+    def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
 
-    def consume(batch: MicroBatch, out: Tensor) -> None:
-        values = out.float().cpu().numpy()
-        for index, part in zip(batch.notes["index"], np.split(values, batch.notes["cuts"]), strict=True):
-            found[index] = part
-
-    for rows in in_groups(deal(sequences, row_tokens, world, share=share), 2 * world.pipeline_size):
+    dealt = deal(sequences, row_tokens, world, share=share)
+    values: list[np.ndarray] = []
+    for rows in in_groups(dealt, 2 * world.pipeline_size):
         ids, wanted = ([[some[i] for i in row] for row in rows] for some in (sequences, positions))
-        notes = [
-            {"index": row, "cuts": np.cumsum([len(at) for at in some])[:-1]}
-            for row, some in zip(rows, wanted, strict=True)
-        ]
-        batches = micro_batches(ids, wanted, notes, world.torch_device, multiple=world.tensor_size, share=share)
-        forward(model, batches, task_of, consume=consume)
+        batches = micro_batches(ids, wanted, world.torch_device, multiple=world.tensor_size, share=share)
+        forward(model, batches, task, consume=lambda _, out: values.append(out.float().cpu().numpy()))
         if progress is not None:
             progress(sum(len(row) for row in rows) * world.data_size)
+    found: dict[int, np.ndarray] = {}
+    for row, out in zip(dealt, values, strict=model.head is not None):  # before the last stage there are no values
+        cuts = np.cumsum([len(positions[i]) for i in row])[:-1]
+        found.update(zip(row, np.split(out, cuts), strict=True))
     everyone: dict[int, np.ndarray] = {}
     for part in world.gather_objects(found if world.speaks else {}):
         everyone.update(part)
@@ -129,15 +124,15 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
     batch = flatten([i[:-1] for i in ids], [np.zeros(0, dtype=np.int64)] * len(ids), length, world.torch_device)
     ends = batch.segments[:, :2].sum(1) - 1
     starts = torch.repeat_interleave(cache.past[cache.rows], batch.segments[:, 1])
-    places = batch.places.clone()
-    places[0, : len(starts)] += starts.to(places.device)
-    batch = MicroBatch(batch.tokens, places, batch.segments, ends, batch.gold)
+    position_ids = batch.position_ids.clone()
+    position_ids[0, : len(starts)] += starts.to(position_ids.device)
+    batch = MicroBatch(batch.tokens, position_ids, batch.segments, ends, batch.gold)
     result = torch.zeros(len(feed), dtype=torch.int64, device=world.torch_device)
 
     def keep(_: MicroBatch, tokens: Tensor) -> None:
         result.copy_(tokens)
 
-    forward(model, [batch], lambda _: lambda h, w: _argmax(h, w, shard, vocab_size), consume=keep)
+    forward(model, [batch], lambda _, hidden, weight: _argmax(hidden, weight, shard, vocab_size), consume=keep)
     if world.pipeline_size > 1:
         dist.broadcast(result, src=dist.get_process_group_ranks(world.pipeline_group)[-1], group=world.pipeline_group)
     return [int(token) for token in result.tolist()]
@@ -157,9 +152,11 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
 
 
 def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share: bool) -> list[list[int]]:
-    """This replica's rows for a single pass over all sequences: every so-manieth of them, neighbours laid together up
-    to `row_tokens`; or, with `share`, a stretch of the sequences ordered by prefix, so that most of those that begin
-    alike meet in a row."""
+    """This replica's rows for a single pass over all sequences: every `data_size`-th of them, neighbours laid together
+    up to `row_tokens`.
+
+    share: instead a stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row.
+    """
     if not share:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)
     ordered = prefixes.forest(sequences).order(range(len(sequences)))

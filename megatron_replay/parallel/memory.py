@@ -1,10 +1,9 @@
-"""What a training run will hold at its peak, rank by rank, from the model's shape and the configuration alone: no
-tensor is made.
+"""The memory of a training run at its peak, rank by rank, from the model's shape and the configuration alone.
 
-What a rank holds all the time (weights, gradients, optimizer) is counted exactly. What comes and goes is counted for
-the moments at which a step is largest, and the largest of these is the peak. Activations are what autograd keeps of the
-layers as they are built here; the gradients that live for a moment inside a layer, and what a checkpoint takes while it
-is written, are estimates.
+No tensor is made. The part that a rank holds all the time (weights, gradients, optimizer) is counted exactly. The part
+that comes and goes is counted for the moments at which a step is largest, and the largest of these is the peak.
+Activations are those that autograd keeps of the layers as they are built here, and the loss says what the head takes.
+Two numbers are estimates: gradients that live for a moment inside a layer, and copies while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from megatron_replay.models.table import WeightTable
 from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight
 from megatron_replay.optim import HIDDEN, OPTIMIZERS, Muon, half
 from megatron_replay.parallel import activations
-from megatron_replay.parallel.activations import FLOAT, Load
+from megatron_replay.parallel.activations import FLOAT, LargestMicroBatch
+from megatron_replay.parallel.losses import LOSSES
 from megatron_replay.parallel.mcore.optimizer import kind_of
 from megatron_replay.parallel.ranks.matrix_exchange import BATCH
 
@@ -60,19 +60,24 @@ class Peak:
 
 
 def predict(
-    spec: ModelSpec, config: RunConfig, *, ranks: int, dtype: torch.dtype, device: Device, load: Load | None = None
+    spec: ModelSpec,
+    config: RunConfig,
+    *,
+    ranks: int,
+    dtype: torch.dtype,
+    device: Device,
+    largest: LargestMicroBatch | None = None,
 ) -> list[Peak]:
-    """The peak of each pipeline stage's ranks, in order, in a run of `ranks` ranks; without what the process itself
-    takes.
+    """The peak of each pipeline stage's ranks, in order, in a run of `ranks` ranks, without that of the bare process.
 
-    dtype: of the weights. device: decides what an exchange copies; it need not be here. load: the largest micro-batch
-    of the data; when None the largest that the configuration allows. Raises LayoutError when the layout does not divide
-    the model, ConfigError for an unknown optimizer.
+    dtype: of the weights. device: decides what an exchange copies; it need not be here. largest: sizes of the data's
+    micro-batches; when None the largest that the configuration allows. Raises LayoutError when the layout does not
+    divide the model, ConfigError for an unknown optimizer or loss.
     """
     layout = config.layout
     split = validate_layout(spec, layout)
     replicas = max(1, ranks // (layout.tensor * layout.pipeline))
-    run = _Run(spec, config, replicas, dtype, device, load or largest(config, ranks))
+    run = _Run(spec, config, replicas, dtype, device, largest or largest_allowed(config, ranks))
     starts = [sum(split[:stage]) for stage in range(len(split))]
     return [
         run.peak(stage, range(start, start + layers))
@@ -80,19 +85,19 @@ def predict(
     ]
 
 
-def largest(config: RunConfig, ranks: int) -> Load:
+def largest_allowed(config: RunConfig, ranks: int) -> LargestMicroBatch:
     """The largest micro-batch that a configuration allows, for where there are no data to look at."""
     tokens = config.data.seq_length * config.batch.micro
     chosen = config.train.store and config.collect.strategy in ("random", "bucket")
     positions = math.ceil(tokens * config.collect.fraction) if chosen else tokens
     candidates = positions * (config.collect.k_max + 1)
-    return Load(
+    return LargestMicroBatch(
         tokens=tokens, positions=positions, candidates=candidates, micro_batches=num_micro_batches(config, ranks)
     )
 
 
 def num_micro_batches(config: RunConfig, ranks: int) -> int:
-    """In a step of one replica."""
+    """Micro-batches in a step of one replica."""
     replicas = max(1, ranks // (config.layout.tensor * config.layout.pipeline))
     return max(1, config.batch.total // (config.batch.micro * replicas))
 
@@ -104,7 +109,7 @@ class _Run:
     replicas: int
     dtype: torch.dtype
     device: Device
-    load: Load
+    largest: LargestMicroBatch
 
     def peak(self, stage: int, layers: range) -> Peak:
         held = [weight for weight in self.table if self._here(weight, stage, layers)]
@@ -154,38 +159,38 @@ class _Run:
 
     def passes(self, stage: int, layers: int, moving: Iterable[Weight]) -> dict[str, dict[str, int]]:
         """The moments of the forward and backward passes, and what each adds to what is always held."""
-        spec, layout, load, size = self.spec, self.config.layout, self.load, self.dtype.itemsize
+        spec, layout, largest, size = self.spec, self.config.layout, self.largest, self.dtype.itemsize
         first, last = stage == 0, stage == layout.pipeline - 1
         names = {weight.name for weight in moving}
-        here = activations.tokens_here(layout, load.tokens)
+        here = activations.tokens_here(layout, largest.tokens)
         adapter = self.config.adapter
         plain = not adapter.rank
-        layer = activations.layer(spec, layout, load.tokens, size, norms_trained=plain)
-        counted = -(-max(load.positions, 1) // layout.tensor) * layout.tensor
+        layer = activations.layer(spec, layout, largest.tokens, size, norms_trained=plain)
+        counted = -(-max(largest.positions, 1) // layout.tensor) * layout.tensor
         end = (
-            activations.layer(spec, layout, load.tokens, size, counted=counted, norms_trained=plain) if last else layer
+            activations.layer(spec, layout, largest.tokens, size, counted=counted, norms_trained=plain)
+            if last
+            else layer
         )
         received = not first and size < FLOAT and layout.recompute != "full"  # else a layer keeps it
         edges = here * spec.hidden_size * size * (int(not last) + int(received))
-        low = len(adapter.targets) * load.tokens * adapter.rank * size
-        each = (layers - 1) * layer.kept + end.kept + layers * low + edges + load.tokens * spec.head_dim * FLOAT
-        flight = min(layout.pipeline - stage, load.micro_batches)
+        low = len(adapter.targets) * largest.tokens * adapter.rank * size
+        each = (layers - 1) * layer.kept + end.kept + layers * low + edges + largest.tokens * spec.head_dim * FLOAT
+        flight = min(layout.pipeline - stage, largest.micro_batches)
         rows = spec.padded_vocab() // layout.tensor
-        dense = self.config.train.loss == "full" and (EMBEDDING if spec.tied else OUTPUT) in names
+        loss = LOSSES.get(self.config.train.loss)
+        trained = (EMBEDDING if spec.tied else OUTPUT) in names
+        dense = loss.dense_gradient and trained
         # for the embedding's own gradient
         waiting = rows * spec.hidden_size * size if dense and spec.tied and first and last else 0
-        inside = (4 if plain else 8) * load.tokens * (spec.ffn_size // layout.tensor) * size
-        moments = {"backward": {"activations": flight * each, "head": waiting, "passing": layer.again + inside}}
+        inside = (4 if plain else 8) * largest.tokens * (spec.ffn_size // layout.tensor) * size
+        moments = {"backward": {"activations": flight * each, "head": waiting, "passing": layer.recomputed + inside}}
         if last:
-            loss = (
-                activations.restricted_head(spec, load, size)
-                if self.config.train.loss == "restricted"
-                else activations.full_head(spec, load, size, rows, trained=dense, cpu=self.device.name == "cpu")
-            )
+            cpu = self.device.name == "cpu"
             moments["head"] = {
                 "activations": flight * each
                 + activations.norm(spec, activations.tokens_here(layout, counted), size, trained=plain),
-                "head": loss,
+                "head": loss.head_bytes(spec, largest, size, rows=rows, trained=trained, cpu=cpu),
             }
         if first and EMBEDDING in names:
             gradient = rows * spec.hidden_size * size

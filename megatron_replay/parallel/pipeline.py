@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.batch import MicroBatch, Task
 from megatron_replay.parallel.mcore.attention import pack
-from megatron_replay.parallel.mcore.head import Task
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.timers import Timers
 
-TaskOf = Callable[[MicroBatch], Task]
-
 
 def forward(
-    model: Model, batches: Sequence[MicroBatch], task_of: TaskOf, *, consume: Callable[[MicroBatch, Tensor], None]
+    model: Model, batches: Sequence[MicroBatch], task: Task, *, consume: Callable[[MicroBatch, Tensor], None]
 ) -> None:
     """Forward only. On the last stage `consume(batch, task result [N, ...])` is called once a micro-batch, in order."""
     model.module.eval()
@@ -28,18 +25,23 @@ def forward(
         return torch.zeros((), device=out.device), {}
 
     with torch.no_grad():
-        _schedule(model, model.module, batches, task_of, finish, forward_only=True)
+        _schedule(model, model.module, batches, task, finish, forward_only=True)
 
 
 def forward_backward(
-    model: Model, wrapped: Any, batches: Sequence[MicroBatch], task_of: TaskOf, timers: Timers
+    model: Model, wrapped: Any, batches: Sequence[MicroBatch], task: Task, timers: Timers
 ) -> tuple[float, int]:
-    """Forward and backward of this replica's micro-batches; the task returns the losses [N]. Gradients end up in the
-    wrapped model's buffers, divided by the number of positions in the whole global batch. Returns (sum of losses,
-    positions) of this replica; zeros before the last stage.
+    """Forward and backward of this replica's micro-batches; the task returns the losses [N].
+
+    Gradients end up in the wrapped model's buffers, divided by the number of positions in the whole global batch.
+    Returns (sum of losses, positions) of this replica; zeros before the last stage.
     """
     wrapped.train()
     sums: list[tuple[Tensor, int]] = []
+
+    def timed(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        with timers.phase("head"):
+            return task(batch, hidden, weight)
 
     def finish(batch: MicroBatch, out: Tensor) -> Any:
         with timers.phase("loss"):
@@ -48,29 +50,21 @@ def forward_backward(
             count = torch.tensor(out.numel(), dtype=torch.int, device=out.device)
         return total, count, {}
 
-    _schedule(model, wrapped, batches, lambda batch: _timed(task_of(batch), timers), finish, forward_only=False)
+    _schedule(model, wrapped, batches, timed, finish, forward_only=False)
     return float(sum(float(total) for total, _ in sums)), sum(count for _, count in sums)
 
 
-def _timed(task: Task, timers: Timers) -> Task:
-    def timed(hidden: Tensor, weight: Tensor) -> Tensor:
-        with timers.phase("head"):
-            return task(hidden, weight)
-
-    return timed
-
-
 def _schedule(
-    model: Model, module: Any, batches: Sequence[MicroBatch], task_of: TaskOf, finish: Any, *, forward_only: bool
+    model: Model, module: Any, batches: Sequence[MicroBatch], task: Task, finish: Any, *, forward_only: bool
 ) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        model.module.rotary_pos_emb.positions = batch.places
+        model.module.rotary_pos_emb.positions = batch.position_ids
         if model.head is not None:
-            model.head.task, model.head.count = task_of(batch), len(batch.rows)
-        out = chunk(model.rows_of(batch.tokens), batch.places, pack(batch.segments, batch.rows))
+            model.head.task, model.head.batch = task, batch
+        out = chunk(model.rows_of(batch.tokens), batch.position_ids, pack(batch.segments, batch.rows))
         return out, lambda result: finish(batch, result[0])
 
     get_forward_backward_func()(

@@ -1,11 +1,13 @@
-"""The head's tasks of Stage 0: confidence of every target position, and the candidate sets of the chosen ones. Logits
-exist a chunk of rows at a time.
+"""The tasks of Stage 0: the confidence of every target position, and the candidate sets of the chosen ones.
+
+Logits exist for a chunk of rows at a time.
 
 N target positions of a micro-batch, n of them chosen.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_replay.ops import CandidateSets, VocabShard, linear_dynamic_topk, target_logprobs
-from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.batch import MicroBatch, Task
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
-from megatron_replay.parallel.pipeline import TaskOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,39 +39,32 @@ Chooser = Callable[[MicroBatch, np.ndarray], np.ndarray]
 """(batch, confidence [N]) -> chosen [N] bool."""
 
 
-def select_task(model: Model, rule: SetRule, choose: Chooser | None) -> TaskOf:
-    """Leaves the candidate sets in notes["sets"] and returns which of the batch's positions were chosen, [N] float (0
-    or 1).
+class Selection:
+    """The task of Stage 0: finds the candidate sets of each micro-batch, and keeps them until they are taken."""
 
-    choose: decides from the confidence; None: every position of the batch is wanted.
-    """
-    shard = vocab_shard(model)
+    def __init__(self, model: Model, rule: SetRule, choose: Chooser | None = None) -> None:
+        """choose: decides from the confidence which positions get a set; None: all of them."""
+        self.shard, self.rule, self.choose = vocab_shard(model), rule, choose
+        self._found: deque[CandidateSets] = deque()
 
-    def task_of(batch: MicroBatch) -> Task:
-        def task(hidden: Tensor, weight: Tensor) -> Tensor:
-            chosen = torch.ones(len(batch.gold), dtype=torch.bool, device=hidden.device)
-            if choose is not None:
-                picked = choose(batch, confidence(hidden, weight, batch.gold, shard, rule))
-                chosen = torch.from_numpy(picked).to(hidden.device)
-            batch.notes["sets"] = candidate_sets(hidden[chosen], weight, batch.gold[chosen], shard, rule)
-            return chosen.float()
+    def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Which of the batch's positions were chosen, [N] float (0 or 1)."""
+        chosen = torch.ones(len(batch.gold), dtype=torch.bool, device=hidden.device)
+        if self.choose is not None:
+            picked = self.choose(batch, confidence(hidden, weight, batch.gold, self.shard, self.rule))
+            chosen = torch.from_numpy(picked).to(hidden.device)
+        self._found.append(candidate_sets(hidden[chosen], weight, batch.gold[chosen], self.shard, self.rule))
+        return chosen.float()
 
-        return task
+    def take(self) -> CandidateSets:
+        """The sets of the oldest micro-batch whose sets were not taken yet: `pipeline.forward` consumes in order."""
+        return self._found.popleft()
 
-    return task_of
 
-
-def confidence_task(model: Model, rule: SetRule) -> TaskOf:
+def confidence_task(model: Model, rule: SetRule) -> Task:
     """p(gold) of every position of the batch, [N]."""
     shard = vocab_shard(model)
-
-    def task_of(batch: MicroBatch) -> Task:
-        def task(hidden: Tensor, weight: Tensor) -> Tensor:
-            return torch.from_numpy(confidence(hidden, weight, batch.gold, shard, rule))
-
-        return task
-
-    return task_of
+    return lambda batch, hidden, weight: torch.from_numpy(confidence(hidden, weight, batch.gold, shard, rule))
 
 
 def confidence(hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, rule: SetRule) -> np.ndarray:

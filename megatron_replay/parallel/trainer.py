@@ -10,10 +10,10 @@ import torch
 
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.optim import ReplayOptimizer
-from megatron_replay.parallel.batch import MicroBatch
+from megatron_replay.parallel.batch import MicroBatch, Task
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.mcore.optimizer import set_rates, wrap
-from megatron_replay.parallel.pipeline import TaskOf, forward_backward
+from megatron_replay.parallel.pipeline import forward_backward
 from megatron_replay.parallel.timers import PHASES, Timers
 
 
@@ -30,7 +30,7 @@ class StepResult:
     """False: the gradient was not finite and nothing was changed."""
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
-    """Of each phase (`timers.PHASES`) there was, on the rank where it took longest."""
+    """Of each phase (`timers.PHASES`) of the step, on the rank where it took longest."""
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Trainer:
     weight_decay: float
     timers: Timers
 
-    def step(self, batches: Sequence[MicroBatch], task_of: TaskOf, lr: float) -> StepResult:
-        """One update from this replica's micro-batches."""
+    def step(self, batches: Sequence[MicroBatch], task: Task, lr: float) -> StepResult:
+        """One update from this replica's micro-batches; the task returns the losses [N] of each."""
         with self.timers.phase("optimizer"):
             self.wrapped.zero_grad_buffer()
             self.outer.zero_grad()
-        loss, positions = forward_backward(self.model, self.wrapped, batches, task_of, self.timers)
+        loss, positions = forward_backward(self.model, self.wrapped, batches, task, self.timers)
         with self.timers.phase("optimizer"):
             set_rates(self.inner, lr, self.weight_decay)
             self.outer.step()

@@ -103,9 +103,7 @@ def _logits(pair: Pair, alone: World, layout: Layout, batch: MicroBatch, fill: C
     for _, _, parameter in model.parameters():
         parameter.copy_(parameter.to(pair.dtype))
     found: list[Tensor] = []
-    forward(
-        model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
-    )
+    forward(model, [batch], lambda _, hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out))
     return found[0][:, : pair.table.spec.vocab_size]
 
 

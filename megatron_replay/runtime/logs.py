@@ -1,5 +1,7 @@
-"""What a training run says: Megatron's console line, metrics.jsonl, TensorBoard, and the resolved configuration beside
-them. Main rank only."""
+"""The logs of a training run: Megatron's console line, metrics.jsonl, TensorBoard, and the resolved configuration.
+
+The main rank writes them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from megatron_replay.runtime.session import Session
 class Logs:
     """Use as a context; call `step` after each iteration."""
 
-    def __init__(self, session: Session, steps: int) -> None:
-        self.session, self.steps = session, steps
+    def __init__(self, session: Session, steps: int, loss_name: str) -> None:
+        self.session, self.steps, self.loss_name = session, steps, loss_name
         self.folder = Path(session.config.output)
         self.file: Any = None
         self.board: Any = None
@@ -49,15 +51,13 @@ class Logs:
     def step(
         self, iteration: int, result: StepResult, lr: float, seconds: float, batches: Sequence[MicroBatch], skipped: int
     ) -> None:
-        """Every rank calls it (the tokens of all replicas are added up; the shared ones were not computed again); the
-        main rank writes."""
-        tokens, shared = self.session.world.total(
-            *(sum(batch.notes[key] for batch in batches) for key in ("tokens", "shared"))
-        )
+        """Every rank calls it, since the tokens of all replicas are added up; the main rank writes."""
+        here = sum(len(sample) for batch in batches for sample in batch.samples)
+        tokens, shared = self.session.world.total(here, sum(batch.shared for batch in batches))
         if not self.session.world.is_main:
             return
         values = {
-            "lm loss": result.loss,
+            self.loss_name: result.loss,
             "grad-norm": result.grad_norm,
             "learning-rate": lr,
             "iteration-time": seconds,
@@ -87,10 +87,9 @@ class Logs:
             f" {name.split('/')[-1].replace('_', ' ')}: {value:.3f} |" for name, value in result.metrics.items()
         )
         return (
-            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} | consumed samples: "
-            f"{iteration * batch:12d} |"
-            f" elapsed time per iteration (ms): {seconds * 1000:.1f} | learning rate: {lr:.6E} | global batch size: "
-            f"{batch:5d} |"
-            f" lm loss: {result.loss:.6E} | loss scale: 1.0 | grad norm: {result.grad_norm:.3f} |"
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} |"
+            f" consumed samples: {iteration * batch:12d} | elapsed time per iteration (ms): {seconds * 1000:.1f} |"
+            f" learning rate: {lr:.6E} | global batch size: {batch:5d} |"
+            f" {self.loss_name}: {result.loss:.6E} | loss scale: 1.0 | grad norm: {result.grad_norm:.3f} |"
             f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |{ours}"
         )

@@ -1,4 +1,4 @@
-"""What `train --dry-run` says of memory: the predicted peak of a rank of each pipeline stage, by what it is for."""
+"""The memory table of `train --dry-run`: the predicted peak of a rank of each pipeline stage, by what it is for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_replay.parallel.activations import Load
+from megatron_replay.parallel.activations import LargestMicroBatch
 from megatron_replay.parallel.memory import Peak, predict
 from megatron_replay.runtime.session import Session
 
@@ -16,17 +16,17 @@ LOADED = 20_000_000
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "passing", "base", "total")
 
 
-def predicted(session: Session, load: Load) -> list[Peak]:
-    """The peaks of this run, and on the cpu what its processes take without a model. Every rank must call it."""
+def predicted(session: Session, largest: LargestMicroBatch) -> list[Peak]:
+    """The peaks of this run; on the cpu with the memory of its processes without a model. Every rank must call it."""
     config, world = session.config, session.world
     config = replace(config, layout=session.model.layout)
     peaks = predict(
-        session.model.spec, config, ranks=world.size, dtype=session.model.dtype, device=world.device, load=load
+        session.model.spec, config, ranks=world.size, dtype=session.model.dtype, device=world.device, largest=largest
     )
     held = sum(parameter.nbytes for parameter in session.model.module.parameters())
     base = world.device.held_memory() - held + LOADED if world.device.name == "cpu" else 0
-    told = torch.stack(world.gather(torch.tensor([world.pipeline_rank, base])))
-    return [replace(peak, base=int(told[told[:, 0] == peak.stage, 1].max())) for peak in peaks]
+    bases = torch.stack(world.gather(torch.tensor([world.pipeline_rank, base])))
+    return [replace(peak, base=int(bases[bases[:, 0] == peak.stage, 1].max())) for peak in peaks]
 
 
 def lines(peaks: Sequence[Peak]) -> list[str]:

@@ -24,10 +24,10 @@ from megatron_replay.data.samples import Sample, fingerprint, load_samples, uniq
 from megatron_replay.errors import ConfigError
 from megatron_replay.ops import BucketRule, CandidateSets, bucket_counts, bucket_edges, position_uniform
 from megatron_replay.ops.positions import bucket_of
-from megatron_replay.parallel.batch import MicroBatch, micro_batches
+from megatron_replay.parallel.batch import MicroBatch, Task, micro_batches
 from megatron_replay.parallel.inference import deal, in_groups
-from megatron_replay.parallel.pipeline import TaskOf, forward
-from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
+from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.selection import Chooser, Selection, SetRule, confidence_task
 from megatron_replay.runtime.identity import model_fingerprint
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.store import (
@@ -120,10 +120,8 @@ class Collection:
             else None
         )
 
-        def keep(batch: MicroBatch, _: Tensor) -> None:
-            found.append(batch.notes["sets"])
-
-        self._run(self._rows(picked), self._wanted, select_task(session.model, self.rule, choose), keep)
+        selection = Selection(session.model, self.rule, choose)
+        self._run(self._rows(picked), self._wanted, selection, lambda *_: found.append(selection.take()))
         seconds = time.perf_counter() - began
         ids, positions = session.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
         share = sum(map(len, self.samples)) / sum(map(len, picked))
@@ -202,7 +200,7 @@ class Collection:
 
             def keep(batch: MicroBatch, out: Tensor) -> None:
                 values.append(out.cpu().double().numpy())
-                advance(sum(map(len, batch.notes["samples"])) * world.data_size)
+                advance(sum(map(len, batch.samples)) * world.data_size)
 
             self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.session.model, self.rule), keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
@@ -233,37 +231,38 @@ class Collection:
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
+        selection = Selection(self.session.model, self.rule, choose)
         with self.session.progress(
             "collect", sum(len(s) for row in todo for s in row) * self.session.world.data_size, "tokens"
         ) as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
                 if writer is not None:
-                    for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, batch.notes.pop("sets")):
+                    for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, selection.take()):
                         if sample.uid not in done:
                             writer.add(sample.uid, sets)
-                advance(sum(map(len, batch.notes["samples"])) * self.session.world.data_size)
+                advance(sum(map(len, batch.samples)) * self.session.world.data_size)
 
-            self._run(todo, self._wanted, select_task(self.session.model, self.rule, choose), keep)
+            self._run(todo, self._wanted, selection, keep)
         return time.perf_counter() - began
 
     def _run(
         self,
         rows: Sequence[list[Sample]],
         wanted: Callable[[Sample], np.ndarray],
-        task_of: TaskOf,
+        task: Task,
         consume: Callable[[MicroBatch, Tensor], None],
     ) -> None:
         """Forward the rows, a few in flight at a time."""
         world = self.session.world
         for some in in_groups(rows, 2 * world.pipeline_size):
             positions = [[wanted(s) for s in row] for row in some]
-            notes = [{"samples": row, "positions": at} for row, at in zip(some, positions, strict=True)]
             ids = [[s.ids for s in row] for row in some]
             share = self.session.config.data.share_prefixes
-            batches = micro_batches(ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share)
-            self.shared += sum(batch.notes["shared"] for batch in batches)
-            forward(self.session.model, batches, task_of, consume=consume)
+            batches = micro_batches(ids, positions, world.torch_device, multiple=world.tensor_size, share=share)
+            batches = [dataclasses.replace(batch, samples=row) for batch, row in zip(batches, some, strict=True)]
+            self.shared += sum(batch.shared for batch in batches)
+            forward(self.session.model, batches, task, consume=consume)
 
 
 def _bucket_chooser(rule: BucketRule) -> Chooser:
@@ -271,7 +270,7 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
     rates = np.asarray(rule.rates)
 
     def choose(batch: MicroBatch, confidence: np.ndarray) -> np.ndarray:
-        pairs = zip(batch.notes["samples"], batch.notes["positions"], strict=True)
+        pairs = zip(batch.samples, batch.positions, strict=True)
         uniform = np.concatenate([position_uniform(rule.seed, sample.uid, positions) for sample, positions in pairs])
         return uniform < rates[bucket_of(confidence, rule.edges)]
 
@@ -287,7 +286,7 @@ def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> l
     # the writer keeps them if the store does, and tells from them which gold tokens were appended
     logits = sets.logits.cpu().numpy()
     found, begin_row, begin_flag = [], 0, 0
-    for sample, positions in zip(batch.notes["samples"], batch.notes["positions"], strict=True):
+    for sample, positions in zip(batch.samples, batch.positions, strict=True):
         picked = positions[chosen[begin_flag : begin_flag + len(positions)]]
         rows = slice(begin_row, begin_row + len(picked))
         span = slice(int(offsets[rows.start]), int(offsets[rows.stop]))

@@ -1,5 +1,4 @@
-"""Stage 1: fine-tune with the loss restricted to the stored candidate sets, or (`train.loss=full`) with ordinary
-cross-entropy at the same positions."""
+"""Stage 1: fine-tune with a loss of `parallel.losses`: the one restricted to the stored candidate sets, or another."""
 
 from __future__ import annotations
 
@@ -7,61 +6,57 @@ import dataclasses
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from megatron_replay.config import RunConfig
-from megatron_replay.data.packing import Grouping, Stream, rank_micro_batches
-from megatron_replay.data.samples import Sample, load_samples
+from megatron_replay.data.samples import load_samples
 from megatron_replay.device import launcher_ranks
-from megatron_replay.errors import ConfigError, DataError, LayoutError, ReplayError
+from megatron_replay.errors import ConfigError, LayoutError, ReplayError
 from megatron_replay.formats.torch_dist import is_checkpoint
-from megatron_replay.optim import learning_rate
-from megatron_replay.parallel.activations import Load
-from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source
-from megatron_replay.parallel.losses import full_task, imbalance, restricted_task, sets_of
+from megatron_replay.parallel.losses import LOSSES, Loss
 from megatron_replay.parallel.mcore.lora_layers import attach
 from megatron_replay.parallel.mcore.optimizer import foreign_options
-from megatron_replay.parallel.memory import num_micro_batches
-from megatron_replay.parallel.pipeline import TaskOf
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
 from megatron_replay.runtime import memory_table as memory
 from megatron_replay.runtime.ahead import ahead
+from megatron_replay.runtime.feed import Feed
 from megatron_replay.runtime.identity import check_store
 from megatron_replay.runtime.logs import Logs
 from megatron_replay.runtime.output_paths import check_folder
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.signals import StopRequest
 from megatron_replay.runtime.trace import Trace
-from megatron_replay.store import CandidateStore
 
 
 def run(config: RunConfig, *, dry_run: bool = False) -> int:
     """Train and save; returns the exit code (0, or 128 + n when signal n stopped it after saving)."""
-    _check(config)
+    kind = LOSSES.get(config.train.loss)
+    _check(config, kind)
     with open_session(config, seq_length=config.data.seq_length) as session:
         samples = load_samples(config.data, session.tokenizer, template=session.template)
         store = check_store(session, config.train.store, samples) if config.train.store else None
-        feed = Feed(session, samples, store)
-        feed.rate(0)  # a schedule that cannot be is told before anything is built
+        if store is not None:
+            _check_logits(config, kind, store.manifest.logits)
+        loss = kind(session.model, session.vocab_size, config.kernels)
+        feed = Feed(session, samples, store, loss)
+        feed.rate(0)  # a schedule that cannot be is refused before anything is built
         if dry_run:
             session.say(feed.describe())
-            for name, value in _balance(session, feed.micro_batches(0)).items():
+            for name, value in loss.metrics(feed.micro_batches(0)).items():
                 session.say(f"{name} {value:.3f} in the first step")
             session.say("\n".join(memory.lines(memory.predicted(session, feed.largest()))))
             return 0
         return _loop(session, feed)
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, kind: type[Loss]) -> None:
     train = config.train
-    if train.loss == "restricted" and not train.store:
+    if kind.needs_sets and not train.store:
+        others = " or ".join(f"train.loss={name}" for name in LOSSES if not LOSSES.get(name).needs_sets)
         raise ConfigError(
-            "train.loss=restricted needs the candidate store of `collect`: train.store=PATH (or train.loss=full)"
+            f"train.loss={train.loss} needs the candidate store of `collect`: train.store=PATH (or {others})"
         )
     check_folder(config.output, "output")
     if train.save:
@@ -72,9 +67,15 @@ def _check(config: RunConfig) -> None:
     if config.batch.total % (config.batch.micro * replicas):
         raise LayoutError(
             f"batch.total={config.batch.total} rows cannot be dealt to {replicas} data-parallel replicas in "
-            "micro-batches of "
-            f"{config.batch.micro}; "
-            f"make it a multiple of {config.batch.micro * replicas}"
+            f"micro-batches of {config.batch.micro}; make it a multiple of {config.batch.micro * replicas}"
+        )
+
+
+def _check_logits(config: RunConfig, kind: type[Loss], logits: str) -> None:
+    if kind.needs_logits and logits == "none":
+        raise ConfigError(
+            f"train.loss={config.train.loss} needs the base model's logits, and {config.train.store} was collected "
+            "without them; collect again with collect.logits=fp16 (or bf16)"
         )
 
 
@@ -90,104 +91,9 @@ def _check_adapter(config: RunConfig) -> None:
             )
 
 
-@dataclass
-class Feed:
-    """Step -> this replica's micro-batches; a pure function of the step, so a resumed run needs only the step's
-    number."""
-
-    session: Session
-    samples: list[Sample]
-    store: CandidateStore | None
-
-    def __post_init__(self) -> None:
-        data, batch = self.session.config.data, self.session.config.batch
-        found = len(self.samples)
-        self.samples = [sample for sample in self.samples if _count(self.store, sample)]
-        self.left_out = found - len(self.samples)
-        if not self.samples:
-            raise DataError(
-                f"none of the {found} samples has a position to train on; check data.path and how the store was "
-                "collected"
-            )
-        lengths = [len(sample) for sample in self.samples]
-        grouping = Grouping([sample.ids for sample in self.samples], data.seq_length) if data.group_prefixes else None
-        self.stream = Stream(
-            lengths, self.session.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping
-        )
-
-    @cached_property
-    def steps(self) -> int:
-        train = self.session.config.train
-        return train.iters or self.stream.num_steps(train.epochs)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step; raises ConfigError for a schedule that does not fit the number of steps."""
-        schedule, peak = self.session.config.schedule, self.session.config.optimizer.lr
-        return learning_rate(
-            step,
-            peak=peak,
-            minimum=min(schedule.min_lr, peak),
-            warmup=schedule.warmup_iters,
-            total=self.steps,
-            style=schedule.style,
-        )
-
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        world = self.session.world
-        rows = self.stream.batch(step)
-        mine = [
-            [i for row in micro for i in row]
-            for micro in rank_micro_batches(rows, world.data_rank, world.data_size, self.session.config.batch.micro)
-        ]
-        chosen = [[self.samples[i] for i in micro] for micro in mine]
-        stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
-        positions = [[s.positions for s in some] for some in (stored or chosen)]
-        notes: list[dict[str, Any]] = [{"tokens": sum(map(len, some))} for some in chosen]
-        if stored is not None and self.session.model.head is not None:
-            for noted, some in zip(notes, stored, strict=True):
-                noted["sets"] = sets_of(self.session.model, some)
-        ids = [[s.ids for s in some] for some in chosen]
-        share_prefixes = self.session.config.data.share_prefixes
-        return micro_batches(
-            ids, positions, notes, world.torch_device, multiple=world.tensor_size, share=share_prefixes
-        )
-
-    def largest(self) -> Load:
-        """What no micro-batch of the first epoch exceeds."""
-        config, world = self.session.config, self.session.world
-        rows = self.stream.rows(0)
-        tokens = max(sum(len(self.samples[i]) for i in row) for row in rows) * config.batch.micro
-        positions = max(sum(_count(self.store, self.samples[i]) for i in row) for row in rows) * config.batch.micro
-        counts = self.store.manifest.counts if self.store else {}
-        candidates = math.ceil(positions * counts["ids"] / max(1, counts["positions"])) if counts else 0
-        # shared ones count once
-        length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)
-        return Load(
-            tokens=length,
-            positions=positions,
-            candidates=candidates,
-            micro_batches=num_micro_batches(config, world.size),
-        )
-
-    def describe(self) -> str:
-        positions = sum(_count(self.store, sample) for sample in self.samples)
-        rows = len(self.stream.rows(0))
-        return (
-            f"{len(self.samples)} samples in {rows} rows of up to {self.session.config.data.seq_length} tokens, "
-            f"{positions} positions an "
-            f"epoch; "
-            f"{self.steps} steps of {self.session.config.batch.total} rows"
-            + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
-        )
-
-
-def _count(store: CandidateStore | None, sample: Sample) -> int:
-    return len(sample.positions) if store is None else store.num_positions(sample.uid)
-
-
 def _loop(session: Session, feed: Feed) -> int:
     config = session.config
-    _narrow(session)
+    _freeze(session)
     trainer = make_trainer(session.model, config.optimizer, config.kernels)
     for option, owner in foreign_options(config.optimizer).items():
         session.say(f"optimizer.{option} is an option of {owner}, not of {config.optimizer.name}: left out")
@@ -196,8 +102,8 @@ def _loop(session: Session, feed: Feed) -> int:
         first = int(checkpoint.load(Path(config.train.load), trainer)["iteration"])
         session.say(f"resumed from {config.train.load} at iteration {first}")
     session.say(feed.describe())
-    task_of = _task(session)
-    logs = Logs(session, feed.steps)
+    loss = feed.loss
+    logs = Logs(session, feed.steps, loss.log_name)
     failures = 0
     feeding = ahead(feed.micro_batches, first, feed.steps)
     with (
@@ -212,8 +118,8 @@ def _loop(session: Session, feed: Feed) -> int:
             with trainer.timers.phase("data"):  # the wait for it
                 batches = next(feeding)
             lr = feed.rate(step)
-            result = trainer.step(batches, task_of, lr)
-            result = dataclasses.replace(result, metrics={**result.metrics, **_balance(session, batches)})
+            result = trainer.step(batches, loss, lr)
+            result = dataclasses.replace(result, metrics={**result.metrics, **loss.metrics(batches)})
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)
             _stop_if_broken(result, failures, config.train.max_skipped, step + 1)
@@ -230,8 +136,8 @@ def _loop(session: Session, feed: Feed) -> int:
     return 0
 
 
-def _narrow(session: Session) -> None:
-    """Freeze what the configuration does not want trained, and say what is left."""
+def _freeze(session: Session) -> None:
+    """Freeze the tensors that the configuration does not want trained, and say how many are left."""
     config, model = session.config, session.model
     if config.adapter.rank:
         attach(model, config.adapter, config.seed)
@@ -246,22 +152,8 @@ def _narrow(session: Session) -> None:
     total, still = (sum(math.prod(shape) for weight in some for shape in weight.hf_shapes) for some in (table, frozen))
     session.say(
         f"{what}: {len(frozen)} of {len(table)} tensors ({still / 1e6:.3g} of {total / 1e6:.3g} million parameters) "
-        "are frozen, "
-        f"{(total - still) / 1e6:.3g} million are trained"
+        f"are frozen, {(total - still) / 1e6:.3g} million are trained"
     )
-
-
-def _task(session: Session) -> TaskOf:
-    if session.config.train.loss == "restricted":
-        return restricted_task(session.model, session.config.kernels)
-    return full_task(session.model, session.vocab_size)
-
-
-def _balance(session: Session, batches: list[MicroBatch]) -> dict[str, float]:
-    """How evenly the step's candidate ids lie on the tensor ranks, where that matters. Collective."""
-    if session.world.tensor_size == 1 or session.config.train.loss != "restricted":
-        return {}
-    return {"replay/tp_imbalance": imbalance(session.model, batches)}
 
 
 def _save(session: Session, trainer: Trainer, iteration: int) -> None:
@@ -281,7 +173,7 @@ def _save(session: Session, trainer: Trainer, iteration: int) -> None:
 def _stop_if_broken(result: StepResult, failures: int, limit: int, iteration: int) -> None:
     if failures >= limit:
         raise ReplayError(
-            f"iteration {iteration}: the gradient was not finite for {failures} steps in a row (norm "
-            f"{result.grad_norm}); "
-            "lower optimizer.lr, or look at the data of these steps; the last checkpoint is intact"
+            f"iteration {iteration}: the gradient was not finite for {failures} steps in a row "
+            f"(norm {result.grad_norm}); lower optimizer.lr, or look at the data of these steps; "
+            "the last checkpoint is intact"
         )

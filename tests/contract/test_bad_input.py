@@ -92,6 +92,8 @@ def test_data_that_is_missing_or_too_long(bench: Bench) -> None:
         (["train", "train.loss=full", "schedule.warmup_iters=50"], "warm-up must be shorter than the run, got 50 of"),
         (["train", "optimizer.name=moclp"], "unknown optimizer 'moclp'; did you mean 'moclip'?"),
         (["train", "train.store="], "train.loss=restricted needs the candidate store of `collect`: train.store=PATH"),
+        (["train", "train.loss=fulll"], "unknown train.loss 'fulll'; did you mean 'full'?"),
+        (["train", "train.loss=mse"], "unknown train.loss 'mse'; known: "),
         (
             ["train", "data.template=none.jinja"],
             "data.template=none.jinja: cannot be read (No such file or directory); give auto, plain",

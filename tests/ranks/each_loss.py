@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_replay.ops import (
     CandidateSets,
+    LocalSets,
     VocabShard,
     linear_cross_entropy,
     restricted_cross_entropy,
@@ -20,7 +21,7 @@ NAMES = ("restricted", "logits", "logits, plain torch", "full")
 def each_loss(
     hidden: Tensor,
     weight: Tensor,
-    sets: CandidateSets,
+    sets: CandidateSets | LocalSets,
     gold: Tensor,
     shard: VocabShard,
     scale: Tensor,

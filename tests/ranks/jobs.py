@@ -20,10 +20,9 @@ from megatron_replay.device import CPU
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight, restripe, unshard
 from megatron_replay.ops import CandidateSets
-from megatron_replay.parallel.batch import MicroBatch, flatten, row_length
-from megatron_replay.parallel.losses import full_task, restricted_task
-from megatron_replay.parallel.mcore.model import Model, build, load_hf
-from megatron_replay.parallel.pipeline import TaskOf
+from megatron_replay.parallel.batch import MicroBatch, Task, flatten, row_length
+from megatron_replay.parallel.losses import LOSSES, Loss
+from megatron_replay.parallel.mcore.model import Model, build, load_hf, vocab_shard
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.trainer import StepResult, Trainer, make_trainer
 
@@ -108,7 +107,7 @@ def batch_of(model: Model, step: int, micro: int) -> list[MicroBatch]:
     mine = rows[ours.data_rank * each : (ours.data_rank + 1) * each]
     parts = [mine[i : i + micro] for i in range(0, each, micro)]
     length = row_length([sum(len(ids) for row in part for ids in row[0]) for part in parts], ours.tensor_size)
-    return [_flatten(part, length, ours.torch_device) for part in parts]
+    return [_flatten(part, length, model) for part in parts]
 
 
 def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -117,12 +116,11 @@ def _row(step: int, index: int, vocab: int) -> tuple[list[np.ndarray], list[np.n
     return ids, [np.arange(2, len(sample) - 1) for sample in ids]
 
 
-def _flatten(
-    rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, device: torch.device
-) -> MicroBatch:
+def _flatten(rows: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int, model: Model) -> MicroBatch:
     samples = [(ids, chosen) for row in rows for ids, chosen in zip(*row, strict=True)]
+    batch = flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, model.world.torch_device)
     sets = CandidateSets.cat([candidates(ids, chosen) for ids, chosen in samples])
-    return flatten([ids for ids, _ in samples], [chosen for _, chosen in samples], length, device, {"sets": sets})
+    return dataclasses.replace(batch, sets=sets.local(vocab_shard(model)))
 
 
 def candidates(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
@@ -132,8 +130,8 @@ def candidates(ids: np.ndarray, chosen: np.ndarray) -> CandidateSets:
     return CandidateSets.from_lists([[target, *row] for target, row in zip(gold, others, strict=True)], gold)
 
 
-def task(model: Model, loss: str, kernels: str = "auto") -> TaskOf:
-    return restricted_task(model, kernels) if loss == "restricted" else full_task(model, model.spec.vocab_size)
+def task(model: Model, loss: str, kernels: str = "auto") -> Loss:
+    return LOSSES.get(loss)(model, model.spec.vocab_size, kernels)
 
 
 def train(job: Job) -> Outcome:
@@ -142,12 +140,12 @@ def train(job: Job) -> Outcome:
         return advance(job, make_trainer(model, job.optimizer, job.kernels), task(model, job.loss, job.kernels))
 
 
-def advance(job: Job, trainer: Trainer, task_of: TaskOf | None = None) -> Outcome:
+def advance(job: Job, trainer: Trainer, loss: Task | None = None) -> Outcome:
     """On a rank: do the job's steps with a trainer that exists."""
     model = trainer.model
-    task_of = task_of or task(model, job.loss)
+    loss = loss or task(model, job.loss)
     steps = [
-        trainer.step(batch_of(model, step, job.micro), task_of, LR) for step in range(job.first, job.first + job.steps)
+        trainer.step(batch_of(model, step, job.micro), loss, LR) for step in range(job.first, job.first + job.steps)
     ]
     return Outcome(steps, model.world.tensor_rank, model.spec.tied, parts(model))
 

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import ROWS, Job, Outcome, opened, whole
+from jobs import ROWS, Job, Outcome, opened, task, whole
 from models import LLAMA, QWEN3, draw, write_folder
 from pool import fresh
 from torch import Tensor
 
 from megatron_replay.config import Optimizer
-from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches
-from megatron_replay.parallel.losses import full_task
-from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.batch import MicroBatch, Task, flatten, micro_batches
 from megatron_replay.parallel.mcore.model import Model
-from megatron_replay.parallel.pipeline import TaskOf, forward, forward_backward
+from megatron_replay.parallel.pipeline import forward, forward_backward
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -39,34 +37,37 @@ def samples_of(index: int, vocab: int) -> tuple[list[np.ndarray], list[np.ndarra
     return ids, [np.array([5 + index]), np.array([len(ids[1]) - 4, len(ids[1]) - 2]), np.zeros(0, dtype=np.int64)]
 
 
-def batches_of(model: Model, micro: int, *, select: bool) -> list[MicroBatch]:
-    """This replica's part of four rows: cut where that is possible, or whole and every position going through all of
-    the last layer."""
-    ours, each = model.world, ROWS // model.world.data_size
-    rows = [samples_of(i, model.spec.vocab_size) for i in range(ours.data_rank * each, (ours.data_rank + 1) * each)]
+def parts_of(model: Model, micro: int) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """Samples and positions of this replica's part of four rows, by micro-batch."""
+    each = ROWS // model.world.data_size
+    first = model.world.data_rank * each
+    rows = [samples_of(i, model.spec.vocab_size) for i in range(first, first + each)]
     parts = [rows[i : i + micro] for i in range(0, each, micro)]
     ids, chosen = ([[sample for row in part for sample in row[k]] for part in parts] for k in (0, 1))
-    if select:
-        notes: list[dict[str, Any]] = [{} for _ in parts]
-        return micro_batches(ids, chosen, notes, ours.torch_device, multiple=ours.tensor_size, share=False)
-    found = []
-    for some, wanted in zip(ids, chosen, strict=True):
+    return ids, chosen
+
+
+def batches_of(model: Model, micro: int) -> list[MicroBatch]:
+    """Samples cut behind their last position, and only the positions that count in the last layer."""
+    ours = model.world
+    return micro_batches(*parts_of(model, micro), ours.torch_device, multiple=ours.tensor_size, share=False)
+
+
+def whole_batches(model: Model, micro: int) -> dict[MicroBatch, Tensor]:
+    """Whole samples, every position of which goes through all of the last layer; and which of them count."""
+    found = {}
+    for some, wanted in zip(*parts_of(model, micro), strict=True):
         counts = torch.cat(
             [torch.isin(torch.arange(len(s) - 1), torch.from_numpy(at)) for s, at in zip(some, wanted, strict=True)]
         )
         everything = [np.arange(len(sample) - 1) for sample in some]
-        found.append(flatten(some, everything, 4 * 32 * micro, ours.torch_device, {"counts": counts}))
+        found[flatten(some, everything, 4 * 32 * micro, model.world.torch_device)] = counts
     return found
 
 
-def masked(task_of: TaskOf) -> TaskOf:
+def masked(loss: Task, counts: dict[MicroBatch, Tensor]) -> Task:
     """The losses of the positions that count, of those that went through the layer."""
-
-    def of(batch: MicroBatch) -> Task:
-        inner, counts = task_of(batch), batch.notes.get("counts")
-        return inner if counts is None else lambda hidden, weight: inner(hidden, weight)[counts.to(hidden.device)]
-
-    return of
+    return lambda batch, hidden, weight: loss(batch, hidden, weight)[counts[batch].to(hidden.device)]
 
 
 def gradients(job: Job, select: bool) -> Outcome:
@@ -74,11 +75,14 @@ def gradients(job: Job, select: bool) -> Outcome:
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         trainer.wrapped.zero_grad_buffer()
-        task_of = masked(full_task(model, model.spec.vocab_size))
-        loss, positions = forward_backward(
-            model, trainer.wrapped, batches_of(model, job.micro, select=select), task_of, trainer.timers
-        )
-        total, count = model.world.total(loss, positions)
+        loss: Task = task(model, "full")
+        if select:
+            batches = batches_of(model, job.micro)
+        else:
+            counts = whole_batches(model, job.micro)
+            batches, loss = list(counts), masked(loss, counts)
+        local, positions = forward_backward(model, trainer.wrapped, batches, loss, trainer.timers)
+        total, count = model.world.total(local, positions)
         assert int(count) == 12
         grads = {
             name: (weight, parameter.main_grad.detach().double().numpy())
@@ -124,8 +128,8 @@ def rows_seen(job: Job) -> tuple[list[int], list[int], int]:
         for layer in model.module.decoder.layers:
             layer.mlp.register_forward_pre_hook(note(mlp))
             layer.self_attention.linear_proj.register_forward_pre_hook(note(projection))
-        batches = batches_of(model, ROWS, select=True)
-        forward(model, batches, full_task(model, model.spec.vocab_size), consume=lambda batch, out: None)
+        batches = batches_of(model, ROWS)
+        forward(model, batches, task(model, "full"), consume=lambda batch, out: None)
         return mlp, projection, batches[0].tokens.shape[1]
 
 
@@ -156,9 +160,9 @@ def nothing_counts(job: Job) -> list[tuple[int, ...]]:
         ]
         for positions in ([[none, np.array([3])], [none]], [[none, none], [none]]):
             batches = micro_batches(
-                ids, positions, [{}, {}], model.world.torch_device, multiple=model.world.tensor_size, share=False
+                ids, positions, model.world.torch_device, multiple=model.world.tensor_size, share=False
             )
-            forward(model, batches, full_task(model, model.spec.vocab_size), consume=keep)
+            forward(model, batches, task(model, "full"), consume=keep)
     return shapes
 
 

@@ -7,28 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Job, Outcome, batch_of, opened, whole
+from jobs import Job, Outcome, batch_of, opened, task, whole
 from models import QWEN3, write_folder
 from pool import fresh
+from torch import Tensor
 
 from megatron_replay.config import Optimizer
 from megatron_replay.ops import restricted_linear_cross_entropy
-from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.losses import restricted_task
-from megatron_replay.parallel.mcore.head import Task
+from megatron_replay.parallel.batch import MicroBatch, Task
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
-from megatron_replay.parallel.pipeline import TaskOf, forward_backward
+from megatron_replay.parallel.pipeline import forward_backward
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 
-def by_autograd(model: Model) -> TaskOf:
+def by_autograd(model: Model) -> Task:
     """The restricted loss whose weight gradient is a tensor of its own, handed to autograd."""
     shard = vocab_shard(model)
 
-    def task_of(batch: MicroBatch) -> Task:
-        return lambda hidden, weight: restricted_linear_cross_entropy(hidden, weight, batch.notes["sets"], shard)
+    def loss(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        assert batch.sets is not None
+        return restricted_linear_cross_entropy(hidden, weight, batch.sets, shard)
 
-    return task_of
+    return loss
 
 
 def gradients(job: Job, direct: bool) -> Outcome:
@@ -36,10 +36,10 @@ def gradients(job: Job, direct: bool) -> Outcome:
     one."""
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
-        task_of = restricted_task(model) if direct else by_autograd(model)
+        loss = task(model, "restricted") if direct else by_autograd(model)
         for step in (3, 0):  # the second one begins with the first one's gradients in the buffers
             trainer.wrapped.zero_grad_buffer()
-            forward_backward(model, trainer.wrapped, batch_of(model, step, job.micro), task_of, trainer.timers)
+            forward_backward(model, trainer.wrapped, batch_of(model, step, job.micro), loss, trainer.timers)
         grads = {
             name: (weight, parameter.main_grad.detach().double().numpy())
             for name, weight, parameter in model.parameters()

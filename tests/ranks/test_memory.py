@@ -15,6 +15,7 @@ from megatron_replay.config import Adapter, Layout, Optimizer, RunConfig, Train
 from megatron_replay.device import CPU, NPU
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.parallel import activations, shims
+from megatron_replay.parallel.losses import LOSSES
 from megatron_replay.parallel.mcore.attention import pack
 from megatron_replay.parallel.mcore.lora_layers import attach
 from megatron_replay.parallel.memory import predict
@@ -147,11 +148,11 @@ def test_a_device_that_is_not_here_is_predicted_too() -> None:
 def test_restricted_training_does_not_grow_with_the_logits() -> None:
     """Head and loss take the same at any vocabulary; the full loss does not."""
     small, large = (ModelSpec.from_hf({**UNTIED, "vocab_size": vocab}) for vocab in (49_152, 151_936))
-    load = activations.Load(tokens=1024, positions=512, candidates=51_200, micro_batches=1)
-    assert activations.restricted_head(small, load, 2) == activations.restricted_head(large, load, 2)
-    full = [
-        activations.full_head(spec, load, 2, spec.padded_vocab(), trained=True, cpu=False)
-        - activations.restricted_head(spec, load, 2)
-        for spec in (small, large)
-    ]
+    largest = activations.LargestMicroBatch(tokens=1024, positions=512, candidates=51_200, micro_batches=1)
+
+    def head(loss: str, spec: ModelSpec) -> int:
+        return LOSSES.get(loss).head_bytes(spec, largest, 2, rows=spec.padded_vocab(), trained=True, cpu=False)
+
+    assert head("restricted", small) == head("restricted", large)
+    full = [head("full", spec) - head("restricted", spec) for spec in (small, large)]
     assert full[1] > 2 * full[0]

@@ -57,7 +57,7 @@ def logits(
         forward(
             model,
             batches,
-            lambda _: lambda hidden, weight: hidden @ weight.t(),
+            lambda _, hidden, weight: hidden @ weight.t(),
             consume=lambda _, out: found.append(out.float().numpy()),
         )
         return found if model.world.last_stage else None

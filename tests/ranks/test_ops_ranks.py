@@ -150,6 +150,55 @@ def test_losses_and_gradients_are_those_of_the_whole(ranks, world: int, kind: st
             torch.testing.assert_close(dw, whole[name][2][rows], **EXACT)
 
 
+def soft(sets: CandidateSets) -> tuple[Tensor, Tensor]:
+    """Targets that sum to 1 at each position, and weights of which every third is 0."""
+    g = torch.Generator().manual_seed(1)
+    drawn = torch.rand(len(sets.ids), generator=g, dtype=torch.float64)
+    rows = torch.repeat_interleave(sets.sizes())
+    sums = torch.zeros(N, dtype=torch.float64).index_add_(0, rows, drawn)
+    return drawn / sums[rows], torch.arange(N, dtype=torch.float64) % 3
+
+
+def aimed_losses(kind: str) -> dict[str, tuple[Tensor, ...]]:
+    """On a rank: `each_loss` of sets with targets and weights."""
+    hidden, weight, gold = problem()
+    sets = sets_for(kind)
+    targets, weights = soft(sets)
+    shard, scale = mine(), torch.arange(1.0, N + 1, dtype=torch.float64)
+    here = sets.local(shard, targets=targets, weights=weights)
+    return each_loss(hidden, weight[shard.start : shard.stop], here, gold, shard, scale, real=REAL, chunk_rows=7)
+
+
+def sets_for(kind: str) -> CandidateSets:
+    """The model's own sets; or sets whose ids all lie on the first of many ranks."""
+    if kind == "one shard":
+        return CandidateSets.from_lists([[0, 1 + t] for t in range(N)], [0] * N)
+    hidden, weight, gold = problem()
+    return dynamic_topk(hidden @ weight.t(), gold, 0.9, 30, REAL)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["spread", "one shard"])
+def test_targets_and_weights_over_ranks_are_those_of_the_formula(ranks, world: int, kind: str) -> None:
+    hidden, weight, _ = problem()
+    sets = sets_for(kind)
+    targets, weights = soft(sets)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logits = hidden @ weight.t()
+    rows = torch.repeat_interleave(sets.sizes())
+    y = torch.zeros_like(logits).index_put((rows, sets.ids.long()), targets)
+    kept = torch.zeros_like(logits).index_put((rows, sets.ids.long()), torch.tensor(1.0, dtype=torch.float64))
+    truth = weights * (logits.masked_fill(kept == 0, -torch.inf).logsumexp(1) - (y * logits).sum(1))
+    scale = torch.arange(1.0, N + 1, dtype=torch.float64)
+    dh, dw = torch.autograd.grad((truth * scale).sum(), (hidden, weight))
+    for rank, parts in enumerate(ranks(world).run(aimed_losses, kind)):
+        here = slice(rank * V // world, (rank + 1) * V // world)
+        for name in ("restricted", "logits", "logits, plain torch"):
+            torch.testing.assert_close(parts[name][0], truth.detach(), **EXACT)
+            torch.testing.assert_close(parts[name][1], dh, **EXACT)
+            torch.testing.assert_close(parts[name][2], dw[here], **EXACT)
+
+
 def without_positions() -> list[int]:
     shard = mine()
     none, weight = torch.empty(0, H), torch.zeros(shard.size, H)

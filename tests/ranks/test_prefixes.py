@@ -4,6 +4,7 @@ the same."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import token_nll
 from megatron_replay.parallel.mcore import attention
-from megatron_replay.parallel.mcore.model import Model
+from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward, forward_backward
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, SetRule
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 LOSSES = ("restricted", "full")
@@ -62,10 +63,11 @@ def batches_of(model: Model, micro: int, *, share: bool) -> list[MicroBatch]:
     mine = [list(chain(*rows[i : i + micro])) for i in range(0, each, micro)]
     chosen = [[np.arange(min(12, len(ids) - 2), len(ids) - 1) for ids in samples] for samples in mine]
     sets = [[candidates(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(mine, chosen, strict=True)]
-    notes = [{"sets": CandidateSets.cat(some), "samples": samples} for some, samples in zip(sets, mine, strict=True)]
-    found = micro_batches(mine, chosen, notes, ours.torch_device, multiple=ours.tensor_size, share=share)
-    assert all((batch.notes["shared"] > 0.35 * sum(map(len, batch.notes["samples"]))) == share for batch in found)
-    return found
+    found = micro_batches(mine, chosen, ours.torch_device, multiple=ours.tensor_size, share=share)
+    for batch, samples in zip(found, mine, strict=True):
+        assert (batch.shared > 0.35 * sum(map(len, samples))) == share
+    here = [CandidateSets.cat(some).local(vocab_shard(model)) for some in sets]
+    return [replace(batch, sets=some) for batch, some in zip(found, here, strict=True)]
 
 
 def gradients(job: Job, share: bool) -> dict[str, Outcome]:
@@ -178,11 +180,13 @@ def collected(job: Job, share: bool) -> tuple[list[list[int]], list[np.ndarray]]
         rule = SetRule(tau=0.3, k_max=100, min_set_size=2, vocab_size=model.spec.vocab_size, chunk_rows=64)
         sets: list[list[int]] = []
 
-        def keep(batch: MicroBatch, _: Tensor) -> None:
-            ids, cuts = batch.notes["sets"].ids.numpy(), batch.notes["sets"].offsets.numpy()[1:-1]
-            sets.extend(part.tolist() for part in np.split(ids, cuts))
+        selection = Selection(model, rule)
 
-        forward(model, batches_of(model, job.micro, share=share), select_task(model, rule, None), consume=keep)
+        def keep(*_: Any) -> None:
+            found = selection.take()
+            sets.extend(part.tolist() for part in np.split(found.ids.numpy(), found.offsets.numpy()[1:-1]))
+
+        forward(model, batches_of(model, job.micro, share=share), selection, consume=keep)
         samples = list(chain(*(family(index, model.spec.vocab_size) for index in range(ROWS))))
         positions = [np.arange(len(ids) - 1) for ids in samples]
         nll = token_nll(model, samples, positions, vocab_size=model.spec.vocab_size, row_tokens=128, share=share)

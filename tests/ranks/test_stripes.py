@@ -34,11 +34,11 @@ from megatron_replay.ops import (
 from megatron_replay.parallel.batch import flatten, row_length
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.inference import _argmax, generate
-from megatron_replay.parallel.losses import imbalance
+from megatron_replay.parallel.losses.restricted import imbalance
 from megatron_replay.parallel.mcore.model import Model, squared_distance, vocab_shard
 from megatron_replay.parallel.mcore.optimizer import restripe_state
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, SetRule
 from megatron_replay.parallel.trainer import make_trainer
 
 N, V, REAL, H = 16, 384, 301, 8
@@ -167,9 +167,12 @@ def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
             here = len(head) // layout.tensor
             model.module.output_layer.weight.data.copy_(rows[model.world.tensor_rank * here :][:here])
         rule = SetRule(tau=0.9, k_max=60, min_set_size=2, vocab_size=240, chunk_rows=8, always=(5, 239))
-        forward(model, [batch], select_task(model, rule, None), consume=lambda *_: None)
-        sets = batch.notes.get("sets")
-        return sets and [getattr(sets, name).numpy() for name in ("offsets", "ids", "gold_slot", "logits")]
+        selection = Selection(model, rule)
+        forward(model, [batch], selection, consume=lambda *_: None)
+        if model.head is None:
+            return None
+        sets = selection.take()
+        return [getattr(sets, name).numpy() for name in ("offsets", "ids", "gold_slot", "logits")]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +227,9 @@ def imbalances(job: Job) -> list[float]:
         found = []
         for ids in ([[0, 1, 2, 3]], [[0, 1, 2, 3], [8, 16, 24]], [[0, 1]], [[0, 128]]):
             sets = CandidateSets.from_lists(ids, [row[0] for row in ids])
-            notes = {} if model.head is None else {"sets": sets.local(vocab_shard(model))}
-            batch = flatten([np.array([1, 2])], [np.array([0])], 2, model.world.torch_device, notes)
+            batch = flatten([np.array([1, 2])], [np.array([0])], 2, model.world.torch_device)
+            if model.head is not None:
+                batch = dataclasses.replace(batch, sets=sets.local(vocab_shard(model)))
             found.append(imbalance(model, [batch, batch]))
         return found
 

@@ -19,7 +19,6 @@ from megatron_replay.formats.llama2c import import_llama2c
 from megatron_replay.models.weights import OUTPUT, Weight
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.mcore import optimizer
-from megatron_replay.parallel.mcore.head import Task
 from megatron_replay.parallel.ranks.world import World
 from megatron_replay.parallel.trainer import Trainer, make_trainer
 
@@ -162,12 +161,11 @@ def with_nan(job: Job, at: tuple[int, int], bad: float) -> Broken:
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, job.optimizer)
         first = advance(half, trainer)
-        tasks = task(model, job.loss)
+        loss = task(model, job.loss)
         mine = (model.world.tensor_rank, model.world.data_rank) == at
 
-        def poisoned(batch: MicroBatch) -> Task:
-            inner = tasks(batch)
-            return lambda hidden, weight: inner(hidden, weight) * (bad if mine else 1.0)
+        def poisoned(batch: MicroBatch, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return loss(batch, hidden, weight) * (bad if mine else 1.0)
 
         before = frozen(trainer)
         result = trainer.step(batch_of(model, 99, job.micro), poisoned, LR)

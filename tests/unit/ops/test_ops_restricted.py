@@ -38,6 +38,130 @@ def problem(
     return hidden.requires_grad_(), (weight + drift).requires_grad_(), sets
 
 
+def formula(logits: Tensor, sets: CandidateSets, targets: Tensor, weights: Tensor) -> Tensor:
+    """w (logsumexp_S z - sum_S y z), [N], written down literally from logits [N, V]."""
+    found = [
+        w * (row[ids.long()].logsumexp(0) - (y * row[ids.long()]).sum())
+        for row, ids, y, w in zip(
+            logits,
+            sets.ids.split(sets.sizes().tolist()),
+            targets.split(sets.sizes().tolist()),
+            weights,
+            strict=True,
+        )
+    ]
+    return torch.stack(found) if found else logits.sum(1)
+
+
+def soft(sets: CandidateSets, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Targets that sum to 1 at each position, and weights of which every third is 0; float64."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(len(sets.ids), generator=g, dtype=torch.float64).split(sets.sizes().tolist())
+    targets = torch.cat([torch.zeros(0, dtype=torch.float64), *(some / some.sum() for some in drawn)])
+    weights = torch.rand(sets.num_positions, generator=g, dtype=torch.float64)
+    weights[::3] = 0
+    return targets, weights
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 6), st.integers(1, 60), st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
+def test_targets_and_weights_are_those_of_the_formula(n: int, v: int, h: int, k_max: int, seed: int) -> None:
+    hidden, weight, sets = problem(n, v, h, seed, k_max=k_max)
+    targets, weights = soft(sets, seed)
+    scale = torch.arange(1.0, n + 1, dtype=torch.float64)
+    logits = hidden @ weight.t()
+    truth = formula(logits, sets, targets, weights)
+    wanted = torch.autograd.grad((truth * scale).sum(), (hidden, weight), retain_graph=True)
+    here = sets.local(VocabShard(0, v), targets=targets, weights=weights)
+    found = [restricted_cross_entropy(logits, here, kernels=mode) for mode in ("auto", "reference")]
+    found += [restricted_linear_cross_entropy(hidden, weight, here, kernels=mode) for mode in ("auto", "reference")]
+    for loss in found:
+        torch.testing.assert_close(loss, truth, atol=1e-12, rtol=1e-12)
+        ours = torch.autograd.grad((loss * scale).sum(), (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_gradcheck_with_targets_and_weights() -> None:
+    hidden, weight, sets = problem(4, 15, 3)
+    targets, weights = soft(sets)
+    here = sets.local(VocabShard(0, 15), targets=targets, weights=weights)
+    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, here), (hidden, weight))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, here), (logits,))
+
+
+@pytest.mark.parametrize("way", ["main_grad", "sparse"])
+def test_the_weight_gradient_of_targets_goes_every_way(way: str) -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    targets, weights = soft(sets)
+    here = sets.local(VocabShard(0, 40), targets=targets, weights=weights)
+    (wanted,) = torch.autograd.grad(formula(hidden @ weight.t(), sets, targets, weights).sum(), weight)
+    if way == "sparse":
+        loss = restricted_linear_cross_entropy(hidden, weight, here, sparse=True)
+        (rows,) = torch.autograd.grad(loss.sum(), weight)
+        assert rows.is_sparse
+        found = rows.to_dense()
+    else:
+        found = torch.ones(40, 5, dtype=torch.float64)
+        restricted_linear_cross_entropy(hidden, weight, here, main_grad=found).sum().backward()
+        found -= 1
+        assert weight.grad is None
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_on_gold_alone_are_the_hard_loss(dtype: torch.dtype) -> None:
+    hidden, weight, sets = problem(20, 60, 8)
+    hidden, weight = ((t.detach() * 0.3).to(dtype).requires_grad_() for t in (hidden, weight))
+    at_gold = torch.zeros(len(sets.ids)).index_fill_(0, sets.offsets[:-1] + sets.gold_slot, 1)
+    aimed = sets.local(VocabShard(0, 60), targets=at_gold, weights=torch.ones(20))
+    answers = []
+    for some in (sets, aimed):
+        loss = restricted_linear_cross_entropy(hidden, weight, some)
+        answers.append([loss, *torch.autograd.grad(loss.sum(), (hidden, weight))])
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    for ours, theirs in zip(*answers, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_positions_of_weight_0_count_nothing_and_of_weight_1_all() -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    hard = restricted_linear_cross_entropy(hidden, weight, sets)
+    kept = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    loss = restricted_linear_cross_entropy(hidden, weight, sets.local(VocabShard(0, 40), weights=kept))
+    assert torch.equal(loss, hard * kept)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss.sum(), (hidden, weight)),
+        torch.autograd.grad(hard[kept > 0].sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=0)
+
+
+def test_targets_and_weights_follow_the_sets() -> None:
+    _, _, sets = problem(5, 40, 4)
+    targets, weights = soft(sets)
+    lower, upper = (
+        sets.local(VocabShard(start, start + 20, group=object()), targets=targets, weights=weights)  # type: ignore[arg-type]
+        for start in (0, 20)
+    )
+    assert lower.targets is not None and upper.targets is not None
+    assert len(lower.targets) == len(lower.columns) and len(upper.targets) == len(upper.columns)
+    for t in range(5):
+        parts = [some.targets[some.offsets[t] : some.offsets[t + 1]] for some in (lower, upper)]  # type: ignore[index]
+        assert torch.equal(torch.cat(parts), targets[sets.offsets[t] : sets.offsets[t + 1]])
+    moved = lower.indexed().to("cpu")
+    assert moved.targets is not None and torch.equal(moved.targets, lower.targets) and moved.by_column is not None
+    assert moved.weights is weights
+    bare = sets.local(VocabShard(0, 40)).indexed().to("cpu")
+    assert bare.targets is None and bare.weights is None
+    with pytest.raises(DataError, match=r"targets has shape \(3,\), but there are 5 positions"):
+        sets.local(VocabShard(0, 40), targets=torch.ones(3))
+    with pytest.raises(DataError, match=r"weights has shape \(4,\), but there are 5 positions"):
+        sets.local(VocabShard(0, 40), weights=torch.ones(4))
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 6), st.integers(1, 60), st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
 def test_loss_and_gradients_are_those_of_autograd(n: int, v: int, h: int, k_max: int, seed: int) -> None:
