@@ -30,6 +30,7 @@ from rows import about, append, machine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Data, Layout, Optimizer
 from megatron_replay.data.packing import Grouping, pack
 from megatron_replay.data.prefixes import lay
@@ -43,7 +44,7 @@ from megatron_replay.parallel.losses import full_task, restricted_task
 from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, select_task
 from megatron_replay.parallel.trainer import Trainer, make_trainer
 
 Row = tuple[str, str, float, str]
@@ -87,23 +88,17 @@ def batches(samples: Sequence[Sample], way: Way, sets: dict[bytes, CandidateSets
 
 def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int) -> dict[bytes, CandidateSets]:
     """The model's own candidate sets of every target."""
-    rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
+    selection = Selection(rule=CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
     found: dict[bytes, CandidateSets] = {}
 
     def keep(batch: MicroBatch, _: Tensor) -> None:
         sets, at = batch.notes["sets"], 0
-        offsets = sets.offsets.tolist()
         for sample in batch.notes["samples"]:
             stop = at + len(sample.positions)
-            span = slice(offsets[at], offsets[stop])
-            found[sample.uid] = CandidateSets.from_arrays(
-                (sets.offsets[at : stop + 1] - offsets[at]).numpy(),
-                sets.ids[span].numpy(),
-                sets.gold_slot[at:stop].numpy(),
-            )
+            found[sample.uid] = sets.rows(at, stop)
             at = stop
 
-    forward(model, batches(samples, way, None), select_task(model, rule, None), consume=keep)
+    forward(model, batches(samples, way, None), select_task(model, selection, None), consume=keep)
     return found
 
 

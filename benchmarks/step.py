@@ -24,6 +24,7 @@ import torch
 from rows import about, append, machine, options
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Layout, Optimizer
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.device import CPU
@@ -34,7 +35,7 @@ from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.spawn import launch
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, select_task
 from megatron_replay.parallel.trainer import make_trainer
 
 
@@ -50,12 +51,12 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> list[MicroBatch]:
     found = micro_batches(
         samples, positions, [{} for _ in samples], torch.device("cpu"), multiple=here.tensor_size, share=False
     )
-    rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
+    selection = Selection(rule=CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
 
     def done(batch: MicroBatch, _: Tensor) -> None:
         """The sets are in the batch's notes."""
 
-    forward(model, found, select_task(model, rule, None), consume=done)
+    forward(model, found, select_task(model, selection, None), consume=done)
     return found
 
 

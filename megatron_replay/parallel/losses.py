@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +18,7 @@ from megatron_replay.store import SampleSets
 def sets_of(model: Model, stored: Sequence[SampleSets]) -> LocalSets:
     """The candidate sets of several samples, one after the other, as the loss on this rank wants them: its part of the
     vocabulary, by position and by id, on its device."""
-    each = [
-        CandidateSets.from_arrays(
-            s.offsets, s.ids.astype(np.int32, copy=False), s.gold_slot, lse=s.lse, outside_mass=s.outside_mass
-        )
-        for s in stored
-    ]
+    each = [CandidateSets.of(sets) for sets in stored]
     return CandidateSets.cat(each).local(vocab_shard(model)).indexed().to(model.world.torch_device)
 
 

@@ -27,7 +27,7 @@ from megatron_replay.ops.positions import bucket_of
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import TaskOf, forward
-from megatron_replay.parallel.selection import Chooser, SetRule, confidence_task, select_task
+from megatron_replay.parallel.selection import Chooser, Selection, confidence_task, select_task
 from megatron_replay.runtime.identity import model_fingerprint
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.store import (
@@ -61,20 +61,17 @@ def run(config: RunConfig, *, dry_run: bool = False) -> None:
 class Collection:
     session: Session
     samples: list[Sample]
-    rule: SetRule = field(init=False)
+    selection: Selection = field(init=False)
     shared: int = 0
     """Tokens of this replica's samples that were computed with another sample's."""
 
     def __post_init__(self) -> None:
-        collect = self.session.config.collect
-        self.rule = SetRule(
-            tau=collect.tau,
-            k_max=collect.k_max,
-            min_set_size=collect.min_set_size,
+        config = self.session.config
+        self.selection = Selection(
+            rule=config.collect.rule(self._always()),
             vocab_size=self.session.vocab_size,
-            chunk_rows=collect.chunk_rows,
-            always=self._always(),
-            kernels=self.session.config.kernels,
+            chunk_rows=config.collect.chunk_rows,
+            kernels=config.kernels,
         )
 
     def collect(self) -> None:
@@ -123,7 +120,7 @@ class Collection:
         def keep(batch: MicroBatch, _: Tensor) -> None:
             found.append(batch.notes["sets"])
 
-        self._run(self._rows(picked), self._wanted, select_task(session.model, self.rule, choose), keep)
+        self._run(self._rows(picked), self._wanted, select_task(session.model, self.selection, choose), keep)
         seconds = time.perf_counter() - began
         ids, positions = session.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
         share = sum(map(len, self.samples)) / sum(map(len, picked))
@@ -168,10 +165,7 @@ class Collection:
             dataset=fingerprint(self.samples),
             vocab_size=session.vocab_size,
             vocab_padded=session.model.spec.padded_vocab(),
-            tau=collect.tau,
-            k_max=collect.k_max,
-            min_set_size=collect.min_set_size,
-            always=self._always(),
+            **dataclasses.asdict(self.selection.rule),
             strategy=collect.strategy,
             fraction=collect.fraction,
             buckets=collect.buckets,
@@ -204,7 +198,8 @@ class Collection:
                 values.append(out.cpu().double().numpy())
                 advance(sum(map(len, batch.notes["samples"])) * world.data_size)
 
-            self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.session.model, self.rule), keep)
+            task_of = confidence_task(self.session.model, self.selection)
+            self._run(self._rows(picked), lambda s: s.positions, task_of, keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
         edges = bucket_edges(joined, collect.buckets)
         return edges, bucket_counts(joined, edges)
@@ -244,7 +239,7 @@ class Collection:
                             writer.add(sample.uid, sets)
                 advance(sum(map(len, batch.notes["samples"])) * self.session.world.data_size)
 
-            self._run(todo, self._wanted, select_task(self.session.model, self.rule, choose), keep)
+            self._run(todo, self._wanted, select_task(self.session.model, self.selection, choose), keep)
         return time.perf_counter() - began
 
     def _run(
@@ -281,31 +276,15 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
 def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
     """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that
     it counts as done."""
-    offsets, ids, slots = sets.offsets.cpu().numpy(), sets.ids.cpu().numpy(), sets.gold_slot.cpu().numpy()
-    lse, rho = sets.lse.cpu().numpy(), sets.outside_mass.cpu().numpy()
-    assert sets.logits is not None
-    # the writer keeps them if the store does, and tells from them which gold tokens were appended
-    logits = sets.logits.cpu().numpy()
+    assert sets.logits is not None  # the writer tells from them which gold tokens were appended
+    sets = sets.to("cpu")
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.notes["samples"], batch.notes["positions"], strict=True):
         picked = positions[chosen[begin_flag : begin_flag + len(positions)]]
-        rows = slice(begin_row, begin_row + len(picked))
-        span = slice(int(offsets[rows.start]), int(offsets[rows.stop]))
-        found.append(
-            (
-                sample,
-                SampleSets(
-                    positions=picked.astype(np.int32),
-                    offsets=offsets[rows.start : rows.stop + 1] - offsets[rows.start],
-                    ids=ids[span],
-                    gold_slot=slots[rows],
-                    lse=lse[rows],
-                    outside_mass=rho[rows],
-                    logits=logits[span],
-                ),
-            )
-        )
-        begin_row, begin_flag = rows.stop, begin_flag + len(positions)
+        end_row = begin_row + len(picked)
+        columns = {name: column.numpy() for name, column in sets.rows(begin_row, end_row).columns().items()}
+        found.append((sample, SampleSets(positions=picked.astype(np.int32), **columns)))
+        begin_row, begin_flag = end_row, begin_flag + len(positions)
     return found
 
 

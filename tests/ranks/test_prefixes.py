@@ -16,6 +16,7 @@ from models import LLAMA, QWEN3, draw, write_folder
 from pool import fresh
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Optimizer
 from megatron_replay.data import prefixes
 from megatron_replay.data.prefixes import lay
@@ -25,7 +26,7 @@ from megatron_replay.parallel.inference import token_nll
 from megatron_replay.parallel.mcore import attention
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.pipeline import forward, forward_backward
-from megatron_replay.parallel.selection import SetRule, select_task
+from megatron_replay.parallel.selection import Selection, select_task
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 LOSSES = ("restricted", "full")
@@ -175,14 +176,15 @@ def collected(job: Job, share: bool) -> tuple[list[list[int]], list[np.ndarray]]
     """On a rank: the candidate sets of a batch (last stage; this replica's), and the likelihoods of all samples'
     tokens."""
     with opened(job.folder, job.layout, job.dtype) as model:
-        rule = SetRule(tau=0.3, k_max=100, min_set_size=2, vocab_size=model.spec.vocab_size, chunk_rows=64)
+        rule = CandidateRule(tau=0.3, k_max=100)
+        selection = Selection(rule=rule, vocab_size=model.spec.vocab_size, chunk_rows=64)
         sets: list[list[int]] = []
 
         def keep(batch: MicroBatch, _: Tensor) -> None:
             ids, cuts = batch.notes["sets"].ids.numpy(), batch.notes["sets"].offsets.numpy()[1:-1]
             sets.extend(part.tolist() for part in np.split(ids, cuts))
 
-        forward(model, batches_of(model, job.micro, share=share), select_task(model, rule, None), consume=keep)
+        forward(model, batches_of(model, job.micro, share=share), select_task(model, selection, None), consume=keep)
         samples = list(chain(*(family(index, model.spec.vocab_size) for index in range(ROWS))))
         positions = [np.arange(len(ids) - 1) for ids in samples]
         nll = token_nll(model, samples, positions, vocab_size=model.spec.vocab_size, row_tokens=128, share=share)
