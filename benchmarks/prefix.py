@@ -29,6 +29,7 @@ from rows import about, append, machine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Data, Layout, Optimizer
 from megatron_replay.data.packing import Grouping, pack
 from megatron_replay.data.prefixes import lay
@@ -42,7 +43,7 @@ from megatron_replay.parallel.losses import LOSSES
 from megatron_replay.parallel.mcore.model import Model, build, load_hf, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
-from megatron_replay.parallel.selection import Selection, SetRule
+from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import Trainer, make_trainer
 
 Row = tuple[str, str, float, str]
@@ -84,22 +85,15 @@ def batches(samples: Sequence[Sample], way: Way) -> list[MicroBatch]:
 
 def collected(model: Model, samples: Sequence[Sample], way: Way, vocab_size: int) -> dict[bytes, CandidateSets]:
     """The model's own candidate sets of every target."""
-    rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
     found: dict[bytes, CandidateSets] = {}
 
-    selection = Selection(model, rule)
+    selection = Selection(model, CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
 
     def keep(batch: MicroBatch, _: Tensor) -> None:
         sets, at = selection.take(), 0
-        offsets = sets.offsets.tolist()
         for sample in batch.samples:
             stop = at + len(sample.positions)
-            span = slice(offsets[at], offsets[stop])
-            found[sample.uid] = CandidateSets.from_arrays(
-                (sets.offsets[at : stop + 1] - offsets[at]).numpy(),
-                sets.ids[span].numpy(),
-                sets.gold_slot[at:stop].numpy(),
-            )
+            found[sample.uid] = sets.rows(at, stop)
             at = stop
 
     forward(model, batches(samples, way), selection, consume=keep)

@@ -25,6 +25,7 @@ import torch
 from rows import about, append, machine, options
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Layout, Optimizer
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.device import CPU
@@ -37,7 +38,7 @@ from megatron_replay.parallel.mcore.model import Model, build, load_hf
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.spawn import launch
-from megatron_replay.parallel.selection import Selection, SetRule
+from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import make_trainer
 
 
@@ -51,12 +52,12 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> tuple[list[MicroB
     drawn = np.random.default_rng(0)
     positions = [[np.sort(drawn.permutation(length)[: round(args.fraction * length)])] for _ in samples]
     found = micro_batches(samples, positions, torch.device("cpu"), multiple=here.tensor_size, share=False)
-    rule = SetRule(tau=0.95, k_max=200, min_set_size=2, vocab_size=vocab_size, chunk_rows=256)
-
-    selection = Selection(model, rule)
+    selection = Selection(model, CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
     sets: list[CandidateSets] = []
     forward(model, found, selection, consume=lambda *_: sets.append(selection.take()))
-    batches = [replace(batch, sets=some.local(selection.shard)) for batch, some in zip(found, sets, strict=True)]
+    batches = [
+        replace(batch, sets=some.local(selection.confidence.shard)) for batch, some in zip(found, sets, strict=True)
+    ]
     return batches, torch.cat([some.sizes() for some in sets])
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config_file import build, dump, load
 from megatron_replay.errors import ConfigError
 
@@ -77,15 +78,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Collect:
-    """Stage 0: which positions get a candidate set, and how large it is (METHOD: paper section 2)."""
+    """Stage 0: which positions get a candidate set, and how large it is (METHOD: paper section 2).
+
+    `tau`, `k_max` and `min_set_size` are those of `CandidateRule`.
+    """
 
     store: str = ""
-    tau: float = 0.95
-    """Keep the fewest tokens whose probabilities add up to this."""
-    k_max: int = 200
-    """Never keep more than this many, the gold token aside."""
-    min_set_size: int = 2
-    """Keep at least this many: a set of one has no gradient. 1 is the paper's literal rule."""
+    tau: float = CandidateRule.tau
+    k_max: int = CandidateRule.k_max
+    min_set_size: int = CandidateRule.min_set_size
     stop_token: bool = False
     """Keep the tokens that end an answer in every set, beyond the paper's rule. Else the end of each answer raises
     their probability, and nothing in Stage 1 lowers it where an answer is to go on: answers may then stop too early."""
@@ -103,15 +104,16 @@ class Collect:
     """Logits exist for this many positions at a time."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau <= 1:
-            raise ConfigError(f"tau is a probability mass in (0, 1], got {self.tau}")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is a share in (0, 1], got {self.fraction}")
         if not 1 <= self.k_max <= 65_534:
             raise ConfigError(f"k_max must lie in 1..65534 (a set holds k_max ids and the gold one), got {self.k_max}")
-        if not 1 <= self.min_set_size <= self.k_max:
-            raise ConfigError(f"min_set_size must lie in 1..k_max ({self.k_max}), got {self.min_set_size}")
+        self.rule()
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is a share in (0, 1], got {self.fraction}")
         _positive(self, "buckets", "bucket_samples", "chunk_rows")
+
+    def rule(self, always: tuple[int, ...] = ()) -> CandidateRule:
+        """The rule of these settings, and of the ids that are to be in every set."""
+        return CandidateRule(tau=self.tau, k_max=self.k_max, min_set_size=self.min_set_size, always=always)
 
 
 @dataclass(frozen=True, kw_only=True)

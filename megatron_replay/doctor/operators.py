@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Layout, RunConfig
 from megatron_replay.data.prefixes import SHORTEST, lay
 from megatron_replay.device import Device, dtype
@@ -28,7 +29,7 @@ from megatron_replay.parallel.losses.restricted import Restricted
 from megatron_replay.parallel.mcore.model import build
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
-from megatron_replay.parallel.selection import Selection, SetRule
+from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 TINY = {
@@ -113,10 +114,8 @@ def steps(config: RunConfig, device: Device) -> list[StepResult]:
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
         tree = lay(samples, share_prefixes=config.data.share_prefixes)
         batch = flatten(samples, [np.arange(len(ids) - 1) for ids in samples], length, here.torch_device, tree=tree)
-        rule = SetRule(
-            tau=0.9, k_max=20, min_set_size=2, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels
-        )
-        selection = Selection(model, rule)
+        rule = CandidateRule(tau=0.9, k_max=20)
+        selection = Selection(model, rule, vocab_size=spec.vocab_size, chunk_rows=16, kernels=config.kernels)
         forward(model, [batch], selection, consume=lambda *_: None)
         sets = selection.take()
         trainer = make_trainer(model, config.optimizer, config.kernels)

@@ -10,48 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_replay.candidates import SetRecord
 from megatron_replay.errors import DataError
 from megatron_replay.ops.local_sets import LocalSets
 from megatron_replay.ops.shard import VocabShard
 
 
 @dataclass(frozen=True, eq=False)
-class CandidateSets:
-    """Ids kept per position, the gold one among them, and what was left out. The same on every rank."""
+class CandidateSets(SetRecord[Tensor]):
+    """Ids kept per position, the gold one among them, and what was left out. The same on every rank.
 
-    offsets: Tensor
-    """[N+1] int64: position t owns ids[offsets[t]:offsets[t+1]]."""
-    ids: Tensor
-    """[nnz] int32, ascending within a position."""
-    gold_slot: Tensor
-    """[N] int32: index of the gold id within the position's set."""
-    logits: Tensor | None
-    """[nnz] float32: the base model's logits of the ids, where they were kept."""
-    lse: Tensor
-    """[N] float32: log-sum-exp of the base model over the real vocabulary."""
-    outside_mass: Tensor
-    """[N] float32: rho, the base model's probability outside the set."""
+    `offsets` [N+1] int64, `ids` [nnz] int32, `gold_slot` [N] int32, `logits` [nnz] float32 or None, `lse` [N] float32
+    and `outside_mass` [N] float32; `SetRecord` describes them.
+    """
 
     @classmethod
     def from_arrays(
-        cls, offsets: Any, ids: Any, gold_slot: Any, logits: Any = None, lse: Any = None, outside_mass: Any = None
+        cls,
+        offsets: Any,
+        ids: Any,
+        gold_slot: Any,
+        logits: Any = None,
+        lse: Any = None,
+        outside_mass: Any = None,
+        **further: Any,
     ) -> CandidateSets:
         """From numpy arrays, tensors or lists of any integer or float type; `lse` and `outside_mass` default to 0."""
-        slots = torch.as_tensor(gold_slot).to(torch.int32)
-        zeros = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
+        zeros = torch.zeros_like(torch.as_tensor(gold_slot))
+        lse, outside_mass = (zeros if values is None else values for values in (lse, outside_mass))
+        return cls.of(cls(offsets, ids, gold_slot, logits, lse, outside_mass, **further))
 
-        def floats(values: Any) -> Tensor:
-            return zeros if values is None else torch.as_tensor(values).to(torch.float32)
-
-        kept = None if logits is None else floats(logits)
-        return cls(
-            torch.as_tensor(offsets).to(torch.int64),
-            torch.as_tensor(ids).to(torch.int32),
-            slots,
-            kept,
-            floats(lse),
-            floats(outside_mass),
-        )
+    @classmethod
+    def of(cls, record: SetRecord[Any]) -> CandidateSets:
+        """The record's columns as tensors of the declared types: numpy's int32 and float32 share their memory."""
+        tensors: dict[str, Any] = {}
+        for name, dtype in cls.dtypes().items():
+            array = getattr(record, name)
+            tensors[name] = None if array is None else torch.as_tensor(array).to(getattr(torch, dtype))
+        return cls(**tensors)
 
     @classmethod
     def from_lists(cls, ids: Sequence[Sequence[int]], gold: Sequence[int]) -> CandidateSets:
@@ -76,45 +72,24 @@ class CandidateSets:
         """The positions of all parts in order; logits are kept when every part has them."""
         if not parts:
             return cls.from_arrays([0], torch.empty(0), torch.empty(0))
-        sizes = torch.cat([p.sizes() for p in parts])
-        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        logits = [p.logits for p in parts if p.logits is not None]
-        return cls(
-            offsets,
-            torch.cat([p.ids for p in parts]),
-            torch.cat([p.gold_slot for p in parts]),
-            torch.cat(logits) if len(logits) == len(parts) else None,
-            torch.cat([p.lse for p in parts]),
-            torch.cat([p.outside_mass for p in parts]),
-        )
-
-    @property
-    def num_positions(self) -> int:
-        return self.offsets.shape[0] - 1
-
-    def sizes(self) -> Tensor:
-        """[N] int64: ids in each set."""
-        return self.offsets.diff()
+        return cls.joined(parts, torch.cat)
 
     def gold(self) -> Tensor:
         """[N] int64: the gold ids."""
-        return self.ids[self.offsets[:-1] + self.gold_slot].long()
+        return super().gold().long()
 
     def to(self, device: torch.device | str) -> CandidateSets:
-        logits = None if self.logits is None else self.logits.to(device)
-        offsets, ids, gold_slot = (t.to(device) for t in (self.offsets, self.ids, self.gold_slot))
-        return CandidateSets(offsets, ids, gold_slot, logits, self.lse.to(device), self.outside_mass.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def check(self, vocab: int) -> CandidateSets:
         """Raise DataError at the first broken rule (shapes, offsets, order, range below `vocab`, gold slot); returns
         itself."""
         n, nnz = self.num_positions, self.ids.shape[0]
-        for name, size in (("gold_slot", n), ("lse", n), ("outside_mass", n), ("logits", nnz)):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape != (size,):
-                raise DataError(
-                    f"candidate sets: {name} has shape {tuple(tensor.shape)}, but there are {n} positions and {nnz} ids"
-                )
+        for name, _ in self.misfits(n, nnz):
+            raise DataError(
+                f"candidate sets: {name} has shape {tuple(getattr(self, name).shape)}, but there are {n} positions and "
+                f"{nnz} ids"
+            )
         sizes = self.sizes()
         if n < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != nnz or bool((sizes < 0).any()):
             raise DataError(f"candidate sets: offsets must rise from 0 to the {nnz} ids")

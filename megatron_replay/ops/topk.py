@@ -6,7 +6,7 @@ N positions, V vocabulary rows here, R ranks that share the vocabulary, K candid
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.kernels.library import choose
 from megatron_replay.kernels.precision import has_float64
@@ -89,8 +90,8 @@ def dynamic_topk(
         raise DataError(
             f"logits of shape {tuple(logits.shape)} need one gold id a row, got gold of shape {tuple(gold.shape)}"
         )
-    rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
-    return _select([logits.detach()], gold, rule, shard)
+    rule = CandidateRule(tau=tau, k_max=k_max, min_set_size=min_set_size, always=tuple(sorted(set(always))))
+    return _select([logits.detach()], gold, _Request(rule, vocab_size, keep_logits, kernels), shard)
 
 
 def linear_dynamic_topk(
@@ -123,29 +124,19 @@ def linear_dynamic_topk(
             f"hidden states of shape {tuple(hidden.shape)} need one gold id a row, got gold of shape "
             f"{tuple(gold.shape)}"
         )
-    rule = _Rule(tau, k_max, vocab_size, min_set_size, tuple(sorted(set(always))), keep_logits, kernels)
-    return _select(_tiles(hidden.detach(), weight.detach(), tile_rows), gold, rule, shard)
+    rule = CandidateRule(tau=tau, k_max=k_max, min_set_size=min_set_size, always=tuple(sorted(set(always))))
+    tiles = _tiles(hidden.detach(), weight.detach(), tile_rows)
+    return _select(tiles, gold, _Request(rule, vocab_size, keep_logits, kernels), shard)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """The arguments of `dynamic_topk`."""
+class _Request:
+    """The arguments of `dynamic_topk` beside the tensors."""
 
-    tau: float
-    k_max: int
+    rule: CandidateRule
     vocab_size: int | None
-    min_set_size: int
-    always: tuple[int, ...]
     keep_logits: bool
     kernels: str
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tau <= 1:
-            raise ConfigError(f"tau is a probability mass in (0, 1], got {self.tau}")
-        if self.k_max < 1:
-            raise ConfigError(f"k_max must be at least 1, got {self.k_max}")
-        if not 1 <= self.min_set_size <= self.k_max:
-            raise ConfigError(f"min_set_size must lie in 1..k_max ({self.k_max}), got {self.min_set_size}")
 
 
 def _tiles(hidden: Tensor, weight: Tensor, tile_rows: int) -> Iterator[Tensor]:
@@ -156,18 +147,19 @@ def _tiles(hidden: Tensor, weight: Tensor, tile_rows: int) -> Iterator[Tensor]:
         yield torch.mm(rows, weight.t(), out=buffer[: len(rows)])
 
 
-def _select(tiles: Iterable[Tensor], gold: Tensor, rule: _Rule, shard: VocabShard) -> CandidateSets:
+def _select(tiles: Iterable[Tensor], gold: Tensor, request: _Request, shard: VocabShard) -> CandidateSets:
     """Each rank looks at its columns of all rows, a tile at a time, and then merges and cuts its share of the rows."""
+    rule = request.rule
     fixed = torch.tensor(rule.always, dtype=gold.dtype, device=gold.device)
     extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
     found, start = [], 0
     for logits in tiles:
-        found.append(_look(logits, extra[start : start + len(logits)], rule, shard))
+        found.append(_look(logits, extra[start : start + len(logits)], request, shard))
         start += len(logits)
     ranked = _rank(_Known(*(torch.cat(parts) for parts in zip(*found, strict=True))), extra, rule.k_max, shard)
     count = _num_kept(ranked, rule.tau, rule.min_set_size)
     share = extra[shard.share(len(gold))].to(ranked.ids.device, torch.int32)
-    sets = _cut(ranked, count, share, rule.keep_logits).to(gold.device)
+    sets = _cut(ranked, count, share, request.keep_logits).to(gold.device)
     return sets if shard.is_whole else _joined(sets, shard)
 
 
@@ -186,16 +178,16 @@ class _Known(NamedTuple):
     """[N, E] int32, whether they are here."""
 
 
-def _look(logits: Tensor, extra: Tensor, rule: _Rule, shard: VocabShard) -> _Known:
+def _look(logits: Tensor, extra: Tensor, request: _Request, shard: VocabShard) -> _Known:
     # a kernel puts the first of equal columns first, which must be the lowest id
-    real, ids = shard.by_id(logits, rule.vocab_size)
-    values, columns, lse = choose(rule.kernels).topk_rows(real, rule.k_max)
+    real, ids = shard.by_id(logits, request.vocab_size)
+    values, columns, lse = choose(request.kernels).topk_rows(real, request.rule.k_max)
     ids = ids.to(torch.int32).take(columns)
     if not shard.is_whole:
-        room = (0, rule.k_max - values.shape[1])
+        room = (0, request.rule.k_max - values.shape[1])
         values, ids = pad(values, room, value=-torch.inf), pad(ids, room, value=NOBODY)
     slot = shard.columns(extra)
-    mine = (slot >= 0) if rule.vocab_size is None else (slot >= 0) & (extra < rule.vocab_size)
+    mine = (slot >= 0) if request.vocab_size is None else (slot >= 0) & (extra < request.vocab_size)
     if logits.shape[1]:
         extra_logits = torch.where(mine, logits.gather(1, slot.clamp(min=0)).to(values.dtype), 0.0)
     else:
@@ -288,10 +280,10 @@ def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _joined(sets: CandidateSets, shard: VocabShard) -> CandidateSets:
     """The sets of all shares of the positions."""
-    rows = (sets.sizes(), sets.gold_slot, sets.lse, sets.outside_mass, sets.ids)
-    sizes, slots, lse, outside, ids, *logits = shard.join(*rows, *([] if sets.logits is None else [sets.logits]))
+    columns = {name: column for name, column in sets.columns().items() if name != "offsets"}
+    sizes, *whole = shard.join(sets.sizes(), *columns.values())
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return CandidateSets(offsets, ids, slots, logits[0] if logits else None, lse, outside)
+    return replace(sets, offsets=offsets, **dict(zip(columns, whole, strict=True)))
 
 
 def _probability(logits: Tensor, lse: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay import __version__
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import RunConfig
 from megatron_replay.data.packing import order
 from megatron_replay.data.samples import Sample, fingerprint, load_samples, unique
@@ -27,7 +28,7 @@ from megatron_replay.ops.positions import bucket_of
 from megatron_replay.parallel.batch import MicroBatch, Task, micro_batches
 from megatron_replay.parallel.inference import deal, in_groups
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.parallel.selection import Chooser, Selection, SetRule, confidence_task
+from megatron_replay.parallel.selection import Chooser, Confidence, Selection
 from megatron_replay.runtime.identity import model_fingerprint
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.store import (
@@ -61,21 +62,12 @@ def run(config: RunConfig, *, dry_run: bool = False) -> None:
 class Collection:
     session: Session
     samples: list[Sample]
-    rule: SetRule = field(init=False)
+    rule: CandidateRule = field(init=False)
     shared: int = 0
     """Tokens of this replica's samples that were computed with another sample's."""
 
     def __post_init__(self) -> None:
-        collect = self.session.config.collect
-        self.rule = SetRule(
-            tau=collect.tau,
-            k_max=collect.k_max,
-            min_set_size=collect.min_set_size,
-            vocab_size=self.session.vocab_size,
-            chunk_rows=collect.chunk_rows,
-            always=self._always(),
-            kernels=self.session.config.kernels,
-        )
+        self.rule = self.session.config.collect.rule(self._always())
 
     def collect(self) -> None:
         session, world = self.session, self.session.world
@@ -120,7 +112,7 @@ class Collection:
             else None
         )
 
-        selection = Selection(session.model, self.rule, choose)
+        selection = self._selection(choose)
         self._run(self._rows(picked), self._wanted, selection, lambda *_: found.append(selection.take()))
         seconds = time.perf_counter() - began
         ids, positions = session.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
@@ -130,6 +122,17 @@ class Collection:
             f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
             f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} "
             "samples)"
+        )
+
+    def _selection(self, choose: Chooser | None) -> Selection:
+        config = self.session.config
+        return Selection(
+            self.session.model,
+            self.rule,
+            vocab_size=self.session.vocab_size,
+            chunk_rows=config.collect.chunk_rows,
+            choose=choose,
+            kernels=config.kernels,
         )
 
     def _always(self) -> tuple[int, ...]:
@@ -166,10 +169,7 @@ class Collection:
             dataset=fingerprint(self.samples),
             vocab_size=session.vocab_size,
             vocab_padded=session.model.spec.padded_vocab(),
-            tau=collect.tau,
-            k_max=collect.k_max,
-            min_set_size=collect.min_set_size,
-            always=self._always(),
+            **dataclasses.asdict(self.rule),
             strategy=collect.strategy,
             fraction=collect.fraction,
             buckets=collect.buckets,
@@ -202,7 +202,10 @@ class Collection:
                 values.append(out.cpu().double().numpy())
                 advance(sum(map(len, batch.samples)) * world.data_size)
 
-            self._run(self._rows(picked), lambda s: s.positions, confidence_task(self.session.model, self.rule), keep)
+            confidence = Confidence(
+                self.session.model, vocab_size=self.session.vocab_size, chunk_rows=collect.chunk_rows
+            )
+            self._run(self._rows(picked), lambda s: s.positions, confidence, keep)
         joined = np.concatenate(world.gather_objects(np.concatenate(values) if world.speaks else np.zeros(0)))
         edges = bucket_edges(joined, collect.buckets)
         return edges, bucket_counts(joined, edges)
@@ -231,16 +234,17 @@ class Collection:
         choose = None
         if plan.strategy == "bucket":
             choose = _bucket_chooser(BucketRule(plan.bucket_edges, plan.fraction, plan.seed, plan.bucket_counts))
-        selection = Selection(self.session.model, self.rule, choose)
+        selection = self._selection(choose)
         with self.session.progress(
             "collect", sum(len(s) for row in todo for s in row) * self.session.world.data_size, "tokens"
         ) as advance:
 
             def keep(batch: MicroBatch, chosen: Tensor) -> None:
+                sets = selection.take()  # on every rank that has some, or they would pile up
                 if writer is not None:
-                    for sample, sets in _per_sample(batch, chosen.cpu().numpy() > 0, selection.take()):
+                    for sample, own in _per_sample(batch, chosen.cpu().numpy() > 0, sets):
                         if sample.uid not in done:
-                            writer.add(sample.uid, sets)
+                            writer.add(sample.uid, own)
                 advance(sum(map(len, batch.samples)) * self.session.world.data_size)
 
             self._run(todo, self._wanted, selection, keep)
@@ -280,31 +284,15 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
 def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
     """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that
     it counts as done."""
-    offsets, ids, slots = sets.offsets.cpu().numpy(), sets.ids.cpu().numpy(), sets.gold_slot.cpu().numpy()
-    lse, rho = sets.lse.cpu().numpy(), sets.outside_mass.cpu().numpy()
-    assert sets.logits is not None
-    # the writer keeps them if the store does, and tells from them which gold tokens were appended
-    logits = sets.logits.cpu().numpy()
+    assert sets.logits is not None  # the writer tells from them which gold tokens were appended
+    sets = sets.to("cpu")
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.samples, batch.positions, strict=True):
         picked = positions[chosen[begin_flag : begin_flag + len(positions)]]
-        rows = slice(begin_row, begin_row + len(picked))
-        span = slice(int(offsets[rows.start]), int(offsets[rows.stop]))
-        found.append(
-            (
-                sample,
-                SampleSets(
-                    positions=picked.astype(np.int32),
-                    offsets=offsets[rows.start : rows.stop + 1] - offsets[rows.start],
-                    ids=ids[span],
-                    gold_slot=slots[rows],
-                    lse=lse[rows],
-                    outside_mass=rho[rows],
-                    logits=logits[span],
-                ),
-            )
-        )
-        begin_row, begin_flag = rows.stop, begin_flag + len(positions)
+        end_row = begin_row + len(picked)
+        columns = {name: column.numpy() for name, column in sets.rows(begin_row, end_row).columns().items()}
+        found.append((sample, SampleSets(positions=picked.astype(np.int32), **columns)))
+        begin_row, begin_flag = end_row, begin_flag + len(positions)
     return found
 
 

@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 from megatron_replay.store.compare import Comparison, Difference, compare
+from megatron_replay.store.counts import Stats
 from megatron_replay.store.export import export
 from megatron_replay.store.files import Damage, Disk
 from megatron_replay.store.finish import finish
@@ -14,8 +15,7 @@ from megatron_replay.store.format import Schema
 from megatron_replay.store.manifest import Manifest, begin, has_plan, is_complete, load_manifest, load_plan
 from megatron_replay.store.reader import CandidateStore
 from megatron_replay.store.repair import Repaired, repair
-from megatron_replay.store.sets import SampleSets
-from megatron_replay.store.stats import Stats
+from megatron_replay.store.sample_sets import SampleSets
 from megatron_replay.store.verify import Problem, Report, verify
 from megatron_replay.store.writer import Writer
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_replay.store import codec
+from megatron_replay.store.columns import check_ranges, columns, pack, record_columns, unpack
 from megatron_replay.store.files import Damage
 from megatron_replay.store.format import (
     ALIGN,
@@ -21,67 +23,34 @@ from megatron_replay.store.format import (
     read_block_header,
     seal_check,
 )
-from megatron_replay.store.sets import Array, SampleSets
-
-GOLD_APPENDED = 1
-
-
-class Column(NamedTuple):
-    name: str
-    per: Literal["sample", "position", "id"]
-    width: int
-
-
-def columns(schema: Schema) -> list[Column]:
-    """The columns of a block in file order (the table in `format`)."""
-    table = [
-        Column("num_positions", "sample", 4),
-        Column("positions", "position", 4),
-        Column("sizes", "position", 2),
-        Column("gold_slot", "position", 2),
-        Column("flags", "position", 1),
-        Column("ids", "id", schema.id_bytes),
-        Column("lse", "position", 4),
-        Column("outside_mass", "position", 2),
-    ]
-    return table if schema.logits == "none" else [*table, Column("logits", "id", 2)]
+from megatron_replay.store.sample_sets import Array, SampleSets
 
 
 @dataclass(frozen=True)
-class Block:
-    """A decoded block; arrays as in SampleSets, over all its samples."""
+class SampleBlock:
+    """A decoded block: the sets of all its samples, one after the other, as a reader will find them."""
 
     uids: list[bytes]
     num_positions: Array
     """[S] int64."""
-    positions: Array
-    sizes: Array
-    """[P] int64."""
-    gold_slot: Array
-    flags: Array
-    ids: Array
-    lse: Array
-    outside_mass: Array
-    logits: Array | None
-    sample_starts: Array
-    """[S + 1] int64: first position of each sample."""
-    offsets: Array
-    """[P + 1] int64: first id of each position."""
+    sets: SampleSets
+    """Of P positions; `positions` begin anew with each sample."""
+
+    @cached_property
+    def sample_starts(self) -> Array:
+        """[S + 1] int64: first position of each sample."""
+        return starts_of(self.num_positions)
 
     def sample(self, index: int) -> SampleSets:
         """Sample `index` of the block, in arrays of its own."""
-        a, b = int(self.sample_starts[index]), int(self.sample_starts[index + 1])
-        lo, hi = int(self.offsets[a]), int(self.offsets[b])
-        return SampleSets(
-            positions=self.positions[a:b].copy(),
-            offsets=self.offsets[a : b + 1] - lo,
-            ids=self.ids[lo:hi].copy(),
-            gold_slot=self.gold_slot[a:b].copy(),
-            lse=self.lse[a:b].copy(),
-            outside_mass=self.outside_mass[a:b].copy(),
-            logits=None if self.logits is None else self.logits[lo:hi].copy(),
-            gold_appended=(self.flags[a:b] & GOLD_APPENDED).astype(bool),
-        )
+        return self.sets.rows(int(self.sample_starts[index]), int(self.sample_starts[index + 1])).map(np.copy)
+
+
+class Runs(NamedTuple):
+    """Ascending runs of a column: the index of each one's first value, and its length; none is empty."""
+
+    starts: Array
+    sizes: Array
 
 
 def starts_of(sizes: Array) -> Array:
@@ -91,63 +60,35 @@ def starts_of(sizes: Array) -> Array:
     return offsets
 
 
-def join(samples: Sequence[tuple[bytes, SampleSets]], schema: Schema) -> Block:
-    """Samples, already checked, as one block: with the values that will be read back (float16 mass, rounded logits)."""
-    sets = [s for _, s in samples]
-    sizes = np.concatenate([s.sizes() for s in sets])
-    num_positions = np.array([s.num_positions for s in sets], np.int64)
-    flags = [np.zeros(s.num_positions, bool) if s.gold_appended is None else s.gold_appended for s in sets]
-    logits = None
-    if schema.logits != "none":
-        bits = codec.pack_logits(np.concatenate([s.logits for s in sets if s.logits is not None]), schema.logits)
-        logits = codec.unpack_logits(bits, schema.logits)
-    mass = np.concatenate([s.outside_mass for s in sets]).astype(np.float32).clip(0, 1)
-    return Block(
+def join(samples: Sequence[tuple[bytes, SampleSets]]) -> SampleBlock:
+    """Samples, already checked and `as_stored`, as one block."""
+    return SampleBlock(
         uids=[uid for uid, _ in samples],
-        num_positions=num_positions,
-        positions=np.concatenate([s.positions for s in sets]).astype(np.int32),
-        sizes=sizes.astype(np.int64),
-        gold_slot=np.concatenate([s.gold_slot for s in sets]).astype(np.int32),
-        flags=np.concatenate(flags).astype(np.uint8) * GOLD_APPENDED,
-        ids=np.concatenate([s.ids for s in sets]).astype(_id_type(schema)),
-        lse=np.concatenate([s.lse for s in sets]).astype(np.float32),
-        outside_mass=mass.astype("<f2").astype(np.float32),
-        logits=logits,
-        sample_starts=starts_of(num_positions),
-        offsets=starts_of(sizes),
+        num_positions=np.array([sets.num_positions for _, sets in samples], np.int64),
+        sets=SampleSets.cat([sets for _, sets in samples]),
     )
 
 
-def encode(block: Block, schema: Schema, offset: int) -> bytes:
+def encode(block: SampleBlock, schema: Schema, offset: int) -> bytes:
     """The bytes of the block as it stands at `offset` of its file; a function of its content alone."""
-    values = {
-        "num_positions": block.num_positions,
-        "positions": block.positions,
-        "sizes": block.sizes,
-        "gold_slot": block.gold_slot,
-        "flags": block.flags,
-        "ids": block.ids,
-        "lse": block.lse.astype("<f4").view("<u4"),
-        "outside_mass": block.outside_mass.astype("<f2").view("<u2"),
-    }
-    if block.logits is not None:
-        values["logits"] = codec.pack_logits(block.logits, schema.logits)
-    if schema.codec == "zd":
-        occupied = block.sample_starts[:-1][block.num_positions > 0]
-        values["positions"] = codec.to_steps(block.positions, occupied)
-        values["ids"] = codec.to_steps(block.ids, block.offsets[:-1])
+    sizes, runs = block.sets.sizes(), _runs(block.num_positions, block.sets.offsets)
+    values = {**block.sets.columns(), "num_positions": block.num_positions, "sizes": sizes}
     frames = [b"".join(block.uids)]
     for column in columns(schema):
-        frames += codec.encode(values[column.name], column.width, schema.codec)
+        bits = pack(column, values[column.name], schema)
+        if column.kind == "ascending" and schema.codec == "zd":
+            bits = codec.to_steps(bits, runs[column.per].starts)
+        frames += codec.encode(bits, column.width, schema.codec)
     table = np.array([len(f) for f in frames], "<u4").tobytes()
     size = ALIGN + len(table) + sum(map(len, frames))
+    num_positions, num_ids = len(sizes), len(block.sets.ids)
     header = BLOCK_HEADER.pack(
-        BLOCK_MAGIC, 0, aligned(size), offset, len(block.uids), len(frames), len(block.positions), len(block.ids)
+        BLOCK_MAGIC, 0, aligned(size), offset, len(block.uids), len(frames), num_positions, num_ids
     )
     return seal_check(bytearray(b"".join([header, bytes(8), table, *frames, bytes(aligned(size) - size)])))
 
 
-def decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Block:
+def decode(path: Path, data: memoryview, offset: int, schema: Schema) -> SampleBlock:
     """The block whose checksum-verified bytes are `data`, its contents checked against the schema. Raises Damage."""
     try:
         return _decode(path, data, offset, schema)
@@ -155,51 +96,38 @@ def decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Block:
         raise Damage(path, offset, f"the block's contents are wrong: {err}") from err
 
 
-def _decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Block:
+def _decode(path: Path, data: memoryview, offset: int, schema: Schema) -> SampleBlock:
     header = read_block_header(path, data, offset)
-    frames = _frames(data, header.frames, schema)
+    uids, *frames = _frames(data, header.frames, schema)
     counts = {"sample": header.samples, "position": header.positions, "id": header.ids}
-    if len(frames[0]) != header.samples * UID_BYTES:
+    if len(uids) != header.samples * UID_BYTES:
         raise ValueError("uids are missing")
-    packed = bytes(frames[0])
-    uids = [packed[i : i + UID_BYTES] for i in range(0, len(packed), UID_BYTES)]
-    value: dict[str, Array] = {}
-    at = 1
+    packed = bytes(uids)
+    bits: dict[str, Array] = {}
     for column in columns(schema):
         num = codec.num_frames(column.width, schema.codec)
-        value[column.name] = codec.decode(frames[at : at + num], counts[column.per], column.width, schema.codec)
-        at += num
-    num_positions, sizes = value["num_positions"].astype(np.int64), value["sizes"].astype(np.int64)
+        bits[column.name] = codec.decode(frames[:num], counts[column.per], column.width, schema.codec)
+        del frames[:num]
+    num_positions, sizes = (bits[name].astype(np.int64) for name in ("num_positions", "sizes"))
     _sums(num_positions, sizes, header.positions, header.ids)
-    sample_starts, offsets = starts_of(num_positions), starts_of(sizes)
-    occupied = num_positions > 0
-    positions = _ascending(
-        value["positions"], sample_starts[:-1][occupied], num_positions[occupied], 1 << 31, schema, "position"
-    )
-    ids = _ascending(value["ids"], offsets[:-1], sizes, schema.vocab_size, schema, "id")
-    gold_slot = value["gold_slot"].astype(np.int32)
-    if (gold_slot >= sizes).any():
+    offsets = starts_of(sizes)
+    runs, limits = _runs(num_positions, offsets), {"position": 1 << 31, "id": schema.vocab_size}
+    for column in columns(schema):
+        if column.kind == "ascending":
+            whole = _ascending(bits[column.name], runs[column.per], limits[column.per], schema, column.per)
+            bits[column.name] = whole
+    sets = SampleSets(offsets=offsets, **{c.name: unpack(c, bits[c.name], schema) for c in record_columns(schema)})
+    if (sets.gold_slot >= sizes).any():
         raise ValueError("a gold slot lies outside its set")
-    lse, mass = (
-        value["lse"].view("<f4").astype(np.float32),
-        value["outside_mass"].astype("<u2").view("<f2").astype(np.float32),
-    )
-    if not (np.isfinite(lse).all() and ((mass >= 0) & (mass <= 1)).all()):
-        raise ValueError("lse or outside mass is not a number it can be")
-    return Block(
-        uids=uids,
-        num_positions=num_positions,
-        positions=positions.astype(np.int32),
-        sizes=sizes,
-        gold_slot=gold_slot,
-        flags=value["flags"].astype(np.uint8),
-        ids=ids.astype(_id_type(schema)),
-        lse=lse,
-        outside_mass=mass,
-        logits=codec.unpack_logits(value["logits"], schema.logits) if "logits" in value else None,
-        sample_starts=sample_starts,
-        offsets=offsets,
-    )
+    check_ranges(sets, schema)
+    return SampleBlock([packed[i : i + UID_BYTES] for i in range(0, len(packed), UID_BYTES)], num_positions, sets)
+
+
+def _runs(num_positions: Array, offsets: Array) -> dict[str, Runs]:
+    """The runs of a column per position, which are the samples, and per id, which are the sets."""
+    occupied = num_positions > 0
+    samples = Runs(starts_of(num_positions)[:-1][occupied], num_positions[occupied])
+    return {"position": samples, "id": Runs(offsets[:-1], np.diff(offsets))}
 
 
 def _frames(data: memoryview, count: int, schema: Schema) -> list[memoryview]:
@@ -218,20 +146,16 @@ def _sums(num_positions: Array, sizes: Array, positions: int, ids: int) -> None:
         raise ValueError("set sizes or position counts do not add up")
 
 
-def _ascending(values: Array, starts: Array, sizes: Array, limit: int, schema: Schema, what: str) -> Array:
+def _ascending(values: Array, runs: Runs, limit: int, schema: Schema, what: str) -> Array:
     """Runs of strictly ascending integers below `limit`, as int64, or ValueError."""
     if schema.codec == "zd":
-        whole = codec.from_steps(values, starts, sizes)
+        whole = codec.from_steps(values, *runs)
     else:
         whole = values.astype(np.int64)
         step = np.diff(whole, prepend=-1)
-        step[starts] = 1
+        step[runs.starts] = 1
         if (step <= 0).any():
             raise ValueError(f"a run of {what}s is not ascending")
     if len(whole) and whole.max() >= limit:
         raise ValueError(f"{what} {whole.max()} is not below {limit}")
     return whole
-
-
-def _id_type(schema: Schema) -> type[np.int32] | type[np.uint32]:
-    return np.int32 if schema.vocab_size <= 1 << 31 else np.uint32

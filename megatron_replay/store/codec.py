@@ -14,7 +14,7 @@ import zstandard
 from megatron_replay.errors import StoreError
 from megatron_replay.store.files import Buffer
 from megatron_replay.store.format import Codec, Logits
-from megatron_replay.store.sets import Array
+from megatron_replay.store.sample_sets import Array
 
 LEVEL = 3
 """zstd level; 6 and 9 are smaller by less than 1 % on byte planes and three to six times slower."""

@@ -1,4 +1,4 @@
-"""Do two stores hold the same? Segments, order, writers and codecs do not matter, contents do."""
+"""Compare what two stores hold. Segments, order, writers and codecs do not matter, contents do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_replay.store.reader import CandidateStore
-from megatron_replay.store.sets import SampleSets
+from megatron_replay.store.sample_sets import SampleSets
 
 EXAMPLES = 5
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import StoreError
-from megatron_replay.store.files import told
+from megatron_replay.store.columns import Column, record_columns
+from megatron_replay.store.files import disk_errors
 from megatron_replay.store.reader import CandidateStore
 
 ROWS = 4096
@@ -30,7 +31,7 @@ def export(store: CandidateStore, target: str | Path) -> int:
     if path.suffix not in kinds:
         raise StoreError(f"{path}: export writes .jsonl or .parquet; name the file so")
     fresh = path.with_name(f".{path.name}.new")
-    with told(path, "write"):
+    with disk_errors(path, "write"):
         try:
             num_rows = kinds[path.suffix](store, fresh)
             os.replace(fresh, path)
@@ -43,16 +44,22 @@ def export(store: CandidateStore, target: str | Path) -> int:
 def rows(store: CandidateStore) -> Iterator[dict[str, Any]]:
     """uid (hex), position, ids, gold (an id), lse, outside_mass, and logits where they are stored; one dict per
     position."""
+    further = _further(store)
     for uid in store:
         sets = store[uid]
         gold, name = sets.gold().tolist(), uid.hex()
         for i, position in enumerate(sets.positions.tolist()):
             span = slice(int(sets.offsets[i]), int(sets.offsets[i + 1]))
             row = {"uid": name, "position": position, "ids": sets.ids[span].tolist(), "gold": gold[i]}
-            row |= {"lse": float(sets.lse[i]), "outside_mass": float(sets.outside_mass[i])}
-            if sets.logits is not None:
-                row["logits"] = sets.logits[span].tolist()
+            for column in further:
+                values = getattr(sets, column.name)
+                row[column.name] = values[i].item() if column.per == "position" else values[span].tolist()
             yield row
+
+
+def _further(store: CandidateStore) -> list[Column]:
+    """The columns of floats, which are exported under their names."""
+    return [column for column in record_columns(store.manifest.schema) if column.kind in ("float", "logit")]
 
 
 def _jsonl(store: CandidateStore, path: Path) -> int:
@@ -71,16 +78,15 @@ def _parquet(store: CandidateStore, path: Path) -> int:
         raise StoreError(
             f"{path}: Parquet needs pyarrow, which is not installed; pip install pyarrow, or export to .jsonl"
         ) from err
-    fields = [
+    described = [
         ("uid", arrow.string()),
         ("position", arrow.int32()),
         ("ids", arrow.list_(arrow.uint32())),
         ("gold", arrow.uint32()),
     ]
-    fields += [("lse", arrow.float32()), ("outside_mass", arrow.float32())]
-    if store.manifest.logits != "none":
-        fields.append(("logits", arrow.list_(arrow.float32())))
-    schema, group, count = arrow.schema(fields), [], 0
+    number = arrow.float32()
+    described += [(c.name, number if c.per == "position" else arrow.list_(number)) for c in _further(store)]
+    schema, group, count = arrow.schema(described), [], 0
     with parquet.ParquetWriter(path, schema, compression="zstd") as file:
         for row in rows(store):
             group.append(row)

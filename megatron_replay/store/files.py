@@ -35,7 +35,7 @@ class Damage(StoreError):
 
 
 @contextmanager
-def told(path: Path, doing: str) -> Iterator[None]:
+def disk_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn an OSError inside the block into a one-line StoreError that names the path, the reason and the way out."""
     try:
         yield
@@ -97,7 +97,7 @@ class Disk:
 
     def replace(self, path: Path, data: bytes) -> None:
         """Write the whole file or leave the old one: temporary file, fsync, rename, fsync of the folder."""
-        with told(path, "write"):
+        with disk_errors(path, "write"):
             fresh = path.with_name(f".{path.name}.new")
             fd = self.create(fresh)
             try:

@@ -10,12 +10,12 @@ import numpy as np
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import journal
-from megatron_replay.store.files import Damage, Disk, told
+from megatron_replay.store.counts import Stats
+from megatron_replay.store.files import Damage, Disk, disk_errors
 from megatron_replay.store.format import UID_BYTES, parse_name
 from megatron_replay.store.manifest import JOURNAL, MANIFEST, SEGMENTS, Manifest, agree, pack
-from megatron_replay.store.segment import Index, Rule, Segment
-from megatron_replay.store.sets import Array
-from megatron_replay.store.stats import Stats
+from megatron_replay.store.sample_sets import Array
+from megatron_replay.store.segment import Index, Segment
 from megatron_replay.store.writer import Writer
 
 
@@ -28,10 +28,10 @@ def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Ma
     """
     root, disk = Path(path), disk or Disk()
     plan = agree(root, manifest)
-    _seal_orphans(root, plan.rule, disk)
+    _seal_orphans(root, plan, disk)
     entries, table, stats = [], [], Stats()
     for file in segment_files(root):
-        segment = Segment(file, plan.rule)
+        segment = Segment(file, plan)
         check, index = segment.seal()
         entries.append(
             {"name": file.name, "bytes": segment.bytes, "check": f"{check:016x}", "samples": index.stats.samples}
@@ -53,7 +53,7 @@ def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Ma
     )
     disk.replace(root / JOURNAL, journal.expected(table))
     for file in sorted(root.glob("journal-*.jsonl")):
-        with told(file, "remove"):
+        with disk_errors(file, "remove"):
             disk.remove(file)
     disk.replace(root / MANIFEST, pack(complete))
     return complete
@@ -79,9 +79,9 @@ def keys_of(indexes: Sequence[Index]) -> Array:
     return np.concatenate([np.zeros((0, UID_BYTES), np.uint8), *rows]).view(np.dtype((np.void, UID_BYTES))).reshape(-1)
 
 
-def _seal_orphans(root: Path, rule: Rule, disk: Disk) -> None:
+def _seal_orphans(root: Path, plan: Manifest, disk: Disk) -> None:
     for file in segment_files(root):
         try:
-            Segment(file, rule).seal()
+            Segment(file, plan).seal()
         except Damage:
             Writer(root, rank=parse_name(file)[0], disk=disk).close()

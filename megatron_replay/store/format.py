@@ -1,36 +1,32 @@
-"""Format version 1: every byte of a segment file, written and checked here. Little-endian throughout.
+"""Every byte of a segment file, written and checked here. Little-endian throughout.
 
 A segment `segments/<writer>-<seq>.mrs` is a run of 64-byte-aligned parts without gaps:
 
-    header  64 B   magic 8s "MRSEG\\r\\n\\x1a" | version u16 | codec u8 | logits u8 | writer u32 | seq u32 | vocabulary
-    u64 | zeros |
-                   xxh3-64 of the first 56 B
+    header  64 B   magic 8s "MRSEG\\r\\n\\x1a" | version u16 | codec u8 | logits u8 | writer u32 | seq u32 |
+                   vocabulary u64 | zeros | xxh3-64 of the first 56 B
     block          block header, frame table, frames, zeros up to the next multiple of 64
-      header 64 B  magic 4s "MRSB" | zeros u32 | bytes u64 | own file offset u64 | samples u32 | frames u32 | positions
-      u64 | ids u64 |
-                   zeros | xxh3-64 of the whole block without this field
-      frame table  stored length u32 of each frame frames       uids 16 B each, then the columns below; a column of w
-      bytes is one frame with codec `raw` (its integers, interleaved),
-                   w frames with `zd` (byte plane 0 .. w - 1, each by itself a zstd frame, or as it is where zstd does
-                   not make it smaller)
-        column         one per   bytes num_positions  sample    4 positions      position  4       zd: difference to the
-        one before, less 1; the first of a sample as it is sizes          position  2 gold_slot      position  2 flags
-        position  1       bit 0: the gold token was appended ids            id        3 | 4   3 up to a vocabulary of
-        2^24; zd: difference to the one before, less 1; the first of a set as it is lse            position  4
-        float32 outside_mass   position  2       float16 logits         id        2       float16 or bfloat16; absent
-        when logits = none
-    footer         footer header 64 B: magic 4s "MRSF" | size bins u32 | rho bins u32 | zeros u32 | blocks u64 | samples
-                   u64 | positions u64 | ids u64 | capped u64 | gold appended u64 block table:  offset u64 | bytes u64 |
-                   xxh3-64 u64 | samples u32 | zeros u32 sample table: uid 16 B | block u32 | positions u32 set sizes:
-                   size u64 | count u64, for each size that occurs rho:          count u64 of each bin; zeros up to the
-                   next multiple of 64
-    seal    64 B   magic 8s "MRSSEAL\\x01" | footer offset u64 | footer bytes u64 | file bytes u64 | xxh3-64 of the
-    header's 64 B u64 |
-                   xxh3-64 of the footer u64 | zeros u64 | xxh3-64 of the first 56 B
+      header 64 B  magic 4s "MRSB" | zeros u32 | bytes u64 | own file offset u64 | samples u32 | frames u32 |
+                   positions u64 | ids u64 | zeros | xxh3-64 of the whole block without this field
+      frame table  stored length u32 of each frame
+      frames       uids 16 B each, then the columns of `columns.columns`; a column of w bytes is
+                   one frame with codec `raw`: its integers, interleaved
+                   w frames with `zd`: byte plane 0 .. w - 1, each by itself a zstd frame, or as it is where zstd does
+                   not make it smaller
+    footer         footer header 64 B: magic 4s "MRSF" | size bins u32 | rho bins u32 | zeros u32 | blocks u64 |
+                   samples u64 | positions u64 | ids u64 | capped u64 | gold appended u64
+                   block table:  offset u64 | bytes u64 | xxh3-64 u64 | samples u32 | zeros u32
+                   sample table: uid 16 B | block u32 | positions u32
+                   set sizes:    size u64 | count u64, for each size that occurs
+                   rho:          count u64 of each bin; zeros up to the next multiple of 64
+    seal    64 B   magic 8s "MRSSEAL\\x01" | footer offset u64 | footer bytes u64 | file bytes u64 |
+                   xxh3-64 of the header's 64 B u64 | xxh3-64 of the footer u64 | zeros u64 | xxh3-64 of the first 56 B
 
 A file without a seal is unfinished: its blocks are found one after the other, each saying how long it is and proving
 itself. Byte planes one zstd frame each came out smaller than variable-length integers (9.7 against 10.0 bits an id) and
 decode without a loop.
+
+The version is that of the columns: a later one may have more of them. It stands in every segment's header and in the
+manifest, and a store is read, repaired and verified with the columns of its own version.
 """
 
 from __future__ import annotations
@@ -45,9 +41,12 @@ import xxhash
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store.files import Buffer, Damage
-from megatron_replay.store.sets import MAX_IDS, MAX_POSITIONS, MAX_VOCAB
+from megatron_replay.store.sample_sets import MAX_IDS, MAX_POSITIONS, MAX_VOCAB
 
 VERSION = 1
+"""The version that is written."""
+VERSIONS = range(1, VERSION + 1)
+"""Those that are read."""
 ALIGN = 64
 UID_BYTES = 16
 
@@ -70,11 +69,12 @@ SIZE_ROW = np.dtype([("size", "<u8"), ("count", "<u8")])
 
 @dataclass(frozen=True)
 class Schema:
-    """What the bytes of every block depend on."""
+    """The settings that the bytes of every block depend on."""
 
     vocab_size: int
     codec: Codec = "zd"
     logits: Logits = "none"
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size <= MAX_VOCAB:
@@ -124,9 +124,8 @@ def seal_check(part: bytearray) -> bytes:
 
 
 def pack_header(schema: Schema, writer: int, seq: int) -> bytes:
-    fields = SEGMENT_HEADER.pack(
-        SEGMENT_MAGIC, VERSION, CODECS.index(schema.codec), LOGITS.index(schema.logits), writer, seq, schema.vocab_size
-    )
+    codec, logits = CODECS.index(schema.codec), LOGITS.index(schema.logits)
+    fields = SEGMENT_HEADER.pack(SEGMENT_MAGIC, schema.version, codec, logits, writer, seq, schema.vocab_size)
     return seal_check(bytearray(fields + bytes(8)))
 
 
@@ -140,7 +139,7 @@ def unpack_header(path: Path, data: Buffer, schema: Schema) -> None:
     part = bytes(memoryview(data)[:ALIGN])
     if check_of(part) != stated_check(part):
         raise Damage(path, 0, "the header does not match its checksum")
-    if version != VERSION:
+    if version not in VERSIONS:
         raise StoreError(f"{path}: store format version {version}; this program reads version {VERSION}")
     writer, seq = parse_name(path)
     if part != pack_header(schema, writer, seq):

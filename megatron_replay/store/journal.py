@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_replay.errors import StoreError
-from megatron_replay.store.files import told
+from megatron_replay.store.files import disk_errors
 from megatron_replay.store.segment import Index
 
 GROUP = 64
@@ -44,7 +44,7 @@ def durable(path: Path) -> dict[str, int]:
     """Segment name -> bytes known to be on the disk. A line that is torn or not as written counts for nothing."""
     if not path.exists():
         return {}
-    with told(path, "read"):
+    with disk_errors(path, "read"):
         text = path.read_bytes()
     marks: dict[str, int] = {}
     for each in text.splitlines(keepends=True):

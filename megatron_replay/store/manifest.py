@@ -1,5 +1,5 @@
-"""What a store is: `plan.json` from its first moment (the settings every resumed run must share), `manifest.json` once
-it is complete.
+"""A store describes itself: `plan.json` from its first moment (the settings every resumed run must share),
+`manifest.json` once it is complete.
 
 Both are written atomically and end in a checksum of their own text.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import xxhash
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.errors import StoreError
-from megatron_replay.store.files import Damage, Disk, told
-from megatron_replay.store.format import VERSION, Codec, Logits, Schema
-from megatron_replay.store.segment import Rule
+from megatron_replay.store.files import Damage, Disk, disk_errors
+from megatron_replay.store.format import VERSION, VERSIONS, Codec, Logits, Schema
 
 MANIFEST, PLAN, JOURNAL, SEGMENTS = "manifest.json", "plan.json", "journal.jsonl", "segments"
 
@@ -62,15 +62,17 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     """samples, positions, ids."""
     histograms: dict[str, Any] = field(default_factory=dict)
-    """Set sizes, rho, and the capped, gold-appended and size-one shares (`stats.Stats.summary`)."""
+    """Set sizes, rho, and the capped, gold-appended and size-one shares (`counts.Stats.summary`)."""
     segments: tuple[dict[str, Any], ...] = ()
     """name, bytes, check (of the seal) and samples of each segment file, by name."""
 
     @property
-    def rule(self) -> Rule:
-        return Rule(
-            Schema(self.vocab_size, self.codec, self.logits), self.tau, self.k_max, self.min_set_size, len(self.always)
-        )
+    def schema(self) -> Schema:
+        return Schema(self.vocab_size, self.codec, self.logits, self.format_version)
+
+    @property
+    def rule(self) -> CandidateRule:
+        return CandidateRule(tau=self.tau, k_max=self.k_max, min_set_size=self.min_set_size, always=self.always)
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be equal for two runs to write one store."""
@@ -86,8 +88,8 @@ def begin(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Man
     values.
     """
     root, disk = Path(path), disk or Disk()
-    manifest.rule  # noqa: B018  a schema that cannot be is refused before a folder is made
-    with told(root, "create the store"):
+    _ = manifest.schema, manifest.rule  # those that cannot be are refused before a folder is made
+    with disk_errors(root, "create the store"):
         (root / SEGMENTS).mkdir(parents=True, exist_ok=True)
     if not (root / PLAN).exists():
         if (root / MANIFEST).exists() or any((root / SEGMENTS).iterdir()):
@@ -129,7 +131,7 @@ def load_plan(path: str | Path) -> Manifest:
 def load_manifest(path: str | Path) -> Manifest:
     """The manifest of a complete store. Raises StoreError where there is none, or it says otherwise."""
     root = Path(path)
-    with told(root, "read"):
+    with disk_errors(root, "read"):
         finished, begun = (root / MANIFEST).exists(), (root / PLAN).exists()
     if not finished:
         if begun:
@@ -159,20 +161,20 @@ def _fields(manifest: Manifest, leave_out: Collection[str] = ()) -> dict[str, An
 
 
 def _tail(plain: bytes) -> bytes:
-    """What replaces the last newline and brace of a JSON text: the checksum of that text."""
+    """The checksum of a JSON text, to stand in place of its last newline and brace."""
     return f',\n "checksum": "{xxhash.xxh3_64_hexdigest(plain)}"\n}}\n'.encode()
 
 
 def load(path: Path) -> Manifest:
     """The Manifest in a file written by `pack`; Damage unless every byte is as written, StoreError for another format
     version."""
-    with told(path, "read"):
+    with disk_errors(path, "read"):
         text = path.read_bytes()
     body = text[: -len(_tail(b""))]
     if text != body + _tail(body + b"\n}"):
         raise Damage(path, 0, "the text does not match its checksum (changed by hand, or damaged)")
     fields = json.loads(text)
-    if fields.get("format_version") != VERSION:
+    if fields.get("format_version") not in VERSIONS:
         raise StoreError(
             f"{path}: store format version {fields.get('format_version')}; this program reads version {VERSION}"
         )

@@ -10,12 +10,12 @@ import numpy as np
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import block as blocks
+from megatron_replay.store.counts import Stats
 from megatron_replay.store.files import Damage
 from megatron_replay.store.format import UID_BYTES, block_at
 from megatron_replay.store.manifest import Manifest, load_manifest
+from megatron_replay.store.sample_sets import SampleSets
 from megatron_replay.store.segment import Index, Segment
-from megatron_replay.store.sets import SampleSets
-from megatron_replay.store.stats import Stats
 from megatron_replay.store.verify import Report, open_listed, verify
 
 CACHED_BLOCKS = 16
@@ -37,7 +37,7 @@ class CandidateStore:
         self._order = np.lexsort((words[:, 1], words[:, 0]))
         self._high = words[self._order, 0]
         self._checked: list[set[int]] = [set() for _ in segments]
-        self._cache: OrderedDict[tuple[int, int], blocks.Block] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], blocks.SampleBlock] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path) -> CandidateStore:
@@ -121,7 +121,7 @@ class CandidateStore:
             at += 1
         return None
 
-    def _block(self, segment: int, number: int) -> blocks.Block:
+    def _block(self, segment: int, number: int) -> blocks.SampleBlock:
         key = (segment, number)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -133,7 +133,7 @@ class CandidateStore:
         else:
             part = block_at(source.path, source.view[offset:], offset)
             self._checked[segment].add(number)
-        self._cache[key] = block = blocks.decode(source.path, part, offset, source.rule.schema)
+        self._cache[key] = block = blocks.decode(source.path, part, offset, source.schema)
         if len(self._cache) > CACHED_BLOCKS:
             self._cache.popitem(last=False)
         return block

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_replay.errors import StoreError
 from megatron_replay.store import block as blocks
 from megatron_replay.store import journal
-from megatron_replay.store.files import Damage, Disk, lock, told
+from megatron_replay.store.files import Damage, Disk, disk_errors, lock
 from megatron_replay.store.finish import segment_files
 from megatron_replay.store.format import ALIGN, BLOCK_MAGIC, pack_header, parse_name
 from megatron_replay.store.manifest import MANIFEST, PLAN, Manifest, load, pack
@@ -20,7 +20,7 @@ from megatron_replay.store.segment import Growing, Segment, pack_footer, pack_se
 
 @dataclass
 class Repaired:
-    """What `repair` did: the segments it wrote anew, and how many samples they still hold."""
+    """The segments that `repair` wrote anew, and how many samples they still hold."""
 
     rewritten: dict[str, int] = field(default_factory=dict)
 
@@ -41,10 +41,10 @@ def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
         growing_end = file in last.values() and not (root / MANIFEST).exists()
         if _whole(file, plan) or (growing_end and _resumable(root, file, plan)):
             continue
-        growing = _rewrite(Segment(file, plan.rule), disk)
+        growing = _rewrite(Segment(file, plan), disk)
         done.rewritten[file.name] = growing.stats.samples
     if done.rewritten or not _agrees(root):
-        with told(root / MANIFEST, "remove"):
+        with disk_errors(root / MANIFEST, "remove"):
             disk.remove(root / MANIFEST)
             disk.sync_folder(root)
     return done
@@ -61,7 +61,7 @@ def _plan(root: Path, disk: Disk) -> Manifest:
 
 
 def _agrees(root: Path) -> bool:
-    """Is the manifest readable, and is every segment it lists there?"""
+    """Whether the manifest is readable, and every segment it lists is there."""
     if not (root / MANIFEST).exists():
         return True
     try:
@@ -72,7 +72,7 @@ def _agrees(root: Path) -> bool:
 
 
 def _whole(file: Path, plan: Manifest) -> bool:
-    segment = Segment(file, plan.rule)
+    segment = Segment(file, plan)
     try:
         index = segment.seal()[1]
         for row in index.blocks:
@@ -83,19 +83,19 @@ def _whole(file: Path, plan: Manifest) -> bool:
 
 
 def _resumable(root: Path, file: Path, plan: Manifest) -> bool:
-    """Is every byte that was durable whole, and only the tail torn?"""
+    """Whether every byte that was durable is whole, and only the tail torn."""
     mark = journal.durable(journal.path_of(root, parse_name(file)[0])).get(file.name, 0)
-    growing, wrong = Segment(file, plan.rule).scan()
+    growing, wrong = Segment(file, plan).scan()
     return growing.end >= mark and (wrong is None or wrong.offset > 0 or not mark)
 
 
 def _alone(root: Path) -> None:
     for file in root.glob("journal-*.jsonl"):
-        with told(file, "open"), file.open("r+b") as held:
+        with disk_errors(file, "open"), file.open("r+b") as held:
             lock(held.fileno(), file)
 
 
-def salvage(segment: Segment) -> Iterator[blocks.Block]:
+def salvage(segment: Segment) -> Iterator[blocks.SampleBlock]:
     """Every whole block of a file, whatever is wrong around it; blocks begin at multiples of 64 and prove
     themselves."""
     offset = ALIGN
@@ -113,10 +113,10 @@ def salvage(segment: Segment) -> Iterator[blocks.Block]:
 
 
 def _rewrite(segment: Segment, disk: Disk) -> Growing:
-    schema, growing = segment.rule.schema, Growing(segment.rule)
+    schema, growing = segment.schema, Growing(segment.rule)
     header = pack_header(schema, *parse_name(segment.path))
     fresh = segment.path.with_name(f".{segment.path.name}.new")
-    with told(fresh, "write"):
+    with disk_errors(fresh, "write"):
         fd = disk.create(fresh)
         try:
             disk.write(fd, header)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.store import block as blocks
-from megatron_replay.store.files import Buffer, Damage, told
+from megatron_replay.store.counts import RHO_EDGES, Stats
+from megatron_replay.store.files import Buffer, Damage, disk_errors
 from megatron_replay.store.format import (
     ALIGN,
     BLOCK_ROW,
@@ -24,7 +26,6 @@ from megatron_replay.store.format import (
     SEAL_MAGIC,
     SIZE_ROW,
     UID_BYTES,
-    Schema,
     aligned,
     block_at,
     check_of,
@@ -32,25 +33,13 @@ from megatron_replay.store.format import (
     stated_check,
     unpack_header,
 )
-from megatron_replay.store.sets import MAX_SET, Array
-from megatron_replay.store.stats import RHO_EDGES, Stats
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a store's blocks and counts depend on; part of its plan."""
-
-    schema: Schema
-    tau: float
-    k_max: int
-    min_set_size: int
-    always: int = 0
-    """Ids that are in every set, beside the gold one."""
+from megatron_replay.store.manifest import Manifest
+from megatron_replay.store.sample_sets import MAX_SET, Array
 
 
 @dataclass
 class Index:
-    """Where everything in a segment is. B blocks, S samples."""
+    """Offsets and counts of everything in a segment. B blocks, S samples."""
 
     blocks: Array
     """[B] BLOCK_ROW."""
@@ -64,7 +53,7 @@ class Index:
         return int(self.blocks["offset"][-1] + self.blocks["bytes"][-1]) if len(self.blocks) else ALIGN
 
     def same(self, other: Index) -> bool:
-        """Do both say the same, byte for byte?"""
+        """Whether both say the same, byte for byte."""
         return pack_footer(self) == pack_footer(other)
 
     def uids(self) -> list[bytes]:
@@ -75,19 +64,19 @@ class Index:
 class Growing:
     """The index of a segment that is still being written (or walked through)."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: CandidateRule) -> None:
         self.rule, self.end, self.stats = rule, ALIGN, Stats()
         self.rows: list[tuple[int, int, int, int, int]] = []
         self._samples: list[Array] = []
 
-    def add(self, part: Buffer, block: blocks.Block) -> None:
+    def add(self, part: Buffer, block: blocks.SampleBlock) -> None:
         """Take in the next block: its bytes and its contents."""
         sample = np.zeros(len(block.uids), SAMPLE_ROW)
         sample["uid"] = np.frombuffer(b"".join(block.uids), np.uint8).reshape(-1, UID_BYTES)
         sample["block"], sample["positions"] = len(self.rows), block.num_positions
         self._samples.append(sample)
         self.rows.append((self.end, len(part), stated_check(part), len(block.uids), 0))
-        self.stats.add(block, self.rule.tau, self.rule.k_max)
+        self.stats.add(block, self.rule)
         self.end += len(part)
 
     def index(self) -> Index:
@@ -135,10 +124,10 @@ class Segment:
     """A segment file, memory-mapped, or with `copy` read into memory: for a file that another process may be cutting
     short meanwhile."""
 
-    def __init__(self, path: Path, rule: Rule, *, copy: bool = False) -> None:
+    def __init__(self, path: Path, plan: Manifest, *, copy: bool = False) -> None:
         """Open the file. Raises StoreError where it cannot be opened; its contents are checked by what reads them."""
-        self.path, self.rule = path, rule
-        with told(path, "read"), path.open("rb") as file:
+        self.path, self.rule, self.schema = path, plan.rule, plan.schema
+        with disk_errors(path, "read"), path.open("rb") as file:
             self.bytes = os.fstat(file.fileno()).st_size
             whole = copy or not self.bytes  # nothing can be mapped of an empty file
             self.data: Any = file.read() if whole else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -147,14 +136,14 @@ class Segment:
 
     def header(self) -> None:
         """Raise Damage unless the file begins as this store's segment of this name."""
-        unpack_header(self.path, self.view, self.rule.schema)
+        unpack_header(self.path, self.view, self.schema)
 
-    def block(self, offset: int) -> tuple[memoryview, blocks.Block]:
+    def block(self, offset: int) -> tuple[memoryview, blocks.SampleBlock]:
         """(bytes, contents) of the block at `offset`, checksum verified. Raises Damage."""
         part = block_at(self.path, self.view[offset:], offset)
-        return part, blocks.decode(self.path, part, offset, self.rule.schema)
+        return part, blocks.decode(self.path, part, offset, self.schema)
 
-    def walk(self) -> Iterator[tuple[memoryview, blocks.Block]]:
+    def walk(self) -> Iterator[tuple[memoryview, blocks.SampleBlock]]:
         """(bytes, contents) of each block from the first on. Raises Damage where the next one is not whole, or does not
         begin."""
         self.header()

@@ -1,4 +1,4 @@
-"""Does every byte of a store say what was written? Nothing is repaired here, and nothing stops at the first finding."""
+"""Check that every byte of a store is as written. Nothing is repaired here, and nothing stops at the first finding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `verify` found; `ok` where it found nothing wrong."""
+    """The problems that `verify` found; `ok` where it found none."""
 
     problems: list[Problem] = field(default_factory=list)
     segments: int = 0
@@ -47,7 +47,7 @@ def open_listed(root: Path, manifest: Manifest, entry: dict[str, Any]) -> tuple[
     file = root / SEGMENTS / str(entry["name"])
     if not file.exists():
         raise Damage(file, 0, "this segment is missing")
-    segment = Segment(file, manifest.rule)
+    segment = Segment(file, manifest)
     if segment.bytes != entry["bytes"]:
         raise Damage(
             file, min(segment.bytes, entry["bytes"]), f"{segment.bytes} bytes, the manifest says {entry['bytes']}"
@@ -115,7 +115,7 @@ def _blocks(segment: Segment, index: Index, report: Report) -> Iterator[Damage]:
 
 
 def _whole(root: Path, manifest: Manifest, table: list[tuple[str, int, Index]], *, intact: bool) -> Iterator[Problem]:
-    """What only the store as a whole can show."""
+    """The problems that only the store as a whole can show."""
     listed = {str(entry["name"]) for entry in manifest.segments}
     for file in sorted((root / SEGMENTS).iterdir()):
         if file.name not in listed:

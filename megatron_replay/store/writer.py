@@ -11,18 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import block as blocks
-from megatron_replay.store import codec, journal
-from megatron_replay.store.files import Damage, Disk, lock, told
+from megatron_replay.store import journal
+from megatron_replay.store.columns import as_stored, check
+from megatron_replay.store.counts import gold_appended
+from megatron_replay.store.files import Damage, Disk, disk_errors, lock
 from megatron_replay.store.format import ALIGN, UID_BYTES, pack_header, parse_name, segment_name
-from megatron_replay.store.manifest import MANIFEST, SEGMENTS, load_plan
-from megatron_replay.store.segment import Growing, Index, Rule, Segment, is_seal, pack_footer, pack_seal
-from megatron_replay.store.sets import MAX_IDS, SampleSets, check
-from megatron_replay.store.stats import gold_appended
+from megatron_replay.store.manifest import MANIFEST, SEGMENTS, Manifest, load_plan
+from megatron_replay.store.sample_sets import MAX_IDS, SampleSets
+from megatron_replay.store.segment import Growing, Index, Segment, is_seal, pack_footer, pack_seal
 
 BLOCK_BYTES = 64 << 10
 """A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids; a shuffled reader
@@ -55,7 +57,7 @@ class Writer:
             raise StoreError(f"block_bytes must lie in 1..{MAX_IDS}, got {block_bytes}")
         self.root, self.rank = Path(path), rank
         self.plan = load_plan(self.root)
-        self.rule = self.plan.rule
+        self.rule, self.schema = self.plan.rule, self.plan.schema
         self.done: set[bytes] = set()
         self.recovered: list[str] = []
         self._block_bytes, self._segment_bytes, self._disk = block_bytes, segment_bytes, disk or Disk()
@@ -68,7 +70,7 @@ class Writer:
         self._complete = (self.root / MANIFEST).exists()
         self._folder = self.root / SEGMENTS
         self._journal_path = journal.path_of(self.root, rank)
-        with told(self._journal_path, "write"):
+        with disk_errors(self._journal_path, "write"):
             self._journal = self._disk.reopen(self._journal_path)
         try:
             lock(self._journal, self._journal_path)
@@ -90,10 +92,10 @@ class Writer:
             raise StoreError(
                 f"{self.root}: this store is complete and takes no more samples; collect into another folder"
             )
-        check(sets, self.rule.schema.vocab_size, name)
-        if self.rule.schema.logits != "none" and sets.logits is None:
-            raise StoreError(f"{name}: this store keeps {self.rule.schema.logits} logits, but the sample has none")
-        kept = self._plain(sets)
+        check(sets, self.schema, name)
+        if sets.gold_appended is None:
+            sets = replace(sets, gold_appended=gold_appended(sets, self.rule))
+        kept = as_stored(sets, self.schema)
         self._open.append((uid, kept))
         self.done.add(uid)
         self._weight += 32 + 16 * kept.num_positions + (4 if kept.logits is None else 6) * len(kept.ids)
@@ -142,35 +144,14 @@ class Writer:
         else:
             self.suspend()
 
-    def _plain(self, sets: SampleSets) -> SampleSets:
-        """An independent copy with what is only known now: which gold tokens were appended."""
-        kind, logits = self.rule.schema.logits, None
-        if kind != "none" and sets.logits is not None:
-            logits = codec.unpack_logits(codec.pack_logits(sets.logits, kind), kind)
-        appended = (
-            gold_appended(sets, self.rule.tau, self.rule.k_max + self.rule.always, self.rule.min_set_size)
-            if sets.gold_appended is None
-            else sets.gold_appended
-        )
-        return SampleSets(
-            positions=sets.positions.copy(),
-            offsets=sets.offsets.copy(),
-            ids=sets.ids.copy(),
-            gold_slot=sets.gold_slot.copy(),
-            lse=sets.lse.copy(),
-            outside_mass=sets.outside_mass.copy(),
-            logits=logits,
-            gold_appended=appended.astype(bool),
-        )
-
     def _write_block(self) -> None:
         if self._fd is not None and self._growing.end >= self._segment_bytes:
             self._seal()
-        block = blocks.join(self._open, self.rule.schema)
+        block = blocks.join(self._open)
         with self._writing():
             if self._fd is None:
                 self._start()
-            part = blocks.encode(block, self.rule.schema, self._growing.end)
+            part = blocks.encode(block, self.schema, self._growing.end)
             self._disk.write(self._descriptor, part)
         self._growing.add(part, block)
         self._open, self._weight = [], 0
@@ -180,13 +161,13 @@ class Writer:
     def _start(self) -> None:
         self._growing = Growing(self.rule)
         self._fd = self._disk.create(self._path)
-        self._disk.write(self._fd, pack_header(self.rule.schema, self.rank, self._seq))
+        self._disk.write(self._fd, pack_header(self.schema, self.rank, self._seq))
         self._disk.sync_folder(self._folder)
 
     def _seal(self) -> None:
         index = self._growing.index()
         footer = pack_footer(index)
-        seal = pack_seal(pack_header(self.rule.schema, self.rank, self._seq), footer, index.end)
+        seal = pack_seal(pack_header(self.schema, self.rank, self._seq), footer, index.end)
         with self._writing():
             self._disk.write(self._descriptor, footer + seal)
             self._disk.sync(self._descriptor)
@@ -205,7 +186,7 @@ class Writer:
         own = sorted(self._folder.glob(f"{self.rank:05d}-*.mrs"))
         lines = b""
         for path in own:
-            segment = Segment(path, self.rule)
+            segment = Segment(path, self.plan)
             try:
                 _, index = segment.seal()
                 lines += journal.lines(path.name, segment.bytes, index, sealed=True)
@@ -217,8 +198,8 @@ class Writer:
                 lines += journal.lines(path.name, 0, index, sealed=False)
             self.done.update(index.uids())
         for path in sorted(set(self._folder.glob("*.mrs")) - set(own)):
-            self.done.update(uids_in(path, self.rule))
-        with told(self._journal_path, "write"):
+            self.done.update(uids_in(path, self.plan))
+        with disk_errors(self._journal_path, "write"):
             self._disk.truncate(self._journal, 0)
             self._disk.write(self._journal, lines)
 
@@ -233,11 +214,11 @@ class Writer:
                 f"{segment.path}: cut off {segment.bytes - end} bytes behind the last whole block (byte {end})"
             )
         self._seq, self._growing = parse_name(segment.path)[1], growing
-        with told(segment.path, "write"):
+        with disk_errors(segment.path, "write"):
             self._fd = self._disk.reopen(segment.path)
             self._disk.truncate(self._fd, end)
             if not end:
-                self._disk.write(self._fd, pack_header(self.rule.schema, self.rank, self._seq))
+                self._disk.write(self._fd, pack_header(self.schema, self.rank, self._seq))
             self._disk.sync(self._fd)
         return growing.index()
 
@@ -257,7 +238,7 @@ class Writer:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            with told(self._path, "write"):
+            with disk_errors(self._path, "write"):
                 yield
         except StoreError:
             self._state = "stopped by an earlier error"
@@ -271,15 +252,15 @@ class Writer:
         self._fd, self._journal = None, -1
 
 
-def uids_in(path: Path, rule: Rule) -> list[bytes]:
-    """What another writer's file holds for certain: all of a sealed one, the whole blocks of an unfinished one.
+def uids_in(path: Path, plan: Manifest) -> list[bytes]:
+    """The samples that another writer's file holds for certain: all of a sealed one, whole blocks of an unfinished one.
 
     That writer may be cutting off its torn tail at this moment, so an unsealed file is read, never mapped.
     """
-    with told(path, "read"), path.open("rb") as file:
+    with disk_errors(path, "read"), path.open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - ALIGN, 0))
         sealed = is_seal(file.read(ALIGN))
-    segment = Segment(path, rule, copy=not sealed)
+    segment = Segment(path, plan, copy=not sealed)
     try:
         return segment.seal()[1].uids()
     except Damage:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_replay"
 
 LAYERS = [
-    {"errors", "config", "config_file", "environment", "registry", "cluster"},
+    {"errors", "config", "config_file", "environment", "registry", "cluster", "ragged", "candidates"},
     {"kernels"},
     {"ops", "optim", "models", "data", "store", "scoring"},
     {"formats"},

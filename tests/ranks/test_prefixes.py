@@ -17,6 +17,7 @@ from models import LLAMA, QWEN3, draw, write_folder
 from pool import fresh
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Optimizer
 from megatron_replay.data import prefixes
 from megatron_replay.data.prefixes import lay
@@ -26,7 +27,7 @@ from megatron_replay.parallel.inference import token_nll
 from megatron_replay.parallel.mcore import attention
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward, forward_backward
-from megatron_replay.parallel.selection import Selection, SetRule
+from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import StepResult, make_trainer
 
 LOSSES = ("restricted", "full")
@@ -177,10 +178,10 @@ def collected(job: Job, share: bool) -> tuple[list[list[int]], list[np.ndarray]]
     """On a rank: the candidate sets of a batch (last stage; this replica's), and the likelihoods of all samples'
     tokens."""
     with opened(job.folder, job.layout, job.dtype) as model:
-        rule = SetRule(tau=0.3, k_max=100, min_set_size=2, vocab_size=model.spec.vocab_size, chunk_rows=64)
         sets: list[list[int]] = []
 
-        selection = Selection(model, rule)
+        rule = CandidateRule(tau=0.3, k_max=100)
+        selection = Selection(model, rule, vocab_size=model.spec.vocab_size, chunk_rows=64)
 
         def keep(*_: Any) -> None:
             found = selection.take()

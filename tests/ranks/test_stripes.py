@@ -18,6 +18,7 @@ from pool import fresh
 from test_resume import go_on, stop
 from torch import Tensor
 
+from megatron_replay.candidates import CandidateRule
 from megatron_replay.config import Layout
 from megatron_replay.formats import torch_dist
 from megatron_replay.formats.hf_folder import HFFolder
@@ -38,7 +39,7 @@ from megatron_replay.parallel.losses.restricted import imbalance
 from megatron_replay.parallel.mcore.model import Model, squared_distance, vocab_shard
 from megatron_replay.parallel.mcore.optimizer import restripe_state
 from megatron_replay.parallel.pipeline import forward
-from megatron_replay.parallel.selection import Selection, SetRule
+from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import make_trainer
 
 N, V, REAL, H = 16, 384, 301, 8
@@ -166,8 +167,8 @@ def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
             rows = restripe(head, striped=True) if layout.striped else head
             here = len(head) // layout.tensor
             model.module.output_layer.weight.data.copy_(rows[model.world.tensor_rank * here :][:here])
-        rule = SetRule(tau=0.9, k_max=60, min_set_size=2, vocab_size=240, chunk_rows=8, always=(5, 239))
-        selection = Selection(model, rule)
+        rule = CandidateRule(tau=0.9, k_max=60, always=(5, 239))
+        selection = Selection(model, rule, vocab_size=240, chunk_rows=8)
         forward(model, [batch], selection, consume=lambda *_: None)
         if model.head is None:
             return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,19 +36,10 @@ class Restricted(Loss):
     def sets(self, stored: Sequence[SampleSets]) -> LocalSets:
         """The candidate sets of several samples, one after the other: this rank's part of the vocabulary, by position
         and by id, on its device."""
-        whole = CandidateSets.cat([self._whole(sets) for sets in stored])
+        kept = stored if self.needs_logits else [replace(sets, logits=None) for sets in stored]
+        whole = CandidateSets.cat([CandidateSets.of(sets) for sets in kept])
         here = whole.local(self.shard, targets=self.targets(whole), weights=self.weights(whole))
         return here.indexed().to(self.model.world.torch_device)
-
-    def _whole(self, stored: SampleSets) -> CandidateSets:
-        return CandidateSets.from_arrays(
-            stored.offsets,
-            stored.ids.astype(np.int32, copy=False),
-            stored.gold_slot,
-            logits=stored.logits if self.needs_logits else None,
-            lse=stored.lse,
-            outside_mass=stored.outside_mass,
-        )
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert batch.sets is not None

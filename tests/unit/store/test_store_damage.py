@@ -113,7 +113,7 @@ def test_a_newer_format_is_told_apart_from_damage(kit, small):
     header = bytearray(file.read_bytes()[:64])
     header[8] = 2
     with pytest.raises(StoreError, match="format version 2; this program reads version 1"):
-        unpack_header(file, seal_check(header), load_manifest(small).rule.schema)
+        unpack_header(file, seal_check(header), load_manifest(small).schema)
 
 
 @pytest.mark.parametrize("field", range(2, 8))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateStore, SampleSets, Writer, begin, codec, compare, export, finish
 from megatron_replay.store import block as blocks
+from megatron_replay.store.columns import as_stored
 from megatron_replay.store.format import Schema, block_at
 
 VOCABULARIES = (1, 2, 300, 151_669, 1 << 24, (1 << 24) + 1, 1 << 31, 1 << 32)
@@ -54,7 +55,8 @@ def test_block_comes_back(data):
     samples = [
         (bytes([i]) * 16, s) for i, s in enumerate(data.draw(st.lists(sample_sets(schema), min_size=1, max_size=4)))
     ]
-    part = blocks.encode(blocks.join(samples, schema), schema, 640)
+    stored = [(uid, as_stored(sets, schema)) for uid, sets in samples]
+    part = blocks.encode(blocks.join(stored), schema, 640)
     assert len(part) % 64 == 0
     back = blocks.decode(Path("x"), block_at(Path("x"), memoryview(part), 640), 640, schema)
     assert back.uids == [uid for uid, _ in samples]

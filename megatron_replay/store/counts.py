@@ -1,5 +1,4 @@
-"""What a store holds, counted: kept beside each segment's blocks, so that a store of any size is summed up from its
-footers."""
+"""Counts of what a store holds: kept beside each segment's blocks, so that footers alone sum up a store of any size."""
 
 from __future__ import annotations
 
@@ -8,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.store.block import GOLD_APPENDED, Block
-from megatron_replay.store.sets import Array, SampleSets
+from megatron_replay.candidates import CandidateRule
+from megatron_replay.store.block import SampleBlock
+from megatron_replay.store.sample_sets import Array, SampleSets
 
 RHO_EDGES = (0.0, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 """Bins of the outside mass rho, the last one closed."""
@@ -32,14 +32,15 @@ class Stats:
     """[largest size + 1]: positions with a set of that size."""
     rho: Array = field(default_factory=lambda: np.zeros(len(RHO_EDGES) - 1, np.int64))
 
-    def add(self, block: Block, tau: float, k_max: int) -> None:
+    def add(self, block: SampleBlock, rule: CandidateRule) -> None:
+        sizes, mass = block.sets.sizes(), block.sets.outside_mass
         self.samples += len(block.uids)
-        self.positions += len(block.positions)
-        self.ids += len(block.ids)
-        self.capped += int(((block.sizes >= k_max) & (block.outside_mass > np.float32(np.float16(1 - tau)))).sum())
-        self.gold_appended += int((block.flags & GOLD_APPENDED).sum())
-        self.sizes = _sum(self.sizes, np.bincount(block.sizes))
-        self.rho += np.histogram(block.outside_mass, np.array(RHO_EDGES, np.float32))[0]
+        self.positions += len(sizes)
+        self.ids += len(block.sets.ids)
+        self.capped += int(((sizes >= rule.k_max) & (mass > np.float32(np.float16(1 - rule.tau)))).sum())
+        self.gold_appended += int(block.sets.columns()["gold_appended"].sum())
+        self.sizes = _sum(self.sizes, np.bincount(sizes))
+        self.rho += np.histogram(mass, np.array(RHO_EDGES, np.float32))[0]
 
     def merge(self, other: Stats) -> None:
         for name in ("samples", "positions", "ids", "capped", "gold_appended"):
@@ -81,21 +82,22 @@ def _sum(a: Array, b: Array) -> Array:
     return total
 
 
-def gold_appended(sets: SampleSets, tau: float, k_max: int, min_set_size: int) -> Array:
+def gold_appended(sets: SampleSets, rule: CandidateRule) -> Array:
     """[P] bool: was the gold token added to a set that did not have it?
 
-    A set of k_max + 1 says so by its size. With logits also a smaller one does: gold is its least likely token, and the
-    others, at least min_set_size of them, reach tau without it (arXiv 2510.09152 section 2). Without logits a smaller
-    set cannot say, and counts as no. Where ids are in every set, k_max counts them too; then a full set that had some
-    of them anyway counts as no.
+    A set of more than k_max + `always` ids says so by its size. With logits also a smaller one does: gold is its least
+    likely token, and the others, at least min_set_size of them, reach tau without it (arXiv 2510.09152 section 2).
+    Without logits a smaller set cannot say, and counts as no. A full set that had some ids of `always` anyway counts as
+    no.
     """
     sizes = sets.sizes()
-    full = sizes > k_max
+    full = sizes > rule.k_max + len(rule.always)
     if sets.logits is None or not len(sets.ids):
         return full
     mass = np.exp(np.minimum(sets.logits.astype(np.float64) - np.repeat(sets.lse.astype(np.float64), sizes), 0))
     starts = sets.offsets[:-1]
     gold = mass[starts + sets.gold_slot]
     last = gold <= np.minimum.reduceat(mass, starts)
-    appended: Array = full | (last & (sizes > min_set_size) & (np.add.reduceat(mass, starts) - gold >= tau))
+    reached = np.add.reduceat(mass, starts) - gold >= rule.tau
+    appended: Array = full | (last & (sizes > rule.min_set_size) & reached)
     return appended
