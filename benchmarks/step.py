@@ -55,9 +55,8 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> tuple[list[MicroB
     selection = Selection(model, CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
     sets: list[CandidateSets] = []
     forward(model, found, selection, consume=lambda *_: sets.append(selection.take()))
-    batches = [
-        replace(batch, sets=some.local(selection.confidence.shard)) for batch, some in zip(found, sets, strict=True)
-    ]
+    shard = vocab_shard(model)
+    batches = [replace(batch, sets=some.local(shard)) for batch, some in zip(found, sets, strict=True)]
     return batches, torch.cat([some.sizes() for some in sets])
 
 

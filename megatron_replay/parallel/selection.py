@@ -27,7 +27,7 @@ class Confidence:
     """The task p(gold) of every position of the batch, [N] in [0, 1]."""
 
     def __init__(self, model: Model, *, vocab_size: int, chunk_rows: int) -> None:
-        """vocab_size: ids from there on are padding rows. chunk_rows: logits exist for this many positions at a time."""
+        """vocab_size: ids from there on are padding. chunk_rows: logits exist for this many positions at a time."""
         self.shard, self.vocab_size, self.chunk_rows = vocab_shard(model), vocab_size, chunk_rows
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Selection:
         choose: Chooser | None = None,
         kernels: str = "auto",
     ) -> None:
-        """choose: decides from the confidence which positions get a set; None: all of them. The rest as `Confidence`."""
+        """choose: decides from the confidence which positions get a set; None: all. The rest as `Confidence`."""
         self.rule, self.choose, self.kernels = rule, choose, kernels
         self.confidence = Confidence(model, vocab_size=vocab_size, chunk_rows=chunk_rows)
         self._found: deque[CandidateSets] = deque()
