@@ -1,12 +1,11 @@
-"""Is this device sound? Every operator against plain torch, collectives, ten training steps against the golden losses,
-timings.
+"""Check whether this device is sound: operators, collectives, ten training steps, timings.
 
     python tools/selftest.py --device cuda kernels
     python tools/selftest.py --device npu collectives
 
-A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why).
-`npu_selftest.sh` runs all. Needs the project's checkout and pytest: the golden losses and the tiny model are those of
-tests/.
+Every operator is compared with plain torch, and the training steps with the golden losses. A part prints its findings
+and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). `npu_selftest.sh` runs all. It needs
+the project's checkout and pytest: the golden losses and the tiny model are those of tests/.
 """
 
 from __future__ import annotations
