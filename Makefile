@@ -53,10 +53,10 @@ $(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
 	$(PIP) install --no-deps --target $(OLD) megatron-core==$(MEGATRON_OLD)
 	@touch $@
 
-# The compiled kernels' tests run under the address and undefined-behaviour sanitizers, on a copy of the package with C++
-# of its own. The sanitizers' runtimes must be loaded before python, and libstdc++ with them, whose exceptions they watch.
-# Leaks are not looked for, because Python does not free everything at exit. --capture=sys keeps pytest from holding back
-# a sanitizer's message when it ends the process.
+# The compiled kernels' tests run under the address and undefined-behaviour sanitizers, on a copy of the package with
+# C++ of its own. The sanitizers' runtimes must be loaded before python, and libstdc++ with them, whose exceptions
+# they watch. Leaks are not looked for, because Python does not free everything at exit. --capture=sys keeps pytest
+# from holding back a sanitizer's message when it ends the process.
 sanitize: $(SANITIZED)/.built
 	find megatron_replay -name '*.py' -exec cp --parents -t $(SANITIZED) {} +
 	$(SANITIZED_PYTHON) -c 'import torch; from megatron_replay import _C; print(_C.__file__)' | xargs nm -D | grep -q __asan_init
@@ -67,8 +67,8 @@ $(SANITIZED)/.built: setup.py $(CSRC) | $(INSTALLED)
 	MEGATRON_REPLAY_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	@touch $@
 
-# torch-npu's wheel gets a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests' child
-# processes find it there. Without it, or on machines that it is not for, the tests are skipped.
+# torch-npu's wheel gets a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests'
+# child processes find it there. Without it, or on machines that it is not for, the tests are skipped.
 torch-npu: $(NPU)/.installed
 
 test-npu: torch-npu
