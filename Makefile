@@ -1,4 +1,4 @@
-# The environment is made once and again whenever the pins, the metadata or the C++ sources change.
+# The environment is made once, and again whenever the pins, the metadata or the C++ sources change.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -42,7 +42,8 @@ check: venv
 test: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# all that runs over ranks with the oldest megatron-core that is supported (MindSpeed pins it), beside the environment and found before it
+# All tests over ranks run with the oldest megatron-core that is supported (MindSpeed pins it). It lies beside the
+# environment and is found before it.
 test-megatron-0.12: $(OLD)/.$(MEGATRON_OLD)
 	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import megatron.core as m; assert m.__version__ == "$(MEGATRON_OLD)", m.__file__'
 	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -m pytest -q tests/ranks
@@ -52,9 +53,10 @@ $(OLD)/.$(MEGATRON_OLD): | $(INSTALLED)
 	$(PIP) install --no-deps --target $(OLD) megatron-core==$(MEGATRON_OLD)
 	@touch $@
 
-# The tests of the compiled kernels under the address and undefined-behaviour sanitizers, on a copy of the package with C++ of its own. Their
-# runtimes must be loaded before python, and libstdc++ with them, whose exceptions they watch. Python frees not everything at its end, so leaks
-# are not looked for. pytest must not hold back what a sanitizer says before it ends the process: --capture=sys.
+# The compiled kernels' tests run under the address and undefined-behaviour sanitizers, on a copy of the package with
+# C++ of its own. The sanitizers' runtimes must be loaded before python, and libstdc++ with them, whose exceptions
+# they watch. Leaks are not looked for, because Python does not free everything at exit. --capture=sys keeps pytest
+# from holding back a sanitizer's message when it ends the process.
 sanitize: $(SANITIZED)/.built
 	find megatron_replay -name '*.py' -exec cp --parents -t $(SANITIZED) {} +
 	$(SANITIZED_PYTHON) -c 'import torch; from megatron_replay import _C; print(_C.__file__)' | xargs nm -D | grep -q __asan_init
@@ -65,8 +67,8 @@ $(SANITIZED)/.built: setup.py $(CSRC) | $(INSTALLED)
 	MEGATRON_REPLAY_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	@touch $@
 
-# torch-npu's wheel, in a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests' child processes find it
-# there; without it, or on machines that it is not for, they are skipped.
+# torch-npu's wheel gets a folder of its own: on the path it breaks `import torch` where CANN is absent. The tests'
+# child processes find it there. Without it, or on machines that it is not for, the tests are skipped.
 torch-npu: $(NPU)/.installed
 
 test-npu: torch-npu

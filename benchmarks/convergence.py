@@ -1,13 +1,12 @@
-"""The optimizers on a tiny real model that is trained on a domain it has never seen: who is steady, who stays near, who
-learns.
+"""Train a tiny real model on a new domain with every optimizer: who is steady, who stays near, who learns.
 
     python benchmarks/convergence.py MODEL DOMAIN --output benchmarks/results/convergence.csv
 
-MODEL is a Hugging Face folder of a Llama (the study's: stories260K, made by `megatron-replay convert`), DOMAIN a text
-file, or a .jsonl of which --fields are read (the study's: Spider's questions and queries); its last tenth is never
-trained on. One thread, no megatron: the optimizers of `megatron_replay.optim` alone. A run is a row, written when it
-ends; runs that the file has are not repeated. `convergence_report.py` draws the figure and fills the page's tables from
-the file. What the columns mean is said in docs/reports/convergence.md.
+MODEL is a Hugging Face folder of a Llama (the study's: stories260K, made by `megatron-replay convert`). DOMAIN is a
+text file, or a .jsonl of which --fields are read (the study's: Spider's questions and queries). Its last tenth is never
+trained on. A run takes one thread and no megatron: the optimizers of `megatron_replay.optim` alone. A run is a row,
+written when it ends; runs that the file has are not repeated. `convergence_report.py` draws the figure and fills the
+page's tables from the file. docs/reports/convergence.md explains the columns.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ def windows(texts: Sequence[str], tokenizer: Tokenizer, *, length: int, start: i
 
 @torch.no_grad()
 def own_text(model: LlamaForCausalLM, *, count: int, length: int, start: int) -> Tensor:
-    """What the model writes at temperature 1, [count, length]."""
+    """Texts that the model writes at temperature 1, [count, length]."""
     generator = torch.Generator().manual_seed(0)
     ids, cache = torch.full((count, 1), start), DynamicCache()
     while ids.shape[1] < length:

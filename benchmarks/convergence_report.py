@@ -1,7 +1,7 @@
-"""The figure and the tables of docs/reports/convergence.md, from the study's csv alone; trains nothing.
+"""Draw the figure and fill the tables of docs/reports/convergence.md, from the study's csv alone; train nothing.
 
-    python benchmarks/convergence_report.py benchmarks/results/convergence.csv --figure docs/img/convergence.png --page
-    docs/reports/convergence.md
+    python benchmarks/convergence_report.py benchmarks/results/convergence.csv --figure docs/img/convergence.png \\
+        --page docs/reports/convergence.md
 
 Numbers are mean ± standard deviation over the seeds. A table of the page stands between `<!-- table NAME -->` and `<!--
 end -->`.

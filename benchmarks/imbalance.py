@@ -1,13 +1,12 @@
-"""How unevenly a text's ids, and a store's candidate ids, lie on tensor ranks: contiguous shards of the vocabulary
-against stripes.
+"""Measure how unevenly ids lie on tensor ranks: contiguous shards of the vocabulary against stripes.
 
-    python benchmarks/run.py imbalance TOKENIZER spider_train.jsonl --label spider+qwen --output
-    benchmarks/results/imbalance.csv
+    python benchmarks/run.py imbalance TOKENIZER spider_train.jsonl --label spider+qwen \\
+        --output benchmarks/results/imbalance.csv
 
-TOKENIZER: a folder with tokenizer.json, tokenizer.model or *.tiktoken. Texts: plain text, or jsonl of which the values
-of --fields are taken, in order, joined by newlines. A row is max / mean over the ranks: 1 is even, and as much faster
-than one rank as there are ranks divided by it is the best that work done id by id can get. --store adds the candidate
-ids of a collected store.
+The ids are a text's, and with --store the candidate ids of a collected store as well. TOKENIZER is a folder with
+tokenizer.json, tokenizer.model or *.tiktoken. Texts are plain text, or jsonl of which the values of --fields are taken,
+in order, joined by newlines. A row is max / mean over the ranks; 1 is even. The number of ranks divided by it is the
+best speed-up over one rank that work done id by id can get.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The restricted loss from logits, forward and backward, against its plain-torch twin and others, in one interleaved
-run.
+"""Time the restricted loss from logits, forward and backward, against its plain-torch twin and others.
 
     python benchmarks/run.py logits --output benchmarks/results/logits.csv
 
-float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80
-ids, k_max 200). The operators write into a gradient that is there; a whole loss makes a new gradient [N, V], of which
-the system clears every page that is written. `ratio` is to our operators: of the minima. Methods that build padded sets
-or the whole table of probabilities run once.
+All methods run in one interleaved run, in float32. The candidate sets are those of `dynamic_topk` on synthetic logits
+(tau such that the median set has about 80 ids, k_max 200). The operators write into a gradient that is there. A whole
+loss makes a new gradient [N, V], of which the system clears every page that is written. `ratio` is to our operators, of
+the minima. Methods that build padded sets or the whole table of probabilities run once.
 """
 
 from __future__ import annotations

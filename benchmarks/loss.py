@@ -1,15 +1,15 @@
-"""The restricted loss forward and backward against every other way to compute it or the full loss, in one interleaved
-run.
+"""Time the restricted loss forward and backward against every other way to compute it or the full loss.
 
     python benchmarks/run.py loss --output benchmarks/results/loss.csv
     python benchmarks/run.py loss --vocab 49152 --hidden 576 --output benchmarks/results/loss.csv
 
-float32. The candidate sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80
-ids, k_max 200); our loss, on either kernels, gets them as the trainer's loader prepares them, by position and by id,
-but in the row that says otherwise. `ratio` is to ours with the weight's gradient added into the persistent one: of the
-minima. Methods that take seconds run once. `temporary_mb` is the peak of resident memory above what is held at the end
-(both gradients), from a process of its own; `gradient_mb` is what the method leaves as the weight's gradient, 0 where
-it adds into one that is there.
+All methods run in one interleaved run, in float32. The candidate sets are those of `dynamic_topk` on synthetic logits
+(tau such that the median set has about 80 ids, k_max 200). Our loss, on either kernels, gets them as the trainer's
+loader prepares them, by position and by id; one row says otherwise. `ratio` is to ours with the weight's gradient added
+into the persistent one, of the minima. Methods that take seconds run once.
+
+`temporary_mb` is the peak of resident memory above what is held at the end (both gradients), from a process of its own.
+`gradient_mb` is what the method leaves as the weight's gradient; it is 0 where the method adds into one that is there.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The memory of training: what `train --dry-run` predicts for each rank, and what the rank's process held at its peak.
+"""Compare the memory that `train --dry-run` predicts for each rank with what the rank's process held at its peak.
 
     python benchmarks/run.py memory --output benchmarks/results/memory.csv
     python benchmarks/run.py memory --operators --output benchmarks/results/memory.csv
 
 The model is a Qwen3 of 50 million random parameters, half of them its vocabulary. Every case trains two steps in fresh
-processes. `measured_mb` is the peak of resident memory (VmHWM) of the rank of a pipeline stage that had the most, where
-the allocator maps and returns every block of 64 KB or more (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=0):
-what is held, without what glibc keeps for later. `predicted_mb` includes `base_mb`, the process without a model, which
-the dry run measures under the same allocator; `error` is (predicted - measured) / (measured - base).
+processes. `measured_mb` is the peak of resident memory (VmHWM) of the rank of a pipeline stage that had the most. There
+the allocator maps and returns every block of 64 KB or more (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=0). So
+it is what is held, without what glibc keeps for later. `predicted_mb` includes `base_mb`, the process without a model,
+which the dry run measures under the same allocator. `error` is (predicted - measured) / (measured - base).
 
---operators: head and restricted loss alone, one forward and backward pass above what is left when it is over, at two
-sizes of the vocabulary (512 positions of 512 values, 100 candidates each); the weight and its gradient are not in it.
+--operators measures head and restricted loss alone: one forward and backward pass above what is left when it is over.
+It takes two sizes of the vocabulary (512 positions of 512 values, 100 candidates each). The weight and its gradient are
+not in it.
 """
 
 from __future__ import annotations

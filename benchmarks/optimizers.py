@@ -1,15 +1,18 @@
-"""Time and bytes a parameter of every optimizer, against torch's own, in one run.
+"""Measure time and bytes a parameter of every optimizer, against torch's own, in one run.
 
     OMP_WAIT_POLICY=passive python benchmarks/optimizers.py --output benchmarks/results/optimizers.csv
 
-16 M float32 parameters in 8 matrices; every optimizer steps the same parameters with the same gradients and keeps a
-state of its own. The rounds are interleaved (each optimizer once a round), so that neighbours on the machine disturb
-all alike. With one thread the processor time of this process counts, with more the wall clock does. `ratio` is to
-torch's fused AdamW plus a pass for the gradient norm, which every optimizer of ours takes as well: minima over minima,
-and the median of the rounds' own ratios. `traffic` is counted, not measured: float32 numbers read and written in the
-passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one round only.
-Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many
-operations of the reference forms then costs a time slice, and they look 30 times slower than they are.
+There are 16 M float32 parameters in 8 matrices. Every optimizer steps the same parameters with the same gradients and
+keeps a state of its own. The rounds are interleaved (each optimizer once a round), so that neighbours on the machine
+disturb all alike. MoFO and the matrix optimizers are timed in one round only. With one thread the processor time of
+this process counts, with more the wall clock does.
+
+`ratio` is to torch's fused AdamW plus a pass for the gradient norm, which every optimizer of ours takes as well. It is
+minima over minima, and the median of the rounds' own ratios. `traffic` is counted, not measured: float32 numbers read
+and written in the passes over memory. `state` is what the optimizer keeps.
+
+Waiting threads must not spin (OMP_WAIT_POLICY). With a neighbour on one of two cores, a barrier for each of the many
+operations of the reference forms then costs a time slice. They look 30 times slower than they are.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""A training step on text-to-SQL questions: grouped by schema with shared prefixes, against the same questions packed
-without.
+"""Time a training step on text-to-SQL questions: grouped by schema with shared prefixes, against packed without.
 
     python benchmarks/run.py prefix --model MODEL --data DATA --output benchmarks/results/prefix.csv
 
-DATA is a folder with spider_train.jsonl (db_id, question, query) and spider_schemas.json; MODEL a Hugging Face folder.
-A sample is the schema, the question and the SQL, whose tokens are the targets. A step takes the questions of the first
-`--rows` rows that `data.group_prefixes` makes of all questions, once as they are and once packed into as many rows of
-the same length as they need, each row a micro-batch; then one AdamW update with a learning rate of 0, so that every
-step does the same. Steps are interleaved in one process; `--layers` cuts the model. The candidate sets of the
-restricted loss are the model's own (tau 0.95, k_max 200). `gradient` is the largest difference of an element, relative
-to the largest element.
+DATA is a folder with spider_train.jsonl (db_id, question, query) and spider_schemas.json; MODEL is a Hugging Face
+folder. A sample is the schema, the question and the SQL, whose tokens are the targets. A step takes the questions of
+the first `--rows` rows that `data.group_prefixes` makes of all questions. It takes them once as they are, and once
+packed into as many rows of the same length as they need, each row a micro-batch. Then comes one AdamW update with a
+learning rate of 0, so that every step does the same. Steps are interleaved in one process; `--layers` cuts the model.
+The candidate sets of the restricted loss are the model's own (tau 0.95, k_max 200). `gradient` is the largest
+difference of an element, relative to the largest element.
 """
 
 from __future__ import annotations

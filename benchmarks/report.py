@@ -1,4 +1,4 @@
-"""The pictures of docs/reports/performance.md, and its tables, from benchmarks/results.
+"""Draw the pictures of docs/reports/performance.md and write its tables, from benchmarks/results.
 
     python benchmarks/report.py
 

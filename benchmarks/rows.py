@@ -1,4 +1,4 @@
-"""What the benchmarks of operators share: synthetic logits, interleaved rounds, memory, and rows of a table."""
+"""Synthetic logits, interleaved rounds, memory and rows of a table, for the benchmarks of operators."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""How the restricted loss's cost, forward and backward, grows with positions T, vocabulary V, set size K, hidden size H
-and tensor ranks.
+"""Measure how the cost of the restricted loss grows, forward and backward, with each size and with tensor ranks.
 
     python benchmarks/run.py scale --output benchmarks/results/scale.csv
 
-float32; one axis at a time away from T = 1,024, V = 49,152, K = 80, H = 576 on one rank. A set's ids are drawn by
-Zipf's law, all sets have K of them, and the weight's gradient is added into a persistent one. Beside it the full
-cross-entropy in chunks. `ranks` cuts the vocabulary in stripes over so many processes of one thread: the time is the
-slowest one's.
+The sizes are positions T, vocabulary V, set size K and hidden size H. The runs take float32, and move one axis at a
+time away from T = 1,024, V = 49,152, K = 80, H = 576 on one rank. A set's ids are drawn by Zipf's law, all sets have K
+of them, and the weight's gradient is added into a persistent one. The full cross-entropy in chunks stands beside it.
+`ranks` cuts the vocabulary in stripes over as many processes of one thread; the time is the slowest one's.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""A whole training step, restricted loss against full at equal positions, on a real model and text, in one interleaved
-run.
+"""Time a whole training step, restricted loss against full at equal positions, on a real model and text.
 
     python benchmarks/run.py step --model MODEL --text TEXT --output benchmarks/results/step.csv
 
-MODEL: a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every
+MODEL is a Hugging Face folder. TEXT is cut into `--rows` windows of `--seq-length` tokens, each a micro-batch; every
 token is a target, or the share `--fraction` of them. Candidate sets are the model's own (tau 0.95, k_max 200). A step
-is zero, forward, backward, reduce and an AdamW update with a learning rate of 0, so that every step does the same.
-float32. `--ranks` runs on so many processes of `--threads` threads each: data-parallel, or `--tensor` of them
-tensor-parallel (heads padded where they do not divide). `ratio` is the full loss's to it: of the minima, and the median
-over rounds.
+is zero, forward, backward, reduce and an AdamW update with a learning rate of 0, so that every step does the same. Both
+losses run in one interleaved run, in float32. `--ranks` sets the number of processes, of `--threads` threads each. They
+are data-parallel, or `--tensor` of them tensor-parallel (heads padded where they do not divide). `ratio` is the full
+loss's to it: of the minima, and the median over rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from megatron_replay.ops import CandidateSets
 from megatron_replay.parallel.batch import MicroBatch, micro_batches
 from megatron_replay.parallel.losses.full import Full
 from megatron_replay.parallel.losses.restricted import Restricted
-from megatron_replay.parallel.mcore.model import Model, build, load_hf
+from megatron_replay.parallel.mcore.model import Model, build, load_hf, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks import world
 from megatron_replay.parallel.ranks.spawn import launch

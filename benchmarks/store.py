@@ -1,10 +1,10 @@
-"""The candidate store's size and speed on Zipf-like ids of Qwen3's vocabulary.
+"""Measure the candidate store's size and speed on Zipf-like ids of Qwen3's vocabulary.
 
     python benchmarks/store.py --output benchmarks/results/store.csv
 
-Samples of 128 positions, sets of 2 to 201 ids (mean about 100), one thread, warm cache. Times are processor time of
-this process, so that neighbours on the machine do not count; fsync's waiting does not either. Rows carry the commit
-they were measured at.
+The store has samples of 128 positions and sets of 2 to 201 ids (mean about 100); the run has one thread and a warm
+cache. Times are processor time of this process, so that neighbours on the machine do not count; fsync's waiting does
+not either. Rows carry the commit they were measured at.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Stage 0's selection against softmax + topk + cumsum, in one interleaved run.
+"""Time Stage 0's selection against softmax + topk + cumsum, in one interleaved run.
 
     python benchmarks/run.py topk --output benchmarks/results/topk.csv
 
-float32 logits of a synthetic language model, tau 0.95, k_max 200. `ratio` is to ours: of the minima. The plain way with
-float32 sums is neither exact nor reproducible; with float64 sums it is, but for ties.
+The input is float32 logits of a synthetic language model, with tau 0.95 and k_max 200. `ratio` is to ours, of the
+minima. The plain way with float32 sums is neither exact nor reproducible; with float64 sums it is, but for ties.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The coefficients in csrc/cpu/arctangent.h: atan(t) = t + t z Q(z) with z = t^2, of least relative error for t in [0,
-1].
+"""Compute the coefficients in csrc/cpu/arctangent.h: atan(t) = t + t z Q(z) with z = t^2.
 
     python tools/arctangent.py [terms]
 
-Lawson's iteration (least squares whose weights grow where the error is largest) in float64 converges to the minimax
-polynomial; then the coefficients are rounded to float32. Prints them, and the largest error of the polynomial itself,
-before any float32 arithmetic.
+They have the least relative error for t in [0, 1]. Lawson's iteration (least squares whose weights grow where the error
+is largest) in float64 converges to the minimax polynomial. Then the coefficients are rounded to float32. The tool
+prints them, and the largest error of the polynomial itself, before any float32 arithmetic.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Write requirements.lock: the versions this environment holds of all that pyproject.toml asks for, directly or through
-others.
+"""Write requirements.lock: the versions here of all that pyproject.toml asks for, directly or through others.
 
     python tools/lock.py > requirements.lock
 
-Packages that happen to be installed and are not needed stay out. Needs Python 3.11 (tomllib), as the lock itself does.
+Packages that happen to be installed and are not needed stay out. The tool needs Python 3.11 (tomllib), as the lock
+itself does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADER = "# Python 3.11. Written by `python tools/lock.py`; what pyproject.toml 
 
 
 def wanted(pyproject: Path) -> list[Requirement]:
-    """What builds the project, what it runs on, and the extras of development."""
+    """The requirements that build the project, those it runs on, and the extras of development."""
     tree = tomllib.loads(pyproject.read_text(encoding="utf-8"))
     project = tree["project"]
     extras = [text for extra in EXTRAS for text in project["optional-dependencies"][extra]]

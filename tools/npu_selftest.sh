@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Is this machine's NPU sound with this project? Builds, compares every kernel with plain torch, tries collectives, trains ten steps against
-# the golden losses, times the loss, and writes one report to send back.
+# Checks whether this machine's NPU is sound with this project. It builds, compares every kernel with plain torch, tries
+# collectives, trains ten steps against the golden losses, times the loss, and writes one report to send back.
 #
 #   bash tools/npu_selftest.sh [REPORT]          DEVICE=npu | cuda | cpu; BUILD=no takes the kernels that are installed
 #
@@ -14,7 +14,7 @@ VERDICTS=()
 
 say() { printf '%s\n' "$@" | tee -a "$REPORT"; }
 
-# step NAME COMMAND...: its output goes into the report, its exit code (3: skipped) into the verdict
+# step NAME COMMAND...: the command's output goes into the report, its exit code (3: skipped) into the verdict
 step() {
     local name=$1 code
     shift

@@ -1,11 +1,11 @@
-"""Check that a device computes right: operators against plain torch, collectives, training against golden losses.
+"""Check whether this device is sound: operators, collectives, ten training steps, timings.
 
     python tools/selftest.py --device cuda kernels
     python tools/selftest.py --device npu collectives
 
-A part prints its findings and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). The part
-`timings` measures the losses. `npu_selftest.sh` runs all parts. They need the project's checkout and pytest, because
-the golden losses and the tiny model are those of tests/.
+Every operator is compared with plain torch, and the training steps with the golden losses. A part prints its findings
+and ends with exit code 0 (right), 1 (wrong) or 3 (cannot be done here, and why). `npu_selftest.sh` runs all. It needs
+the project's checkout and pytest: the golden losses and the tiny model are those of tests/.
 """
 
 from __future__ import annotations

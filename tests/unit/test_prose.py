@@ -126,9 +126,8 @@ def test_a_wide_line_is_found_unless_it_cannot_be_broken() -> None:
 
 def test_sentences_are_told_apart() -> None:
     page = (
-        "# A heading of no interest.\n\nThe first, e.g. of `a. B` and [a link](b.md). [c.md](c.md) goes\n"
-        "on in 1.5 lines."
-        "\n- An item\n  on two lines.\n- **Bold.** Another\n\n    code = Indented. Code.\n\n| a. B | c |\n"
+        "# A heading of no interest.\n\nThe first, e.g. of `a. B` and [a link](b.md). [c.md](c.md)\ngoes on in 1.5"
+        " lines.\n- An item\n  on two lines.\n- **Bold.** Another\n\n    code = Indented. Code.\n\n| a. B | c |\n"
     )
     found = ["The first, e.g of Code and a link.", "c.md goes on in 1.5 lines."]
     assert list(sentences(page)) == [*found, "An item on two lines.", "**Bold.", "Another"]
