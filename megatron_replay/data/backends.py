@@ -87,8 +87,7 @@ class JsonBackend:
             if (got := self._tokenizer.token_to_id(token)) != wanted:
                 raise DataError(
                     f"{path}: tokenizer_config.json gives {token!r} the id {wanted}, but the vocabulary makes it "
-                    f"{got}; "
-                    "the two files do not belong together"
+                    f"{got}; the two files do not belong together"
                 )
         self._tokenizer.add_special_tokens(
             [t for t in control if t not in known and self._tokenizer.token_to_id(t) is not None]

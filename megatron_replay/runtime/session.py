@@ -61,8 +61,7 @@ def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     if tokenizer.size > source.spec.vocab_size:
         raise DataError(
             f"{config.tokenizer or source.hf}: the tokenizer knows {tokenizer.size} ids, the model has "
-            f"{source.spec.vocab_size} rows; "
-            "use the model's own tokenizer"
+            f"{source.spec.vocab_size} rows; use the model's own tokenizer"
         )
     template = load_template(config.data.template, tokenizer)
     device = choose(config.device)

@@ -172,8 +172,7 @@ def check_ranks(size: int, layout: Layout) -> None:
     if size % model:
         raise LayoutError(
             f"layout.tensor={layout.tensor} x layout.pipeline={layout.pipeline} needs a multiple of {model} ranks, "
-            f"{size} were started; "
-            f"start with --ranks {model} or change the layout"
+            f"{size} were started; start with --ranks {model} or change the layout"
         )
 
 
