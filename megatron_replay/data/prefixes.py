@@ -55,7 +55,7 @@ def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def lay(samples: Sequence[Ids], *, share_prefixes: bool) -> Tree:
     """The samples in a row: as a forest with `share_prefixes`, else one after the other."""
-    forest = Forest(share=share_prefixes)
+    forest = Forest(share_prefixes=share_prefixes)
     for ids in samples:
         forest.add(ids)
     return forest.tree()
@@ -82,8 +82,8 @@ class Forest:
     A prefix once shared stays shared, so `cost` knows beforehand the tokens that a sample adds.
     """
 
-    def __init__(self, *, share: bool = True) -> None:
-        self._share = share
+    def __init__(self, *, share_prefixes: bool = True) -> None:
+        self._share_prefixes = share_prefixes
         self._top = _Node(None, np.zeros(0, np.int64), 0, 0)
         self._ends: list[_Node] = []
         self._size = 0
@@ -113,7 +113,7 @@ class Forest:
         """The node in which, or at whose end, this sample leaves the forest; and the number of tokens they have in
         common."""
         node, depth = self._top, 0
-        while self._share and depth == node.stop and (child := _next(node, ids)) is not None:
+        while self._share_prefixes and depth == node.stop and (child := _next(node, ids)) is not None:
             node, depth = child, _agree(child, ids)
         return node, depth
 
