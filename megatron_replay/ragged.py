@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import Self
@@ -43,6 +44,7 @@ class Ragged(Generic[A]):
         return sizes
 
     @classmethod
+    @cache
     def dtypes(cls) -> dict[str, str]:
         """The declared type of each column, by name."""
         return {column.name: column.metadata["dtype"] for column in fields(cls)}

@@ -71,7 +71,8 @@ def join(samples: Sequence[tuple[bytes, SampleSets]]) -> SampleBlock:
 
 def encode(block: SampleBlock, schema: Schema, offset: int) -> bytes:
     """The bytes of the block as it stands at `offset` of its file; a function of its content alone."""
-    sizes, runs = block.sets.sizes(), _runs(block.num_positions, block.sets.offsets)
+    sizes = block.sets.sizes()
+    runs = _runs(block.num_positions, sizes, block.sets.offsets)
     values = {**block.sets.columns(), "num_positions": block.num_positions, "sizes": sizes}
     frames = [b"".join(block.uids)]
     for column in columns(schema):
@@ -111,11 +112,11 @@ def _decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Sample
     num_positions, sizes = (bits[name].astype(np.int64) for name in ("num_positions", "sizes"))
     _sums(num_positions, sizes, header.positions, header.ids)
     offsets = starts_of(sizes)
-    runs, limits = _runs(num_positions, offsets), {"position": 1 << 31, "id": schema.vocab_size}
+    runs, limits = _runs(num_positions, sizes, offsets), {"position": 1 << 31, "id": schema.vocab_size}
     for column in columns(schema):
         if column.kind == "ascending":
-            whole = _ascending(bits[column.name], runs[column.per], limits[column.per], schema, column.per)
-            bits[column.name] = whole
+            run, limit = runs[column.per], limits[column.per]
+            bits[column.name] = _ascending(bits[column.name], run, limit, schema, column.per)
     sets = SampleSets(offsets=offsets, **{c.name: unpack(c, bits[c.name], schema) for c in record_columns(schema)})
     if (sets.gold_slot >= sizes).any():
         raise ValueError("a gold slot lies outside its set")
@@ -123,11 +124,11 @@ def _decode(path: Path, data: memoryview, offset: int, schema: Schema) -> Sample
     return SampleBlock([packed[i : i + UID_BYTES] for i in range(0, len(packed), UID_BYTES)], num_positions, sets)
 
 
-def _runs(num_positions: Array, offsets: Array) -> dict[str, Runs]:
+def _runs(num_positions: Array, sizes: Array, offsets: Array) -> dict[str, Runs]:
     """The runs of a column per position, which are the samples, and per id, which are the sets."""
     occupied = num_positions > 0
     samples = Runs(starts_of(num_positions)[:-1][occupied], num_positions[occupied])
-    return {"position": samples, "id": Runs(offsets[:-1], np.diff(offsets))}
+    return {"position": samples, "id": Runs(offsets[:-1], sizes)}
 
 
 def _frames(data: memoryview, count: int, schema: Schema) -> list[memoryview]:

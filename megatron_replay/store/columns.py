@@ -6,6 +6,7 @@ version, so stores written before it are read without it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,7 +55,8 @@ class Column(NamedTuple):
     """The format version that brought the column."""
 
 
-def columns(schema: Schema) -> list[Column]:
+@cache
+def columns(schema: Schema) -> tuple[Column, ...]:
     """The columns of a block in file order. With codec `zd` an ascending value is stored as its difference to the one
     before, less 1, and the first of a run as it is."""
     table = [
@@ -68,12 +70,13 @@ def columns(schema: Schema) -> list[Column]:
         Column("outside_mass", "position", 2, "float", PROBABILITY),
         Column("logits", "id", 2, "logit"),
     ]
-    return [c for c in table if c.since <= schema.version and (c.kind != "logit" or schema.logits != "none")]
+    return tuple(c for c in table if c.since <= schema.version and (c.kind != "logit" or schema.logits != "none"))
 
 
-def record_columns(schema: Schema) -> list[Column]:
+@cache
+def record_columns(schema: Schema) -> tuple[Column, ...]:
     """The columns that hold a field of SampleSets."""
-    return [column for column in columns(schema) if column.name not in ("num_positions", "sizes")]
+    return tuple(column for column in columns(schema) if column.name not in ("num_positions", "sizes"))
 
 
 def pack(column: Column, values: Array, schema: Schema) -> Array:

@@ -12,9 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.errors import StoreError
-from megatron_replay.store import CandidateStore, SampleSets, Writer, begin, codec, compare, export, finish
+from megatron_replay.store import (
+    CandidateStore,
+    SampleSets,
+    Writer,
+    begin,
+    codec,
+    compare,
+    export,
+    finish,
+    format,
+    manifest,
+)
 from megatron_replay.store import block as blocks
-from megatron_replay.store.columns import as_stored
+from megatron_replay.store.columns import as_stored, columns
 from megatron_replay.store.format import Schema, block_at
 
 VOCABULARIES = (1, 2, 300, 151_669, 1 << 24, (1 << 24) + 1, 1 << 31, 1 << 32)
@@ -232,3 +243,23 @@ def test_export_parquet(build, tmp_path):
         assert not list(tmp_path.glob("*.parquet"))
     else:
         assert parquet.read_table(tmp_path / "x.parquet").num_rows == export(store, tmp_path / "x.parquet")
+
+
+def test_a_later_version_reads_what_an_earlier_one_wrote(kit, build, tmp_path, monkeypatch):
+    """The columns of a store are those of its own version, which manifest and segments say."""
+    assert {column.since for column in columns(Schema(10, logits="fp16"))} == {1}
+    assert columns(Schema(10, version=0)) == ()
+    before, later = build("before"), tmp_path / "later"
+    with monkeypatch.context() as patched:
+        for module in (format, manifest):
+            patched.setattr(module, "VERSIONS", range(1, 3))
+        kit.collect(later, kit.samples(24), format_version=2)
+        for path, version in ((before, 1), (later, 2)):
+            store = CandidateStore.open(path)
+            assert store.verify().ok and store.manifest.schema.version == version
+            assert all(kit.equal(store[uid], sets) for uid, sets in kit.samples(24))
+        with pytest.raises(StoreError, match="begun with format_version 1, but this run has format_version 2"):
+            begin(before, dataclasses.replace(kit.plan, format_version=2))
+    assert {file.read_bytes()[8] for file in later.rglob("*.mrs")} == {2}
+    with pytest.raises(StoreError, match="store format version 2; this program reads version 1"):
+        CandidateStore.open(later)
