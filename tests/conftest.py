@@ -16,6 +16,18 @@ sys.path.append(str(Path(__file__).parent))  # for optimizer_cases
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what follows the first n cases of a test that has `@pytest.mark.matrix(n)`."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if matrix := item.get_closest_marker("matrix"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > matrix.args[0]:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The data folder beside the checkout (`../shared/data`), described by its MANIFEST.json; the test is skipped where

@@ -26,6 +26,7 @@ from cases import (
 from mutations import ALL
 from stand_in import Library, build_variants
 
+pytestmark = pytest.mark.slow
 LOW = torch.bfloat16
 
 

@@ -224,6 +224,7 @@ def full_disk(bench: Bench, size: int, verb: str, *argv: str) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_there(bench: Bench) -> None:
     """A checkpoint that cannot be written leaves the one before it the latest; resuming from that ends where an
     undisturbed run does."""

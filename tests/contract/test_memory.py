@@ -51,6 +51,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, served: Served) -> list[s
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [["train.loss=restricted", "precision=fp32"], ["train.loss=full", "precision=bf16", "layout.zero1=false"]],

@@ -90,6 +90,7 @@ def test_make_targets_exist(line: str) -> None:
     subprocess.run(["make", "-n", *line.split()[1:]], check=True, cwd=ROOT, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", OURS)
 def test_commands_run_as_written(line: str, project: Path) -> None:
     """In the order of the page: later commands use what earlier ones made."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 CORE = version("megatron-core")
 FAKE = '''"""A fake for tests."""

@@ -72,6 +72,7 @@ def truth(folders: dict[Any, str], loss: str, model: Any) -> Whole:
     return TRUTHS[loss, model]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("loss", "tied", "layout"),
     [
@@ -102,6 +103,7 @@ def test_what_is_compared_is_not_trivial(folders: dict[Any, str]) -> None:
     assert sum(name.endswith((A, B)) for name in moved) == 2 * 4 * SMALL["num_hidden_layers"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["muon", "mofo", "adamuon", "adamw", "tam"])
 def test_other_optimizers_train_adapters_too(folders: dict[Any, str], name: str) -> None:
     """In float64, as in test_optimizers: a sign or a threshold turns a rounding error of float32 into a whole step of
@@ -176,6 +178,7 @@ def go_on(job: Job, adapter: Adapter, root: str) -> Outcome:
         return advance(job, trainer)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -263,6 +266,7 @@ def filled(path: str, base: str, layout: Layout) -> tuple[np.ndarray | None, tup
         return logits(model) if alone else None, squared_distance(model, HFFolder(base)), len(list(model.parameters()))
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("model", [True, "llama"], ids=["qwen3", "llama, padded heads"])
 def test_merged_it_is_the_model_that_was_trained(folders: dict[Any, str], tmp_path: Path, model: Any) -> None:
     """As `evaluate` fills it, on one rank and four, and as `convert` exports it."""

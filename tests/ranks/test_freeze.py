@@ -50,6 +50,7 @@ def truth(folders: dict[Any, str], loss: str, model: Any) -> Whole:
     return TRUTHS[loss, model]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("loss", "tied", "layout"),
     [
@@ -79,6 +80,7 @@ def test_half_of_each_kind_moves_and_the_rest_does_not(folders: dict[Any, str]) 
             assert len(moved.intersection(inside)) == len(inside) / 2
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", ["muon", "mofo", "adamuon", "adamw", "tam"])
 def test_other_optimizers_too(folders: dict[Any, str], name: str) -> None:
     job = Job(folder=folders["llama"], steps=3, dtype=torch.float64, optimizer=Optimizer(name=name, lr=LR))
@@ -108,6 +110,7 @@ def go_on(job: Job, root: str) -> Outcome:
         return advance(job, trainer)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
     [

@@ -48,6 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(write_folder(tmp_path_factory.mktemp(name), config)) for name, config in configs.items()}
 
 
+@pytest.mark.matrix(4)
 @every
 @pytest.mark.parametrize("model", ["qwen3", "llama"])
 def test_tensor_and_pipeline_ranks_change_nothing(folders: dict[str, str], config: dict[str, Any], model: str) -> None:
@@ -62,6 +63,7 @@ def test_tensor_and_pipeline_ranks_change_nothing(folders: dict[str, str], confi
         same(run(job.on(**layout)), truth, 1e-9)
 
 
+@pytest.mark.matrix(3)
 @every
 def test_sharding_the_state_changes_no_bit(folders: dict[str, str], config: dict[str, Any]) -> None:
     """Two replicas add the same two gradients with and without ZeRO-1, so what follows must be the same bits."""

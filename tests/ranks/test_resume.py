@@ -67,6 +67,7 @@ def halves(before: Job, after: Job, root: Path, spoil: bool = True) -> Whole:
     return Whole([*first.steps, *second.steps], second.weights)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
@@ -120,6 +121,7 @@ def other(name: str, **options: Any) -> Optimizer:
     return dataclasses.replace(MOCLIP, name=name, options=options)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("zero1", [True, False])
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS.keys())
 def test_every_optimizer_resumes_bit_for_bit(job: Job, tmp_path: Path, config: dict[str, Any], zero1: bool) -> None:
@@ -128,6 +130,7 @@ def test_every_optimizer_resumes_bit_for_bit(job: Job, tmp_path: Path, config: d
     assert all(torch.equal(resumed.weights[name], straight.weights[name]) for name in straight.weights)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("config", [OTHERS["muon"], OTHERS["adamuon"], OTHERS["tam"]], ids=["muon", "adamuon", "tam"])
 @pytest.mark.parametrize("after", [{}, {"tensor": 2, "replicas": 2}], ids=str)
 def test_their_states_reshard(job: Job, tmp_path: Path, config: dict[str, Any], after: dict[str, Any]) -> None:

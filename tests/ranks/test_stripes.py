@@ -254,6 +254,7 @@ def halves(before: Job, after: Job, root: Path) -> Whole:
     return Whole([*first.steps, *second.steps], second.weights)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("tied", "before", "after"),
     [
@@ -314,6 +315,7 @@ def exported(root: Path, spec: ModelSpec) -> dict[str, Tensor]:
     return {name: tensor for weight in WeightTable(spec) for name, tensor in split(weight, reader.read(weight)).items()}
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_is_the_folder_bit_for_bit(folders: dict[bool, str], tmp_path: Path, tied: bool) -> None:
     folder = HFFolder(folders[tied])

@@ -46,6 +46,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(folder=str(write_folder(tmp_path_factory.mktemp("tiny"), CONFIG)), steps=2 * HALF)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writes", "reads"), [(by_hand, by_megatron), (by_megatron, by_hand)])
 def test_what_one_writes_the_other_reads(job: Job, tmp_path: Path, writes: Any, reads: Any) -> None:
     shims.import_megatron()

@@ -25,6 +25,7 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert report.filled(page) == page, "run python benchmarks/report.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
