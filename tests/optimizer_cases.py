@@ -64,9 +64,13 @@ def registered(lr: float, *, without: Collection[str] = ()) -> dict[str, Case]:
 
 def further(lr: float) -> dict[str, Case]:
     """Further forms of some optimizers, where one set of options does not reach all of a rule."""
-    pull = {"pull": 0.005 / lr, "pull_k": 1.0, "pull_t0": 2.0}
     return {
         "moclip-eps": Case(name="moclip", lr=lr, options={"eps": 1e-8, "scope": "layer"}),
         "tam-paper": Case(name="tam", lr=lr, options={"variant": "paper", "scope": "global"}),
-        "adamw-pull": Case(name="adamw", lr=lr, options=pull),
+        "adamw-pull": pulled("adamw", lr),
     }
+
+
+def pulled(name: str, lr: float) -> Case:
+    """An optimizer with RecAdam's pull, strong enough to be seen in a few steps of this rate."""
+    return Case(name=name, lr=lr, options={"pull": 0.005 / lr, "pull_k": 1.0, "pull_t0": 2.0})
