@@ -50,7 +50,12 @@ def with_arctangent(case: Case) -> bool | None:
     return None if correction is None else correction.eps is None
 
 
-CASES = {**registered(LR), **further(LR), "adamw-unclipped": Case(name="adamw", lr=LR, clip_grad=0.0)}
+CASES = {
+    **registered(LR),
+    **further(LR),
+    "moclip-eps-unclipped": Case(name="moclip", lr=LR, clip_grad=0.0, options={"eps": 1e-8}),
+    "tam-unclipped": Case(name="tam", lr=LR, clip_grad=0.0),
+}
 ROOT = {name: case for name, case in CASES.items() if with_arctangent(case) is False}
 ARCTANGENT = {
     **{name: case for name, case in CASES.items() if with_arctangent(case)},
