@@ -7,9 +7,10 @@ state of its own. The rounds are interleaved (each optimizer once a round), so t
 all alike. With one thread the processor time of this process counts, with more the wall clock does. `ratio` is to
 torch's fused AdamW plus a pass for the gradient norm, which every optimizer of ours takes as well: minima over minima,
 and the median of the rounds' own ratios. `traffic` is counted, not measured: float32 numbers read and written in the
-passes over memory; `state` is what the optimizer keeps. MoFO and the matrix optimizers are timed in one round only.
-Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour on one of two cores, a barrier for each of the many
-operations of the reference forms then costs a time slice, and they look 30 times slower than they are.
+passes over memory; `state` is what the optimizer keeps. An optimizer that takes more than the one pass of Adam's family
+(MoFO, those of matrices) is timed in one round only. Waiting threads must not spin (OMP_WAIT_POLICY): with a neighbour
+on one of two cores, a barrier for each of the many operations of the reference forms then costs a time slice, and they
+look 30 times slower than they are.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ import torch
 from rows import about, machine
 from torch import Tensor
 
-from megatron_replay.optim import ReplayOptimizer, build_optimizer, kernels
+from megatron_replay.optim import OPTIMIZERS, ReplayOptimizer, build_optimizer, kernels
+from megatron_replay.optim.adam import AdamFamily, kernel_knows
 
 SHAPE = (1000, 2000)
 BASE = "torch fused AdamW + norm"
 HEADER = ("date", "commit", "command", "machine", "optimizer", "threads", "metric", "value", "unit")
+NEEDS_A_MODEL = ("muonclip",)
+"""Optimizers that ask a model for more than its gradients; Muon's time is theirs too."""
 TRAFFIC = {
     "torch fused AdamW": 28,
     BASE: 32,
@@ -107,9 +111,15 @@ def rivals(params: list[torch.nn.Parameter]) -> list[Rival]:
         Rival("torch foreach AdamW", foreach.step, lambda: state_bytes(foreach)),
         Rival("foreach MoClip", plain.step, lambda: sum(v.nbytes for v in [*plain.m, *plain.v])),
     ]
-    table += [ours(name, mode) for name in ("adamw", "adam_atan2", "moclip", "tam") for mode in ("auto", "reference")]
-    table += [ours("mofo", slow=True), Rival("torch Muon", muon.step, lambda: state_bytes(muon), slow=True)]
-    return table + [ours(name, slow=True) for name in ("muon", "adamuon")]
+    table += [ours(name, mode) for name in OPTIMIZERS if one_pass(name) for mode in ("auto", "reference")]
+    table += [Rival("torch Muon", muon.step, lambda: state_bytes(muon), slow=True)]
+    return table + [ours(name, slow=True) for name in OPTIMIZERS if not one_pass(name) and name not in NEEDS_A_MODEL]
+
+
+def one_pass(name: str) -> bool:
+    """Whether an optimizer updates all parameters in the one pass for which Adam's family has a kernel."""
+    kind = OPTIMIZERS.get(name)
+    return issubclass(kind, AdamFamily) and kind.apply is AdamFamily.apply and kernel_knows(kind)
 
 
 def timed(table: list[Rival], threads: int, rounds: int) -> dict[str, list[float]]:

@@ -30,7 +30,7 @@ from megatron_replay.optim import (
     ReplayOptimizer,
     kernels,
 )
-from megatron_replay.optim.adam import AdamFamily, _kernel_knows
+from megatron_replay.optim.adam import AdamFamily, kernel_knows
 from megatron_replay.optim.stats import tensor_sums
 
 compiled_only = pytest.mark.usefixtures("compiled")
@@ -42,7 +42,7 @@ Make = Callable[..., ReplayOptimizer]
 
 def with_arctangent(case: Case) -> bool | None:
     """Whether the direction of the kernel that updates every tensor of this case is an arctangent; None without one."""
-    if not issubclass(case.kind, AdamFamily) or case.name in BY_MATRIX or not _kernel_knows(case.kind):
+    if not issubclass(case.kind, AdamFamily) or case.name in BY_MATRIX or not kernel_knows(case.kind):
         return None
     made = case([torch.nn.Parameter(torch.ones(1))])
     assert isinstance(made, AdamFamily)
@@ -345,5 +345,5 @@ def test_tensors_that_do_not_fit_are_refused(change: Callable[..., tuple[list[Te
 
 
 def test_the_kernel_knows_exactly_the_rules_it_has() -> None:
-    known = {kind.__name__ for kind in (AdamW, AdamAtan2, MoClip, MoFO, TAM, AdamFamily) if _kernel_knows(kind)}
+    known = {kind.__name__ for kind in (AdamW, AdamAtan2, MoClip, MoFO, TAM, AdamFamily) if kernel_knows(kind)}
     assert known == {"AdamFamily", "AdamW", "AdamAtan2", "MoClip", "TAM"}
