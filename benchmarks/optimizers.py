@@ -4,7 +4,8 @@
 
 There are 16 M float32 parameters in 8 matrices. Every optimizer steps the same parameters with the same gradients and
 keeps a state of its own. The rounds are interleaved (each optimizer once a round), so that neighbours on the machine
-disturb all alike. MoFO and the matrix optimizers are timed in one round only. With one thread the processor time of
+disturb all alike. Optimizers that take more than the one
+pass of Adam's family (MoFO, those of matrices) are timed in one round only. With one thread the processor time of
 this process counts, with more the wall clock does.
 
 `ratio` is to torch's fused AdamW plus a pass for the gradient norm, which every optimizer of ours takes as well. It is
@@ -33,11 +34,14 @@ from rows import about, machine
 from torch import Tensor
 
 from megatron_replay.kernels.library import live
-from megatron_replay.optim import ReplayOptimizer, build_optimizer
+from megatron_replay.optim import OPTIMIZERS, ReplayOptimizer, build_optimizer
+from megatron_replay.optim.adam import AdamFamily, kernel_knows
 
 SHAPE = (1000, 2000)
 BASE = "torch fused AdamW + norm"
 HEADER = ("date", "commit", "command", "machine", "optimizer", "threads", "metric", "value", "unit")
+NEEDS_A_MODEL = ("muonclip",)
+"""Optimizers that ask a model for more than its gradients; Muon's time is theirs too."""
 TRAFFIC = {
     "torch fused AdamW": 28,
     BASE: 32,
@@ -111,9 +115,15 @@ def rivals(params: list[torch.nn.Parameter]) -> list[Rival]:
         Rival("torch foreach AdamW", foreach.step, lambda: state_bytes(foreach)),
         Rival("foreach MoClip", plain.step, lambda: sum(v.nbytes for v in [*plain.m, *plain.v])),
     ]
-    table += [ours(name, mode) for name in ("adamw", "adam_atan2", "moclip", "tam") for mode in ("auto", "reference")]
-    table += [ours("mofo", slow=True), Rival("torch Muon", muon.step, lambda: state_bytes(muon), slow=True)]
-    return table + [ours(name, slow=True) for name in ("muon", "adamuon")]
+    table += [ours(name, mode) for name in OPTIMIZERS if one_pass(name) for mode in ("auto", "reference")]
+    table += [Rival("torch Muon", muon.step, lambda: state_bytes(muon), slow=True)]
+    return table + [ours(name, slow=True) for name in OPTIMIZERS if not one_pass(name) and name not in NEEDS_A_MODEL]
+
+
+def one_pass(name: str) -> bool:
+    """Whether an optimizer updates all parameters in the one pass for which Adam's family has a kernel."""
+    kind = OPTIMIZERS.get(name)
+    return issubclass(kind, AdamFamily) and kind.apply is AdamFamily.apply and kernel_knows(kind)
 
 
 def timed(table: list[Rival], threads: int, rounds: int) -> dict[str, list[float]]:

@@ -125,7 +125,7 @@ class AdamFamily(ReplayOptimizer):
     def _fused_update(self, update: ParamUpdate) -> kernels.TensorUpdate | None:
         """The kernel's arguments for moving this parameter as `_walk` would; None where the kernel cannot do that."""
         weight = self.weight(update.param)
-        known = _kernel_knows(type(self)) and kernels.updatable(weight, update.grad, mode=self.kernels)
+        known = kernel_knows(type(self)) and kernels.updatable(weight, update.grad, mode=self.kernels)
         fix = self.correction(update.group) if known else None
         if fix is None:
             return None
@@ -189,7 +189,7 @@ class AdamFamily(ReplayOptimizer):
 
 
 @cache
-def _kernel_knows(kind: type[AdamFamily]) -> bool:
+def kernel_knows(kind: type[AdamFamily]) -> bool:
     """Whether the kernel does all that this class does.
 
     It does where no class between `AdamFamily` and this one has a walk or a filter of its own, and one class gives both

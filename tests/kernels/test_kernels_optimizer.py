@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from optimizer_cases import BY_MATRIX, Case, further, registered
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
@@ -31,7 +32,7 @@ from megatron_replay.optim import (
     ObservedLogits,
     ReplayOptimizer,
 )
-from megatron_replay.optim.adam import AdamFamily
+from megatron_replay.optim.adam import AdamFamily, kernel_knows
 from megatron_replay.optim.stats import sums_of_each, tensor_sums
 
 compiled_only = pytest.mark.usefixtures("compiled")
@@ -39,18 +40,33 @@ LR = 0.01
 ISAS = ("baseline", "avx2", "avx512")
 SHAPES = [(7, 5), (130,), (1,), (0,), (3, 4, 6), (40_001,), (1024,), (33, 31)]
 Make = Callable[..., ReplayOptimizer]
-ROOT: dict[str, Make] = {
-    "adamw": partial(AdamW, lr=LR, clip_grad=1.0),
-    "moclip-eps": partial(MoClip, lr=LR, eps=1e-8),
-    "tam-paper": partial(TAM, lr=LR, variant="paper"),
-    "tam-adatamw": partial(TAM, lr=LR, variant="adatamw"),
-    "adamw-pull": partial(AdamW, lr=LR, pull=3.0, pull_k=0.5, pull_t0=2.0),
+
+
+def with_arctangent(case: Case) -> bool | None:
+    """Whether the direction of the kernel that updates every tensor of this case is an arctangent; None without one."""
+    if not issubclass(case.kind, AdamFamily) or case.name in BY_MATRIX or not kernel_knows(case.kind):
+        return None
+    made = case([torch.nn.Parameter(torch.ones(1))])
+    assert isinstance(made, AdamFamily)
+    correction = made.correction({**made.param_groups[0], "step": 1})
+    return None if correction is None else correction.eps is None
+
+
+CASES = {
+    **registered(LR),
+    **further(LR),
+    "moclip-eps-unclipped": Case(name="moclip", lr=LR, clip_grad=0.0, options={"eps": 1e-8}),
+    "tam-unclipped": Case(name="tam", lr=LR, clip_grad=0.0),
 }
-ARCTANGENT: dict[str, Make] = {
-    "adam_atan2": partial(AdamAtan2, lr=LR, clip_grad=1.0),
+ROOT = {name: case for name, case in CASES.items() if with_arctangent(case) is False}
+ARCTANGENT = {
+    **{name: case for name, case in CASES.items() if with_arctangent(case)},
     **{
-        f"moclip-{scope}-{obtuse}-{source}": partial(
-            MoClip, lr=LR, scope=scope, obtuse=obtuse, v_source=source, max_angle=30.0
+        f"moclip-{scope}-{obtuse}-{source}": Case(
+            name="moclip",
+            lr=LR,
+            clip_grad=0.0,
+            options={"scope": scope, "obtuse": obtuse, "v_source": source, "max_angle": 30.0},
         )
         for scope in ("global", "tensor")
         for obtuse in ("signed", "restart", "project")
@@ -217,8 +233,13 @@ def test_a_class_with_a_rule_of_its_own_is_moved_by_the_reference(monkeypatch: p
     calls: list[int] = []
     fused = optimizer.update
     monkeypatch.setattr(optimizer, "update", lambda updates: calls.append(len(updates)) or fused(updates))
-    for make in (partial(MoFO, lr=LR), Signs):
-        train(make(parameters()) if make is not Signs else Signs(parameters(), LR), steps=1)
+
+    class Masked(AdamW):
+        def filter(self, direction, exp_avg, grad, row):  # type: ignore[no-untyped-def]
+            direction.mul_(direction * grad > 0)
+
+    for make in (MoFO, Signs, Masked):
+        train(make(parameters(), LR), steps=1)
     assert not calls
     params = parameters()
     train(Signs(params, 1.0, weight_decay=0.0), steps=1)
@@ -324,7 +345,5 @@ def test_tensors_that_do_not_fit_are_refused(change: Callable[..., tuple[list[Te
 
 
 def test_the_kernel_knows_exactly_the_rules_it_has() -> None:
-    from megatron_replay.optim.adam import _kernel_knows
-
-    known = {kind.__name__ for kind in (AdamW, AdamAtan2, MoClip, MoFO, TAM, AdamFamily) if _kernel_knows(kind)}
+    known = {kind.__name__ for kind in (AdamW, AdamAtan2, MoClip, MoFO, TAM, AdamFamily) if kernel_knows(kind)}
     assert known == {"AdamFamily", "AdamW", "AdamAtan2", "MoClip", "TAM"}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from jobs import LR, Job, Outcome, Whole, advance, batch_of, opened, run, same
 from models import LLAMA, QWEN3, tied_and_untied, value, write_folder
+from optimizer_cases import WHOLE_MODEL, registered
 from pool import fresh
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def test_what_is_compared_is_not_trivial(folders: dict[Any, str]) -> None:
 
 
 @pytest.mark.matrix(1)
-@pytest.mark.parametrize("name", ["muon", "mofo", "adamuon", "adamw", "tam"])
+@pytest.mark.parametrize("name", registered(LR, without=WHOLE_MODEL))
 def test_other_optimizers_train_adapters_too(folders: dict[Any, str], name: str) -> None:
     """In float64, as in test_optimizers: a sign or a threshold turns a rounding error of float32 into a whole step of
     one weight."""

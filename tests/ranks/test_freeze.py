@@ -12,6 +12,7 @@ import pytest
 import torch
 from jobs import LR, Job, Outcome, Whole, advance, opened, run, same
 from models import LLAMA, QWEN3, tied_and_untied, write_folder
+from optimizer_cases import WHOLE_MODEL, registered
 from pool import fresh
 
 from megatron_replay.config import Optimizer
@@ -81,7 +82,7 @@ def test_half_of_each_kind_moves_and_the_rest_does_not(folders: dict[Any, str]) 
 
 
 @pytest.mark.matrix(1)
-@pytest.mark.parametrize("name", ["muon", "mofo", "adamuon", "adamw", "tam"])
+@pytest.mark.parametrize("name", registered(LR, without=WHOLE_MODEL))
 def test_other_optimizers_too(folders: dict[Any, str], name: str) -> None:
     job = Job(folder=folders["llama"], steps=3, dtype=torch.float64, optimizer=Optimizer(name=name, lr=LR))
     same(run(job.on(tensor=3, pipeline=2), train), run(job, train), 1e-9)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import MOCLIP, Job, Outcome, Whole, advance, opened, run, same
+from jobs import LR, MOCLIP, Job, Outcome, Whole, advance, opened, run, same
 from models import QWEN3, write_folder
+from optimizer_cases import Case, pulled, registered
 from pool import fresh
 
 from megatron_replay.config import Optimizer
@@ -107,14 +108,7 @@ def test_without_zero1_too(job: Job, tmp_path: Path) -> None:
     same(halves(there, job.on(pipeline=2, zero1=False), tmp_path), run(job))
 
 
-OTHERS = {
-    "mofo": {"name": "mofo"},
-    "tam": {"name": "tam"},
-    "muon": {"name": "muon"},
-    "adamuon": {"name": "adamuon"},
-    "muonclip": {"name": "muonclip", "threshold": 0.05},
-    "pull": {"name": "moclip", "pull": 50.0, "pull_k": 1.0, "pull_t0": 2.0},
-}
+CASES = {**registered(LR), "moclip-pull": pulled("moclip", LR)}
 
 
 def other(name: str, **options: Any) -> Optimizer:
@@ -123,18 +117,18 @@ def other(name: str, **options: Any) -> Optimizer:
 
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize("zero1", [True, False])
-@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS.keys())
-def test_every_optimizer_resumes_bit_for_bit(job: Job, tmp_path: Path, config: dict[str, Any], zero1: bool) -> None:
-    there = dataclasses.replace(job, optimizer=other(**config)).on(replicas=2, zero1=zero1)
-    straight, resumed = run(there), halves(there, there, tmp_path, spoil="pull" not in config)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_optimizer_resumes_bit_for_bit(job: Job, tmp_path: Path, case: Case, zero1: bool) -> None:
+    there = dataclasses.replace(job, optimizer=case.config).on(replicas=2, zero1=zero1)
+    straight, resumed = run(there), halves(there, there, tmp_path, spoil="pull" not in case.options)
     assert all(torch.equal(resumed.weights[name], straight.weights[name]) for name in straight.weights)
 
 
 @pytest.mark.matrix(1)
-@pytest.mark.parametrize("config", [OTHERS["muon"], OTHERS["adamuon"], OTHERS["tam"]], ids=["muon", "adamuon", "tam"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("after", [{}, {"tensor": 2, "replicas": 2}], ids=str)
-def test_their_states_reshard(job: Job, tmp_path: Path, config: dict[str, Any], after: dict[str, Any]) -> None:
-    there = dataclasses.replace(job, optimizer=other(**config))
+def test_their_states_reshard(job: Job, tmp_path: Path, case: Case, after: dict[str, Any]) -> None:
+    there = dataclasses.replace(job, optimizer=case.config)
     # a sign or a small singular value turns rounding into a visible step of few weights
     same(halves(there.on(**FOUR), there.on(**after), tmp_path), run(there), 1e-5, strays=60)
 

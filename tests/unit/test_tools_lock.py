@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import types
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def test_pins_are_names_and_public_versions_only(pins: dict[str, str]) -> None:
     assert pins["torch"] == "2.13.0"
     assert all(version.replace(".", "").isalnum() for version in pins.values()), pins
     assert not {"torch-npu", "triton", "llama-cpp-python", "wandb"} & set(pins)
+
+
+@pytest.mark.parametrize("extra", ["hf", "demo", "npu"])
+def test_an_extra_holds_what_the_code_imports(lock: types.ModuleType, extra: str) -> None:
+    extras = lock.tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    assert set(extras) == {"hf", "demo", "npu", "dev"}, "a new one belongs in the list above"
+    folders = ("megatron_replay", "benchmarks", "tests")
+    code = "\n".join(path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).rglob("*.py"))
+    for need in map(Requirement, extras[extra]):
+        module = need.name.replace("-", "_")
+        assert re.search(rf"^\s*(?:import|from) {module}\b|import_module\(\"{module}", code, re.MULTILINE), need
 
 
 def test_resolve_follows_what_packages_need(lock: types.ModuleType) -> None:

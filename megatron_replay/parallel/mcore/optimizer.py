@@ -202,20 +202,21 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
     """The optimizer's state as megatron's checkpoints take it: filled, and under ZeRO-1 exactly Adam's two tensors of
     every parameter.
 
-    The second moment that Muon does not keep of a matrix is written as zeros and dropped after reading. The base
-    weights of `pull` are not written: they are the model a run starts from.
+    A moment that an optimizer does not keep (the second of Muon's matrices) is written as zeros and dropped after
+    reading. The base weights of `pull` are not written: they are the model a run starts from.
     """
     inner.init_state()
     params = [param for group in inner.param_groups for param in group["params"]]
     bases = {param: inner.state[param].pop("base") for param in params if "base" in inner.state[param]}
-    lacking = [param for param in params if zero1 and "exp_avg_sq" not in inner.state[param]]
-    for param in lacking:
-        inner.state[param]["exp_avg_sq"] = torch.zeros_like(inner.state[param]["exp_avg"])
+    moments = ("exp_avg", "exp_avg_sq") if zero1 else ()
+    lacking = [(param, key) for param in params for key in moments if key not in inner.state[param]]
+    for param, key in lacking:
+        inner.state[param][key] = torch.zeros_like(param)
     try:
         yield
     finally:
-        for param in lacking:
-            del inner.state[param]["exp_avg_sq"]
+        for param, key in lacking:
+            del inner.state[param][key]
         for param, base in bases.items():
             inner.state[param]["base"] = base
 

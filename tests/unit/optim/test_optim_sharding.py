@@ -220,6 +220,39 @@ def test_a_rank_whose_gradient_is_not_finite_stops_all() -> None:
     assert all(opt.skipped == 1 and opt.param_groups[0]["step"] == NUM_STEPS - 1 for opt in opts)
 
 
+class CautiousAdamW(AdamW):
+    """Cautious AdamW (arXiv 2411.16085, without its factor): a coordinate stays where step and gradient disagree."""
+
+    def filter(self, direction: Tensor, exp_avg: Tensor, grad: Tensor, row: int) -> None:
+        direction.mul_(direction * grad > 0)
+
+
+def test_a_filter_that_compares_with_the_gradient_is_the_method_written_out() -> None:
+    params = [torch.nn.Parameter(v) for v in vectors(99, torch.float64).values()]
+    found = run(CautiousAdamW(params, 0.01), lambda whole: list(whole.values()), torch.float64)
+    held = 0
+    for name, theta in vectors(99, torch.float64).items():
+        m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+        for t in range(1, NUM_STEPS + 1):
+            g = vectors(t - 1, torch.float64)[name]
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            u = m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+            held += int((u * g <= 0).sum())
+            theta = theta * (1 - 0.01 * 0.1) - 0.01 * u.where(u * g > 0, torch.zeros_like(u))
+        torch.testing.assert_close(found[NAMES.index(name)], theta, rtol=1e-12, atol=1e-12)
+    assert held > 0.1 * NUM_STEPS * sum(SIZES.values()), "the mask has something to do"
+
+
+def test_a_filter_that_compares_with_the_gradient_does_not_see_the_cuts() -> None:
+    make = partial(CautiousAdamW, lr=0.01, clip_grad=1.0)
+    whole, _ = whole_run(make, torch.float32)
+    ranks = layout(CUTS)
+    assert equal(whole, ranks, sharded_run(make, ranks, torch.float32)[0])
+    assert not equal(
+        whole_run(partial(AdamW, lr=0.01, clip_grad=1.0), torch.float32)[0], ranks, [r.cut(whole) for r in ranks]
+    )
+
+
 MUTATIONS = [
     "replicas counted twice",
     "tied copy counted twice",
