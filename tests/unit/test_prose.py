@@ -116,6 +116,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert list(broken_links(ROOT / page, (ROOT / page).read_text(encoding="utf-8"))) == []
 
 
+def test_the_tour_names_files_that_are_there() -> None:
+    tour = (ROOT / "docs" / "contributing" / "tour.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`", tour)
+    assert len(named) > 40
+    assert [name for name in named if not (ROOT / "megatron_replay" / name).is_file()] == []
+
+
 def test_a_wide_line_is_found_unless_it_cannot_be_broken() -> None:
     wide = "word " * 30
     link = f"[name](https://example.org/{'x' * 120})"
