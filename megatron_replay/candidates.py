@@ -13,7 +13,7 @@ from megatron_replay.ragged import A, Ragged, per_entry, per_position
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateRule:
-    """How large a candidate set is (paper section 2). Raises ConfigError for one that cannot be."""
+    """This decides how large a candidate set is (paper section 2). Raises ConfigError for a rule that cannot be."""
 
     tau: float = 0.95
     """Keep the fewest tokens whose probabilities add up to this."""
