@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv check test test-megatron-0.12 sanitize torch-npu test-npu demo demo-tiny clean
+.PHONY: venv check test test-slow test-all test-megatron-0.12 sanitize torch-npu test-npu demo demo-tiny clean
 
 venv: $(INSTALLED)
 
@@ -38,9 +38,17 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/contract/test_layering.py
 
-# two at a time, whole files each: most tests leave a core idle, and ranks are several processes
+# Two files at a time: most tests leave a core idle, and ranks are several processes. `make test` leaves out the slow
+# ones. These take long, or go on with a matrix of layouts, optimizers or versions whose first cases `make test` runs.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 test: venv
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: venv
+	$(PYTEST) -m slow
+
+# Everything that .ci/run checks, but for the installation.
+test-all: check torch-npu test test-slow sanitize test-megatron-0.12
 
 # All tests over ranks run with the oldest megatron-core that is supported (MindSpeed pins it). It lies beside the
 # environment and is found before it.
