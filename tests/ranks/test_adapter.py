@@ -242,9 +242,7 @@ def logits(model: Model) -> np.ndarray:
     """Of a batch, [N, V]: only without tensor parallelism."""
     (batch,) = batch_of(model, 0, 4)
     found: list[Tensor] = []
-    forward(
-        model, [batch], lambda _: lambda hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out)
-    )
+    forward(model, [batch], lambda _, hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out))
     return found[0].double().numpy()
 
 

@@ -45,13 +45,13 @@ def stored(batch: MicroBatch) -> list[SampleSets]:
         nothing = np.zeros(len(at), dtype=np.float32)
         found.append(
             SampleSets(
-                at.astype(np.int32),
-                sets.offsets.numpy(),
-                sets.ids.numpy(),
-                sets.gold_slot.numpy(),
-                nothing,
-                nothing,
-                np.zeros(len(sets.ids), dtype=np.float32),
+                positions=at.astype(np.int32),
+                offsets=sets.offsets.numpy(),
+                ids=sets.ids.numpy(),
+                gold_slot=sets.gold_slot.numpy(),
+                logits=np.zeros(len(sets.ids), dtype=np.float32),
+                lse=nothing,
+                outside_mass=nothing,
             )
         )
     return found

@@ -156,7 +156,7 @@ def cuts_one_branch(each: Sequence[Tensor], block: attention.Block) -> Tensor:
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "a branch counts its positions from nought": (prefixes, "places", begins_anew),
+    "a branch counts its positions from nought": (prefixes, "position_ids", begins_anew),
     "a branch sees its siblings": (attention, "visible", sees_siblings),
     "the prefix gets no gradient from one branch": (attention, "gathered", cuts_one_branch),
 }

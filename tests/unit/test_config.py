@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == (
         "moclip",
         1.25e-6,
-        None,  # moclip's own, (0.9, 0.95): tests/unit/optim/test_optim_betas.py
+        None,  # moclip's own, (0.9, 0.95): tests/ranks/test_own_betas.py
         0.1,
         1.0,
     )

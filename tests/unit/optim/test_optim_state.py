@@ -55,7 +55,7 @@ def test_resuming_is_exact(make: Case, dtype: torch.dtype) -> None:
         assert all(
             torch.equal(whole.state[a][k], v) and v.dtype == whole.state[a][k].dtype for k, v in second.state[b].items()
         )
-    assert second.param_groups[0]["step"] == 8 and second.param_groups[0]["lr"] == 0.01
+    assert second.param_groups[0]["step"] == 8 and second.param_groups[0]["lr"] == make.lr
 
 
 def test_adamw_and_moclip_exchange_state() -> None:
