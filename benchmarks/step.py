@@ -50,7 +50,7 @@ def windows(model: Model, args: Namespace, vocab_size: int) -> tuple[list[MicroB
     samples = [[ids[i * length : (i + 1) * length + 1]] for i in range(here.data_rank, args.rows, here.data_size)]
     drawn = np.random.default_rng(0)
     positions = [[np.sort(drawn.permutation(length)[: round(args.fraction * length)])] for _ in samples]
-    found = micro_batches(samples, positions, torch.device("cpu"), multiple=here.tensor_size, share=False)
+    found = micro_batches(samples, positions, torch.device("cpu"), multiple=here.tensor_size, share_prefixes=False)
     selection = Selection(model, CandidateRule(), vocab_size=vocab_size, chunk_rows=256)
     sets: list[CandidateSets] = []
     forward(model, found, selection, consume=lambda *_: sets.append(selection.take()))

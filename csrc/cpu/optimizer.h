@@ -1,4 +1,4 @@
-// The two operators of the optimizers; megatron_replay/kernels/optimizer.py says what they mean.
+// The two operators of the optimizers; megatron_replay/kernels/tensor_updates.py says what they mean.
 #pragma once
 
 #include <ATen/core/List.h>

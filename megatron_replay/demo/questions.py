@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from megatron_replay.demo.schemas import DatabaseSchema, Table
+from megatron_replay.demo.database_schemas import DatabaseSchema, Table
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """The rows of each table, each as column -> value."""

@@ -16,8 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_replay.demo.database_schemas import TEST, TRAIN, DatabaseSchema, Link, Number, Table
 from megatron_replay.demo.questions import TEMPLATES, Rows, ask
-from megatron_replay.demo.schemas import TEST, TRAIN, DatabaseSchema, Link, Number, Table
 from megatron_replay.errors import ConfigError, DataError
 
 GENERAL_TEXT = Path(__file__).with_name("text.txt")

@@ -20,7 +20,7 @@ from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.kernels import library, loading, on_cuda
 from megatron_replay.models.layout import validate_layout
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.parallel.mcore import attention, layers

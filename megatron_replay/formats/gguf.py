@@ -17,7 +17,7 @@ from megatron_replay.errors import CheckpointError, ReplayError
 from megatron_replay.formats.bpe import SPACE, begin_with, byte_level_bpe, scored_bpe
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import half_split_rows
 
 NAMES = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -2,8 +2,8 @@
 
 safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes
 little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the
-tensors' bytes. Names and shapes follow from `models.table`, so the headers are written first and each tensor goes to
-its place when it comes, in any order.
+tensors' bytes. Names and shapes follow from `models.weight_table`, so the headers are written first. Each tensor then
+goes to its place when it comes, in any order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import DTYPES, INDEX, SINGLE
 from megatron_replay.models.spec import ModelSpec, read_config
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 
 SHARD_BYTES = 5 << 30
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}

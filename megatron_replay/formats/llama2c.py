@@ -18,7 +18,7 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.bpe import SPACE, scored_bpe
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import half_split_rows
 
 HEADER = struct.Struct("<7i")

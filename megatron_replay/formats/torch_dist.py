@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.untrusted import COMMON, METADATA, first_line, read_metadata, refuse_code
 from megatron_replay.models.lora import A, B, merged
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import Weight, restripe
 
 __all__ = ["LATEST", "Reader", "is_checkpoint", "iteration_name", "refuse_code", "resolve", "write_model"]

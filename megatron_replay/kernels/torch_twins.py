@@ -43,8 +43,8 @@ def restricted_fwd(
     stats = set_stats(z, offsets, gold)
     if not mix:
         return z, stats, z.new_empty(0, hidden.shape[1])
-    share = (z - stats[0][row_of(offsets, z.shape[0])]).exp_()
-    return z, stats, weighted_rows(weight, offsets, columns, share)
+    mass = (z - stats[0][row_of(offsets, z.shape[0])]).exp_()
+    return z, stats, weighted_rows(weight, offsets, columns, mass)
 
 
 def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:

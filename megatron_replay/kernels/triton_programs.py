@@ -48,9 +48,9 @@ def taken_in(top, total, logits):
     """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum,
     the logits' shares, and the factor for everything taken in before."""
     peak = tl.maximum(top, tl.max(logits, 0))
-    share = tl.exp(logits - peak)
+    mass = tl.exp(logits - peak)
     shrink = tl.exp(top - peak)
-    return peak, total * shrink + tl.sum(share, 0), share, shrink
+    return peak, total * shrink + tl.sum(mass, 0), mass, shrink
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def softmax_piece(
         logits = tl.sum(rows * h[None, :], 1)
         tl.store(z + entries, logits, mask=here)
         target += tl.sum(tl.where(entries == gold, logits, 0), 0)
-        top, total, share, shrink = taken_in(top, total, tl.where(here, logits, -float("inf")))
-        mixture = mixture * shrink + tl.sum(rows * share[:, None], 0)
+        top, total, mass, shrink = taken_in(top, total, tl.where(here, logits, -float("inf")))
+        mixture = mixture * shrink + tl.sum(rows * mass[:, None], 0)
     return top, total, target, mixture
 
 
@@ -274,8 +274,8 @@ def restricted_logits_bwd(
         entries = at + tl.arange(0, SPLIT)
         here = entries < last
         column = tl.load(columns + entries, mask=here, other=0).to(tl.int64)
-        share = tl.exp(tl.load(z + entries, mask=here, other=0) - peak) * factor
-        value = tl.where(entries == gold_at, share - grad, share)
+        mass = tl.exp(tl.load(z + entries, mask=here, other=0) - peak) * factor
+        value = tl.where(entries == gold_at, mass - grad, mass)
         tl.store(grad_logits + t * grad_row + column * grad_column, value, mask=here)
 
 

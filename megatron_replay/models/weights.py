@@ -1,4 +1,6 @@
-"""One megatron parameter and the Hugging Face tensors it is made of, as pure functions (`models.table` lists them all).
+"""One megatron parameter and the Hugging Face tensors it is made of, as pure functions.
+
+`models.weight_table` lists all parameters of a model.
 
 One `Weight` is one parameter of megatron-core's GPTModel (local layer spec), whole: no tensor parallelism, global layer
 numbers, padding included. Letters: A query heads, G key/value heads (groups), D head size, H hidden, F ffn, V rows of

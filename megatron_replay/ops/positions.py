@@ -90,9 +90,9 @@ class BucketRule:
         left, rates = self.fraction * sum(self.counts), [0.0] * len(self.counts)
         filled = sorted((count, bucket) for bucket, count in enumerate(self.counts) if count)
         for done, (count, bucket) in enumerate(filled):
-            share = min(float(count), left / (len(filled) - done))
-            rates[bucket] = share / count
-            left -= share
+            quota = min(float(count), left / (len(filled) - done))
+            rates[bucket] = quota / count
+            left -= quota
         return tuple(rates)
 
     def keep(self, confidence: Any, loss_mask: Any, uid: bytes) -> Tensor:

@@ -71,7 +71,7 @@ class VocabShard:
 
     @classmethod
     def of_rank(cls, rows: int, group: dist.ProcessGroup, *, stripes: int = 1) -> VocabShard:
-        """The even contiguous share of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out
+        """The even contiguous part of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out
         in stripes.
 
         Raises LayoutError when the ranks or the stripes do not divide the rows.
@@ -81,8 +81,8 @@ class VocabShard:
             raise LayoutError(
                 f"{rows} vocabulary rows do not divide over {ranks} ranks; pad the vocabulary to a multiple of {ranks}"
             )
-        share = rows // ranks
-        return cls(rank * share, (rank + 1) * share, group, Stripes(rows, stripes) if stripes > 1 else None)
+        each = rows // ranks
+        return cls(rank * each, (rank + 1) * each, group, Stripes(rows, stripes) if stripes > 1 else None)
 
     @property
     def size(self) -> int:
@@ -146,19 +146,19 @@ class VocabShard:
         dist.all_gather(list(parts.unbind()), packed[0], group=self.group)
         return _unpacked(parts, tensors, (len(parts),))
 
-    def share(self, num: int) -> slice:
+    def own_rows(self, num: int) -> slice:
         """The part of `num` rows that is this rank's where the group divides work among its ranks."""
         if self.group is None:
             return slice(0, num)
         rank = dist.get_rank(self.group)
-        return self._shares(num)[rank]
+        return self._row_ranges(num)[rank]
 
     def deal(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """This rank's share of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order; one
         collective."""
         if self.group is None:
             return tuple(t[None] for t in tensors)
-        sizes = [rows.stop - rows.start for rows in self._shares(len(tensors[0]))]
+        sizes = [rows.stop - rows.start for rows in self._row_ranges(len(tensors[0]))]
         mine = sizes[dist.get_rank(self.group)]
         packed = _packed(tensors)
         parts = packed.new_empty(len(sizes) * mine, packed.shape[1])
@@ -180,7 +180,7 @@ class VocabShard:
             torch.cat([part[:length] for part, length in zip(parts, some, strict=True)]) for parts, some in columns
         )
 
-    def _shares(self, num: int) -> list[slice]:
+    def _row_ranges(self, num: int) -> list[slice]:
         ranks = dist.get_world_size(self.group)
         return [slice(num * rank // ranks, num * (rank + 1) // ranks) for rank in range(ranks)]
 

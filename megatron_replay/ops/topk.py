@@ -158,8 +158,8 @@ def _select(tiles: Iterable[Tensor], gold: Tensor, request: _Request, shard: Voc
         start += len(logits)
     ranked = _rank(_Known(*(torch.cat(parts) for parts in zip(*found, strict=True))), extra, rule.k_max, shard)
     count = _num_kept(ranked, rule.tau, rule.min_set_size)
-    share = extra[shard.share(len(gold))].to(ranked.ids.device, torch.int32)
-    sets = _cut(ranked, count, share, request.keep_logits).to(gold.device)
+    own = extra[shard.own_rows(len(gold))].to(ranked.ids.device, torch.int32)
+    sets = _cut(ranked, count, own, request.keep_logits).to(gold.device)
     return sets if shard.is_whole else _joined(sets, shard)
 
 
@@ -202,8 +202,8 @@ def _rank(known: _Known, extra: Tensor, k_max: int, shard: VocabShard) -> _Ranke
     _check_rows(lse, extra, mine.sum(0))  # of all rows, so that no rank waits for one that has stopped
     values, ids = _with_float64(*shard.deal(known.values, known.ids))
     values, ids = _merge(values, ids, k_max)
-    share = shard.share(len(lse))
-    return _Ranked(values, ids, lse[share], extra_logits.sum(0)[share])
+    own = shard.own_rows(len(lse))
+    return _Ranked(values, ids, lse[own], extra_logits.sum(0)[own])
 
 
 def _with_float64(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels import optimizer as kernels
+from megatron_replay.kernels import tensor_updates
 from megatron_replay.optim.base import Group, ParamUpdate, ReplayOptimizer, state_dtype
 from megatron_replay.optim.blocks import Scratch, cuts
 from megatron_replay.optim.shards import Placement
@@ -93,7 +93,7 @@ class AdamFamily(ReplayOptimizer):
     def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: tuple[Tensor, Tensor], group: Group) -> Tensor:
         """The step u [n] for moments [n], written into the first scratch vector, which is padded beyond n."""
 
-    def correction(self, group: Group) -> kernels.Correction | None:
+    def correction(self, group: Group) -> tensor_updates.Correction | None:
         """The same direction in the compiled kernel's terms; None, the default, where the kernel cannot compute it."""
         return None
 
@@ -116,22 +116,22 @@ class AdamFamily(ReplayOptimizer):
             self._apply_fused([update for update, _ in fused], [piece for _, piece in fused])
         super().apply([update for update, piece in zip(updates, pieces, strict=True) if not piece], place)
 
-    def _apply_fused(self, updates: Sequence[ParamUpdate], pieces: Sequence[kernels.TensorUpdate]) -> None:
-        for update, piece, squares in zip(updates, pieces, kernels.update(pieces), strict=True):
+    def _apply_fused(self, updates: Sequence[ParamUpdate], pieces: Sequence[tensor_updates.TensorUpdate]) -> None:
+        for update, piece, squares in zip(updates, pieces, tensor_updates.update(pieces), strict=True):
             if not update.param.is_contiguous():
                 update.param.copy_(piece.weight)
             self.record_squares(update.param, squares * self.gain(update.row) ** 2)
 
-    def _fused_update(self, update: ParamUpdate) -> kernels.TensorUpdate | None:
+    def _fused_update(self, update: ParamUpdate) -> tensor_updates.TensorUpdate | None:
         """The kernel's arguments for moving this parameter as `_walk` would; None where the kernel cannot do that."""
         weight = self.weight(update.param)
-        known = kernel_knows(type(self)) and kernels.updatable(weight, update.grad, mode=self.kernels)
+        known = kernel_knows(type(self)) and tensor_updates.updatable(weight, update.grad, mode=self.kernels)
         fix = self.correction(update.group) if known else None
         if fix is None:
             return None
         state, betas, lr = self.state_of(update.param), self.setting(update.group, "betas"), self.rate(update.group)
         coefficients = self.moment_coefficients(update.row, betas)
-        scalars = kernels.Scalars(
+        scalars = tensor_updates.Scalars(
             coefficients.m_keep,
             coefficients.m_grad,
             coefficients.v_grad,
@@ -145,7 +145,7 @@ class AdamFamily(ReplayOptimizer):
             fix.eps is None,
         )
         rounded = update.param if weight is not update.param and update.param.is_contiguous() else None
-        return kernels.TensorUpdate(
+        return tensor_updates.TensorUpdate(
             weight.contiguous(), update.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], rounded, scalars
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from megatron_replay.kernels.optimizer import Correction
+from megatron_replay.kernels.tensor_updates import Correction
 from megatron_replay.optim.adam import AdamFamily
 from megatron_replay.optim.base import OPTIMIZERS, Common, Group
 from megatron_replay.optim.option_checks import check_betas

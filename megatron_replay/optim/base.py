@@ -45,7 +45,7 @@ class Common(TypedDict, total=False):
     main_weights: bool
     """Keep a float32 copy of each bfloat16 parameter (state "main"), and update that; False when not given."""
     kernels: Mode
-    """"auto", the default: compiled kernels where they are live (`kernels.optimizer`); "reference": plain torch."""
+    """"auto", the default: compiled kernels where they are live (`kernels.library`); "reference": plain torch."""
 
 
 @dataclass(frozen=True, slots=True)

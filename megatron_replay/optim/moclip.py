@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from megatron_replay.kernels.optimizer import Correction
+from megatron_replay.kernels.tensor_updates import Correction
 from megatron_replay.optim.adam import MomentCoefficients
 from megatron_replay.optim.adam_atan2 import Atan2Family
 from megatron_replay.optim.adamw import adamw_correction, adamw_direction

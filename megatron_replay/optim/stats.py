@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels import optimizer
+from megatron_replay.kernels import tensor_updates
 from megatron_replay.kernels.precision import has_float64
 from megatron_replay.optim.blocks import cuts
 
@@ -34,8 +34,8 @@ before, of which `elements` is the number of elements."""
 def sums_of_each(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
     """`tensor_sums` of each pair, [n, 3] float64, where that puts them; by the compiled kernel if `mode` and the pairs
     allow it. n is at least 1."""
-    if optimizer.summable(grads, momenta, mode=mode):
-        return optimizer.sums(grads, momenta)
+    if tensor_updates.summable(grads, momenta, mode=mode):
+        return tensor_updates.sums(grads, momenta)
     return torch.stack([tensor_sums(g, m) for g, m in zip(grads, momenta, strict=True)])
 
 

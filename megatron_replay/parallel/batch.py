@@ -84,15 +84,15 @@ def micro_batches(
     device: torch.device,
     *,
     multiple: int,
-    share: bool,
+    share_prefixes: bool,
 ) -> list[MicroBatch]:
     """The micro-batches of a step, all of one length that `multiple` divides.
 
-    samples[m], positions[m]: token ids and chosen positions of the samples of the m-th. share: lay samples that begin
-    alike as a tree. A sample ends at its last position, for nothing that counts depends on what follows.
+    samples[m], positions[m]: token ids and chosen positions of the samples of the m-th. share_prefixes: lay samples
+    that begin alike as a tree. A sample ends at its last position, for nothing that counts depends on what follows.
     """
     needed = [[cut(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(samples, positions, strict=True)]
-    trees = [lay(some, share_prefixes=share) for some in needed]
+    trees = [lay(some, share_prefixes=share_prefixes) for some in needed]
     length = row_length([len(tree) for tree in trees], multiple)
     return [flatten(whole, at, length, device, tree) for whole, at, tree in zip(samples, positions, trees, strict=True)]
 

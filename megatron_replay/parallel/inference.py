@@ -32,13 +32,13 @@ def token_nll(
     *,
     vocab_size: int,
     row_tokens: int,
-    share: bool = False,
+    share_prefixes: bool = False,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Negative log-likelihood (nats, fp32) of the token after each of the given positions of each sequence.
 
     vocab_size: the real vocabulary. row_tokens: sequences are laid together up to this many tokens a forward pass.
-    share: lay those that begin alike as a tree.
+    share_prefixes: lay those that begin alike as a tree.
     """
     world = model.world
     shard = vocab_shard(model)
@@ -46,11 +46,13 @@ def token_nll(
     def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
 
-    dealt = deal(sequences, row_tokens, world, share=share)
+    dealt = deal(sequences, row_tokens, world, share_prefixes=share_prefixes)
     values: list[np.ndarray] = []
     for rows in in_groups(dealt, 2 * world.pipeline_size):
         ids, wanted = ([[some[i] for i in row] for row in rows] for some in (sequences, positions))
-        batches = micro_batches(ids, wanted, world.torch_device, multiple=world.tensor_size, share=share)
+        batches = micro_batches(
+            ids, wanted, world.torch_device, multiple=world.tensor_size, share_prefixes=share_prefixes
+        )
         forward(model, batches, task, consume=lambda _, out: values.append(out.float().cpu().numpy()))
         if progress is not None:
             progress(sum(len(row) for row in rows) * world.data_size)
@@ -151,13 +153,13 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
     return torch.where(values == values.amax(0), found, vocab_size).amin(0)
 
 
-def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share: bool) -> list[list[int]]:
+def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share_prefixes: bool) -> list[list[int]]:
     """This replica's rows for a single pass over all sequences: every `data_size`-th of them, neighbours laid together
     up to `row_tokens`.
 
-    share: instead a stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row.
+    share_prefixes: instead a stretch of the sequences ordered by prefix. Most of those that begin alike meet in a row.
     """
-    if not share:
+    if not share_prefixes:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)
     ordered = prefixes.forest(sequences).order(range(len(sequences)))
     first, last = (len(ordered) * rank // world.data_size for rank in (world.data_rank, world.data_rank + 1))

@@ -19,7 +19,7 @@ from megatron_replay.config import RunConfig
 from megatron_replay.device import Device
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import EMBEDDING, OUTPUT, Weight
 from megatron_replay.optim import HIDDEN, OPTIMIZERS, Muon, half
 from megatron_replay.parallel import activations
@@ -134,8 +134,8 @@ class _Run:
         """Names of the parameters that are trained."""
         if self.config.adapter.rank:
             return {weight.name for weight in self.table.factors}
-        names, share = {weight.name: weight for weight in self.table}, self.config.train.freeze_share
-        return set(names) - set(half(names.items(), share, self.config.seed) if share else ())
+        names, fraction = {weight.name: weight for weight in self.table}, self.config.train.freeze_share
+        return set(names) - set(half(names.items(), fraction, self.config.seed) if fraction else ())
 
     def _here(self, weight: Weight, stage: int, layers: range) -> bool:
         last = stage == self.config.layout.pipeline - 1

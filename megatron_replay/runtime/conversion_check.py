@@ -16,7 +16,7 @@ from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import Weight, split
 from megatron_replay.parallel.batch import MicroBatch, flatten
 from megatron_replay.parallel.mcore.model import Model, build, load_hf

@@ -70,7 +70,7 @@ class Feed:
             [[s.positions for s in some] for some in (stored or chosen)],
             world.torch_device,
             multiple=world.tensor_size,
-            share=config.data.share_prefixes,
+            share_prefixes=config.data.share_prefixes,
         )
         batches = [replace(batch, samples=some) for batch, some in zip(batches, chosen, strict=True)]
         if stored is None or self.session.model.head is None:

@@ -129,7 +129,7 @@ def _nll(
             positions,
             vocab_size=session.vocab_size,
             row_tokens=max(session.config.data.seq_length, 1) * session.config.batch.micro,
-            share=session.config.data.share_prefixes,
+            share_prefixes=session.config.data.share_prefixes,
             progress=advance,
         )
 

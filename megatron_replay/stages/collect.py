@@ -116,11 +116,11 @@ class Collection:
         self._run(self._rows(picked), self._wanted, selection, lambda *_: found.append(selection.take()))
         seconds = time.perf_counter() - began
         ids, positions = session.world.total(sum(len(s.ids) for s in found), sum(s.num_positions for s in found))
-        share = sum(map(len, self.samples)) / sum(map(len, picked))
+        ratio = sum(map(len, self.samples)) / sum(map(len, picked))
         per_id = 1.5  # 11.4 to 12.1 bits an id, measured
         session.say(
-            f"{len(self.samples)} samples, about {positions * share:,.0f} positions, "
-            f"{(ids * per_id + positions * 12) * share / 1e6:,.3g} MB, {seconds * share:,.0f} s (from {len(picked)} "
+            f"{len(self.samples)} samples, about {positions * ratio:,.0f} positions, "
+            f"{(ids * per_id + positions * 12) * ratio / 1e6:,.3g} MB, {seconds * ratio:,.0f} s (from {len(picked)} "
             "samples)"
         )
 
@@ -225,7 +225,9 @@ class Collection:
         """This replica's rows of some samples."""
         config = self.session.config
         row_tokens = config.data.seq_length * config.batch.micro
-        dealt = deal([s.ids for s in samples], row_tokens, self.session.world, share=config.data.share_prefixes)
+        dealt = deal(
+            [s.ids for s in samples], row_tokens, self.session.world, share_prefixes=config.data.share_prefixes
+        )
         return [[samples[i] for i in row] for row in dealt]
 
     def _pass(self, done: set[bytes], plan: Manifest, writer: Writer | None) -> float:
@@ -262,8 +264,10 @@ class Collection:
         for some in in_groups(rows, 2 * world.pipeline_size):
             positions = [[wanted(s) for s in row] for row in some]
             ids = [[s.ids for s in row] for row in some]
-            share = self.session.config.data.share_prefixes
-            batches = micro_batches(ids, positions, world.torch_device, multiple=world.tensor_size, share=share)
+            share_prefixes = self.session.config.data.share_prefixes
+            batches = micro_batches(
+                ids, positions, world.torch_device, multiple=world.tensor_size, share_prefixes=share_prefixes
+            )
             batches = [dataclasses.replace(batch, samples=row) for batch, row in zip(batches, some, strict=True)]
             self.shared += sum(batch.shared for batch in batches)
             forward(self.session.model, batches, task, consume=consume)

@@ -23,7 +23,7 @@ from megatron_replay.formats.gguf import import_gguf
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.formats.llama2c import import_llama2c
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import Weight, merge, split
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source

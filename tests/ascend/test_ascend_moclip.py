@@ -11,7 +11,7 @@ from cases import CHUNK, DTYPES, close, moclip_stats, moclip_update
 from stand_in import Library
 from torch import Tensor
 
-from megatron_replay.kernels.optimizer import Scalars
+from megatron_replay.kernels.tensor_updates import Scalars
 from megatron_replay.optim import MoClip
 from megatron_replay.optim.stats import tensor_sums
 

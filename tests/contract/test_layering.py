@@ -235,7 +235,7 @@ def test_only_files_that_name_devices_may() -> None:
         (relative_offences, "ops/a.py", "from .shard import VocabShard", "a.py:1: a relative import"),
         (word_offences, "optim/a.py", "x = 'nccl'", "says 'nccl'"),
         (word_offences, "parallel/trainer.py", "y = torch.ops.npu.npu_rms_norm(x)", "says 'torch.ops.npu'"),
-        (word_offences, "parallel/shims/loading.py", "x = torch.cuda", "says 'torch.cuda'"),
+        (word_offences, "parallel/shims/installation.py", "x = torch.cuda", "says 'torch.cuda'"),
         (state_offences, "ops/a.py", "def f():\n    global x\n    x = 1", "a.py:2: a global statement"),
         (state_offences, "cli.py", "import os\nx = os.environ['A']", "cli.py:2: reads"),
         (state_offences, "cli.py", "from os import environ", "reads"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels.optimizer import Scalars
+from megatron_replay.kernels.tensor_updates import Scalars
 
 pytestmark = pytest.mark.usefixtures("compiled")
 INF, NAN = math.inf, math.nan

@@ -18,7 +18,7 @@ from optimizer_cases import BY_MATRIX, Case, further, registered
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import library, optimizer
+from megatron_replay.kernels import library, tensor_updates
 from megatron_replay.kernels.loading import Mode
 from megatron_replay.kernels.schemas import OPERATORS
 from megatron_replay.optim import (
@@ -231,8 +231,8 @@ def test_a_class_with_a_rule_of_its_own_is_moved_by_the_reference(monkeypatch: p
             return torch.sign(exp_avg, out=scratch[0][: exp_avg.numel()])
 
     calls: list[int] = []
-    fused = optimizer.update
-    monkeypatch.setattr(optimizer, "update", lambda updates: calls.append(len(updates)) or fused(updates))
+    fused = tensor_updates.update
+    monkeypatch.setattr(tensor_updates, "update", lambda updates: calls.append(len(updates)) or fused(updates))
 
     class Masked(AdamW):
         def filter(self, direction, exp_avg, grad, row):  # type: ignore[no-untyped-def]

@@ -18,9 +18,9 @@ from megatron_replay.kernels.library import Kernels, choose
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
-    restricted,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
+    restricted_loss,
 )
 from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
@@ -187,7 +187,7 @@ def results(hidden: Tensor, weight: Tensor, sets: CandidateSets, mode: str, **op
 @pytest.fixture
 def ours_live(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` takes Triton's kernels, as for CUDA tensors."""
-    monkeypatch.setattr(restricted, "choose", lambda mode: OURS if mode == "auto" else PLAIN)
+    monkeypatch.setattr(restricted_loss, "choose", lambda mode: OURS if mode == "auto" else PLAIN)
 
 
 @dtypes

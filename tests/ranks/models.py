@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -25,7 +25,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.lora import A, B
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import merge, shard
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.checkpoints.source import Source

@@ -20,7 +20,7 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.formats.torch_dist import Reader
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.mcore.model import build, load_hf
 from megatron_replay.parallel.ranks import world

@@ -50,7 +50,7 @@ def parts_of(model: Model, micro: int) -> tuple[list[list[np.ndarray]], list[lis
 def batches_of(model: Model, micro: int) -> list[MicroBatch]:
     """Samples cut behind their last position, and only the positions that count in the last layer."""
     ours = model.world
-    return micro_batches(*parts_of(model, micro), ours.torch_device, multiple=ours.tensor_size, share=False)
+    return micro_batches(*parts_of(model, micro), ours.torch_device, multiple=ours.tensor_size, share_prefixes=False)
 
 
 def whole_batches(model: Model, micro: int) -> dict[MicroBatch, Tensor]:
@@ -160,7 +160,7 @@ def nothing_counts(job: Job) -> list[tuple[int, ...]]:
         ]
         for positions in ([[none, np.array([3])], [none]], [[none, none], [none]]):
             batches = micro_batches(
-                ids, positions, model.world.torch_device, multiple=model.world.tensor_size, share=False
+                ids, positions, model.world.torch_device, multiple=model.world.tensor_size, share_prefixes=False
             )
             forward(model, batches, task(model, "full"), consume=keep)
     return shapes

@@ -199,7 +199,7 @@ def test_qk_clip_takes_the_logits_to_the_threshold(folders: dict[str, str], mode
 
 def test_kinds() -> None:
     from megatron_replay.models.spec import ModelSpec
-    from megatron_replay.models.table import WeightTable
+    from megatron_replay.models.weight_table import WeightTable
 
     spec = ModelSpec.from_hf(LLAMA)
     kinds = Counter(map(kind_of, WeightTable(spec)))

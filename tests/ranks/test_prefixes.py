@@ -64,7 +64,7 @@ def batches_of(model: Model, micro: int, *, share: bool) -> list[MicroBatch]:
     mine = [list(chain(*rows[i : i + micro])) for i in range(0, each, micro)]
     chosen = [[np.arange(min(12, len(ids) - 2), len(ids) - 1) for ids in samples] for samples in mine]
     sets = [[candidates(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(mine, chosen, strict=True)]
-    found = micro_batches(mine, chosen, ours.torch_device, multiple=ours.tensor_size, share=share)
+    found = micro_batches(mine, chosen, ours.torch_device, multiple=ours.tensor_size, share_prefixes=share)
     for batch, samples in zip(found, mine, strict=True):
         assert (batch.shared > 0.35 * sum(map(len, samples))) == share
     here = [CandidateSets.cat(some).local(vocab_shard(model)) for some in sets]
@@ -190,7 +190,9 @@ def collected(job: Job, share: bool) -> tuple[list[list[int]], list[np.ndarray]]
         forward(model, batches_of(model, job.micro, share=share), selection, consume=keep)
         samples = list(chain(*(family(index, model.spec.vocab_size) for index in range(ROWS))))
         positions = [np.arange(len(ids) - 1) for ids in samples]
-        nll = token_nll(model, samples, positions, vocab_size=model.spec.vocab_size, row_tokens=128, share=share)
+        nll = token_nll(
+            model, samples, positions, vocab_size=model.spec.vocab_size, row_tokens=128, share_prefixes=share
+        )
         return sets, nll
 
 

@@ -25,7 +25,7 @@ from megatron_replay.config import Optimizer
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.trainer import make_trainer
 

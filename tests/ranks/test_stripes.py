@@ -23,7 +23,7 @@ from megatron_replay.config import Layout
 from megatron_replay.formats import torch_dist
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import STRIPES, restripe, split
 from megatron_replay.ops import (
     CandidateSets,

@@ -20,7 +20,7 @@ from megatron_replay.device import CPU
 from megatron_replay.errors import CheckpointError
 from megatron_replay.formats import torch_dist
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import Weight, shard
 from megatron_replay.parallel import shims
 from megatron_replay.parallel.mcore.model import build

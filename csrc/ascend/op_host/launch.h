@@ -57,7 +57,7 @@ uint64_t moclip_chunks(uint64_t length);
 void launch_moclip_stats(void* stream, uint32_t blocks, Element grad_element, const void* grad, const void* momentum,
                          void* partial, uint64_t length);
 
-// The update that megatron_replay/kernels/optimizer.py calls `Scalars`, in the same order.
+// The update that megatron_replay/kernels/tensor_updates.py calls `Scalars`, in the same order.
 struct MoclipScalars {
   float m_keep, m_grad, v_grad, v_momentum, beta2, first, second, eps, keep, rate;
   bool arctangent;

@@ -18,7 +18,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats.hf_folder import HFFolder, sha256_file
 from megatron_replay.formats.torch_dist import Reader, is_checkpoint, resolve
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.parallel.checkpoints import training as checkpoint
 from megatron_replay.parallel.mcore.lora_layers import merge_into
 from megatron_replay.parallel.mcore.model import Model, load_hf

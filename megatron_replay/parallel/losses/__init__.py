@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
-from megatron_replay.parallel.losses.base import LOSSES, Loss
+from megatron_replay.parallel.losses.interface import LOSSES, Loss
 
 __all__ = ["LOSSES", "Loss"]
 

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from megatron_replay.models.spec import ModelSpec
 from megatron_replay.ops import linear_cross_entropy
-from megatron_replay.ops.full import CHUNK_ROWS
+from megatron_replay.ops.full_loss import CHUNK_ROWS
 from megatron_replay.parallel.activations import FLOAT, LargestMicroBatch, head_states
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.losses.base import LOSSES, Loss
+from megatron_replay.parallel.losses.interface import LOSSES, Loss
 
 
 @LOSSES.register("full")

@@ -12,7 +12,7 @@ from megatron_replay.models.spec import ModelSpec
 from megatron_replay.ops import CandidateSets, LocalSets, restricted_linear_cross_entropy
 from megatron_replay.parallel.activations import FLOAT, LargestMicroBatch, head_states
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.losses.base import LOSSES, Loss
+from megatron_replay.parallel.losses.interface import LOSSES, Loss
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.store import SampleSets
 

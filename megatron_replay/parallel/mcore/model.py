@@ -15,7 +15,7 @@ from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.layout import validate_layout
 from megatron_replay.models.lora import A, B, merged
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import OUTPUT, STRIPES, Weight, merge, shard
 from megatron_replay.ops import VocabShard
 from megatron_replay.ops.shard import Stripes
@@ -86,22 +86,22 @@ class Model:
         for _, weight, parameter in self.parameters():
             parameter.requires_grad_(weight.name not in self.frozen)
 
-    def freeze_half(self, share: float, seed: int) -> None:
-        """Freeze a `share` of the whole model's tensors (`optim.half`), the same ones on every layout; to be called
+    def freeze_half(self, fraction: float, seed: int) -> None:
+        """Freeze a `fraction` of the whole model's tensors (`optim.half`), the same ones on every layout; to be called
         before the model is wrapped for training. Collective.
 
         Frozen tensors have neither gradient buffer nor optimizer state. The tensors are megatron's: query, key and
         value are one, and so are gate and up. Raises LayoutError where a pipeline stage would have nothing left to
         train.
         """
-        self.freeze(half(((weight.name, weight) for weight in self.table), share, seed))
-        self.frozen_by = (share, seed)
+        self.freeze(half(((weight.name, weight) for weight in self.table), fraction, seed))
+        self.frozen_by = (fraction, seed)
         trained = [any(parameter.requires_grad for parameter in self.module.parameters())]
         idle = [rank for rank, (any_,) in enumerate(self.world.gather_objects(trained)) if not any_]
         if idle:
             raise LayoutError(
-                f"train.freeze_share={share} leaves rank {idle[0]} nothing to train; lower it, or give every pipeline "
-                "stage more layers"
+                f"train.freeze_share={fraction} leaves rank {idle[0]} nothing to train; lower it, or give every "
+                "pipeline stage more layers"
             )
 
     def use_cache(self, cache: Cache | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_replay.parallel.shims.adapters import DeviceAdapter, adapter
 from megatron_replay.parallel.shims.entries import Shim, catalog, table
-from megatron_replay.parallel.shims.loading import import_megatron, install
+from megatron_replay.parallel.shims.installation import import_megatron, install
 from megatron_replay.parallel.shims.versions import megatron_version, within
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_replay.demo import task as demo_task
+from megatron_replay.demo.database_schemas import TEST, TRAIN
 from megatron_replay.demo.questions import TEMPLATES, quoted
-from megatron_replay.demo.schemas import TEST, TRAIN
 from megatron_replay.demo.task import GENERAL_TEXT, TaskFiles, make_task
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.scoring.sql import Sandbox, execution_match, extract_sql, has_order_by

@@ -271,7 +271,7 @@ def folder(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
 
     from megatron_replay.models.spec import ModelSpec
-    from megatron_replay.models.table import WeightTable
+    from megatron_replay.models.weight_table import WeightTable
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file(

@@ -11,7 +11,7 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.formats.hf_folder import HFFolder, sha256_file
 from megatron_replay.formats.hf_writer import HFWriter
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import merge, split
 
 

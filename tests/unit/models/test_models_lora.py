@@ -11,7 +11,7 @@ from megatron_replay.config import Adapter
 from megatron_replay.errors import ConfigError
 from megatron_replay.models.lora import A, B, beside, check, initial, merged, scale
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import merge, shard, split, unshard
 
 FOUR = Adapter(rank=4, alpha=8.0)

@@ -9,7 +9,7 @@ import pytest
 from megatron_replay.config import Adapter, Layout
 from megatron_replay.errors import CheckpointError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 
 
 def make_spec(groups: int = 3, tied: bool = False, qk_norm: bool = True, layers: int = 1) -> ModelSpec:

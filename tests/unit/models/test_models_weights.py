@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import CheckpointError, LayoutError
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.models.weights import (
     half_split_rows,
     merge,

@@ -23,7 +23,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.formats import torch_dist
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.models.spec import ModelSpec
-from megatron_replay.models.table import WeightTable
+from megatron_replay.models.weight_table import WeightTable
 from megatron_replay.stages.convert import run
 
 SIZES: dict[str, Any] = {
