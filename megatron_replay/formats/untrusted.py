@@ -3,8 +3,8 @@
 `.metadata` is a pickle that torch and megatron-core load without restraint. Here it goes through an unpickler that
 knows the classes such a file needs and no others.
 
-The objects beside the tensors in the .distcp files (megatron's `_extra_state`) are loaded without restraint too: torch's
-load planner calls torch.load(weights_only=False) on them. Here they go through torch.load(weights_only=True).
+The objects beside the tensors in the .distcp files (megatron's `_extra_state`) are loaded without restraint too:
+torch's load planner calls torch.load(weights_only=False) on them. Here they go through torch.load(weights_only=True).
 """
 
 from __future__ import annotations
