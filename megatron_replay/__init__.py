@@ -1,7 +1,7 @@
-"""Post-training on a domain without forgetting: candidate sets from the base model, a loss restricted to them, and
-MoClip.
+"""Post-training on a domain without forgetting: candidate sets, a loss restricted to them, and MoClip.
 
-The public names below are imported on first use, so that `import megatron_replay` needs neither torch nor megatron.
+The sets come from the base model. The public names below are imported on first use, so that `import megatron_replay`
+needs neither torch nor megatron.
 """
 
 from __future__ import annotations

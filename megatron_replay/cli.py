@@ -235,8 +235,7 @@ def verb_usage(name: str) -> str:
 
 
 def call(name: str, tokens: Sequence[str]) -> int:
-    """Read the tokens after the verb `name`, and run its function here or on `--ranks` processes. Returns the exit
-    code."""
+    """Run the verb `name` with these tokens, here or on `--ranks` processes; returns the exit code."""
     verb = VERBS[name]
     at = next((i for i, token in enumerate(tokens) if token in VERBS), len(tokens)) if verb.runs else len(tokens)
     spellings = ALIASES if verb.keys else {}

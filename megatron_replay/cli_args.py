@@ -1,5 +1,4 @@
-"""Arguments after a verb: words, `section.key=value` overrides, the verb's own flags, and Megatron's spellings of our
-keys."""
+"""Arguments after a verb: words, `section.key=value` overrides, flags, and Megatron's spellings of our keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Typed configuration: what each key is called, means and may be; `config_file` reads and writes it.
 
-One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file, so the run that made a store is
+One `RunConfig` serves every verb: `collect`, `train` and `evaluate` read the same file. So the run that made a store is
 the run that uses it.
 """
 
@@ -239,7 +239,7 @@ class Layout:
 
     @property
     def striped(self) -> bool:
-        """Whether vocabulary rows lie in stripes."""
+        """True where vocabulary rows lie in stripes."""
         return self.tensor > 1 if self.stripe is None else self.stripe
 
 

@@ -1,8 +1,7 @@
-"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl. Only this file and `parallel/shims/` name a device's
-module.
+"""The device seam: cpu/gloo (default), cuda/nccl, npu/hccl.
 
-A `Device` answers the questions of the rest: where tensors live, which backend moves them between ranks, and what the
-hardware has.
+Only this file and `parallel/shims/` name a device's module. A `Device` answers the questions of the rest: where tensors
+live, which backend moves them between ranks, and what the hardware has.
 """
 
 from __future__ import annotations

@@ -124,8 +124,10 @@ class Finding:
 
 
 def check(device: str, environ: Mapping[str, str], *, nodes: int = 1) -> list[Finding]:
-    """The state of the variables in `environ` for ranks on `device` (cpu, cuda, npu) of `nodes` nodes, in VARIABLES'
-    order."""
+    """The state of each of VARIABLES in `environ`, in order, for ranks of `nodes` nodes on `device`.
+
+    `device` is cpu, cuda or npu.
+    """
     return [
         Finding(v.name, _state(v, environ), environ.get(v.name, ""), v.wanted, v.why)
         for v in VARIABLES

@@ -1,2 +1,4 @@
-"""The data layer, without torch: jsonl and text files, tokenizers, chat templates, samples with their uids, and
-packing."""
+"""The data layer, without torch: data files, tokenizers, chat templates, samples with their uids, and packing.
+
+Data files are jsonl or text.
+"""

@@ -20,8 +20,7 @@ from megatron_replay.errors import DataError, LayoutError
 Row = list[int]
 
 OPEN_ROWS = 32
-"""The number of rows that still take samples. More of them fill better, but cost time and join samples from farther
-apart."""
+"""Rows that still take samples. More of them fill better, but cost time and join samples from farther apart."""
 
 
 def order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
@@ -42,7 +41,7 @@ def pack(
     packing: bool = True,
     order: Sequence[int] | NDArray[np.integer] | None = None,
 ) -> list[Row]:
-    """Rows of sample indices, in `order` (by default as they stand).
+    """Rows of sample indices, in `order` (by default ascending).
 
     packing: each sample goes to the first open row that has room for it, else to a new row. The oldest row closes when
     there are more than `OPEN_ROWS`. Every sample stands in exactly one row. False gives one sample a row.
@@ -196,8 +195,10 @@ class Stream:
         return epoch + (row - self._start(epoch)) / len(self.rows(epoch))
 
     def num_steps(self, epochs: float) -> int:
-        """The steps that see the rows of `epochs` passes over the data, at least 1. The last one may begin the next
-        pass."""
+        """The steps that see the rows of `epochs` passes over the data, at least 1.
+
+        The last one may begin the next pass.
+        """
         whole = int(epochs)
         rows = self._start(whole) + (epochs - whole) * (len(self.rows(whole)) if epochs > whole else 0)
         return max(1, math.ceil(rows / self._total))

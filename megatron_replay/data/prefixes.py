@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHORTEST = 16
-"""The shortest prefix that is shared. Shorter ones are computed again, because each further branch costs attention a
-call."""
+"""The shortest prefix that is shared. Shorter ones are computed again: each branch costs attention a call."""
 
 Ids = NDArray[np.integer]
 
@@ -33,7 +32,7 @@ class Tree:
     segments: NDArray[np.int64]
     """[n, 3] start, length, parent."""
     where: list[NDArray[np.int64]]
-    """The place in the row of each token of each sample: [length] for each."""
+    """The index in the row of each token of each sample: [length] for each."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,8 +109,7 @@ class Forest:
         self._ends.append(node)
 
     def _walk(self, ids: Ids) -> tuple[_Node, int]:
-        """The node in which, or at whose end, this sample leaves the forest; and the number of tokens they have in
-        common."""
+        """The node in which, or at whose end, this sample leaves the forest; and the number of tokens in common."""
         node, depth = self._top, 0
         while self._share_prefixes and depth == node.stop and (child := _next(node, ids)) is not None:
             node, depth = child, _agree(child, ids)

@@ -3,7 +3,8 @@
 **Which tokens are targets.** The tokens of each trained assistant turn are targets, up to and including its end-of-turn
 token. Many templates write a line break after that. It is never sampled, so it is no target. A turn starts where the
 template's generation prompt for the turns before it ends. So training sees exactly the text from which generation will
-start. Text is encoded in pieces cut at those places, so the ids of a prompt are always a prefix of the sample's.
+start. Text is cut at those points and each part is encoded by itself, so the ids of a prompt are always a prefix of the
+sample's.
 
 **Templates that rewrite history.** Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where
 there is none. Such a template may not show an earlier turn as `generation prompt + reply`. Then the turn is context,
@@ -47,8 +48,7 @@ class Encoded(NamedTuple):
     mask: NDArray[np.bool_]
     """[n], true where the token is a target; never at 0, which nothing predicts."""
     num_skipped: int
-    """The number of assistant turns that are context only, because the template shows them otherwise than it would
-    generate them."""
+    """Assistant turns that are context only: the template shows them otherwise than it would generate them."""
 
 
 class Template(ABC):
@@ -91,7 +91,7 @@ class Template(ABC):
 
 
 class PlainTemplate(Template):
-    """No template: bos (where the tokenizer asks for it), the prompt and the completion as they stand, eos.
+    """No template: bos (where the tokenizer asks for it), the prompt and the completion unchanged, eos.
 
     Nothing is put between a prompt and its completion, so a space or line break there must be part of the data. Each is
     encoded by itself. One line break joins the turns before a completion (a system text and the prompt). eos ends every
@@ -192,8 +192,7 @@ class ChatTemplate(Template):
         return pieces, skipped
 
     def _spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], int]:
-        """The rendered conversation, the [start, stop) characters of its trained turns, and the number of skipped
-        turns."""
+        """The rendered conversation, the [start, stop) characters of its trained turns, and the number of skipped."""
         thinking = any(
             m.role == "assistant" and ("<think>" in m.content or m.extra.get("reasoning_content")) for m in messages
         )
@@ -293,7 +292,7 @@ def _environment() -> jinja2.Environment:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it stands; jinja2's own tojson escapes HTML characters."""
+    """JSON without changes; jinja2's own tojson escapes HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

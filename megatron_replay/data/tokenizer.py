@@ -1,5 +1,7 @@
-"""A model folder's tokenizer, of any kind of vocabulary file: ids, decoding, stop tokens, chat template and
-fingerprint."""
+"""A model folder's tokenizer, of any kind of vocabulary file.
+
+It has ids, decoding, stop tokens, chat template and fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,7 @@ class Tokenizer:
     size: int
     """Number of ids it knows: the highest id, added tokens included, + 1."""
     eos_ids: tuple[int, ...] = ()
-    """Ids that end a reply: the tokenizer's eos token first, then those of generation_config.json (else config.json).
-    """
+    """Ids that end a reply: the tokenizer's eos token, then those of generation_config.json (else config.json)."""
     bos_id: int | None = None
     pad_id: int | None = None
     add_bos: bool = False
@@ -54,8 +55,7 @@ class Tokenizer:
         return self.backend.encode(text, special=special, continues=continues)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of `ids`, without control tokens unless `special`. Raises DataError for an id the tokenizer does not
-        know."""
+        """Text of `ids`, without control tokens unless `special`. Raises DataError for an unknown id."""
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.size:
@@ -66,8 +66,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files beside
-    it.
+    """Read tokenizer.json, else tokenizer.model (sentencepiece), else *.tiktoken (Qwen's), and the json files there.
 
     Raises DataError when none is there, or when one is damaged or contradicts another.
     """

@@ -33,11 +33,10 @@ def byte_level_bpe(tokens: Sequence[str], merges: Iterable[str], pre: str) -> To
 
 
 def scored_bpe(tokens: Sequence[str], scores: Sequence[float]) -> Tokenizer:
-    """A sentencepiece-style BPE tokenizer, where the pair whose union scores best is merged first: <unk> <s> </s>, 256
-    byte tokens, pieces.
+    """A sentencepiece-style BPE tokenizer, where the pair whose union scores best is merged first.
 
-    Spaces in pieces are visible spaces. Merges: every cut of a piece into two, best score first. Adds <s> and a leading
-    space.
+    Its tokens are <unk> <s> </s>, 256 byte tokens, then pieces. Spaces in pieces are visible spaces. The merges are
+    every cut of a piece into two, best score first. <s> and a leading space are added to every text.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
     pieces = [token for token in tokens[3:] if not _is_byte(token)]

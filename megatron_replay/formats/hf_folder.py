@@ -83,8 +83,10 @@ class HFFolder:
         return tensor
 
     def check(self, spec: ModelSpec | None = None) -> None:
-        """Every tensor of the model there, in its shape and a float type, and none beside; CheckpointError names the
-        first that is not."""
+        """Check that the folder has every tensor of the model, in its shape and a float type, and no other.
+
+        CheckpointError names the first tensor that breaks this.
+        """
         spec = spec or self.spec
         expected = WeightTable(spec).hf_shapes
         problems = [f"tensor {n!r} {list(s)} is missing" for n, s in expected.items() if n not in self._headers]
@@ -102,8 +104,10 @@ class HFFolder:
             )
 
     def fingerprint(self) -> str:
-        """sha256 over the sorted (file name, sha256 of the file) of the weight files: equal folders, equal
-        fingerprint."""
+        """sha256 over the sorted (file name, sha256 of the file) of the weight files.
+
+        Equal folders have equal fingerprints.
+        """
         return self._fingerprint
 
     @cached_property

@@ -1,9 +1,11 @@
 """Writes a Hugging Face folder, one tensor at a time.
 
-safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand: 8 bytes
-little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 bytes, then the
-tensors' bytes. Names and shapes follow from `models.weight_table`, so the headers are written first. Each tensor then
-goes to its place when it comes, in any order.
+safetensors' own writer wants every tensor of a file at once. The format is simple enough to write by hand:
+- 8 bytes: the header's length, little-endian;
+- a JSON header {name: {dtype, shape, data_offsets}}, padded with spaces to 8 bytes;
+- the tensors' bytes.
+
+Names and shapes follow from `models.weight_table`. So the headers are written first, and tensors come in any order.
 """
 
 from __future__ import annotations
@@ -32,12 +34,17 @@ SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 class HFWriter:
-    """Write a folder that transformers loads: `with HFWriter(path, spec) as out: out.add(name, tensor) ...;
-    out.copy_side_files(source)`.
+    """Write a folder that transformers loads.
 
-    Everything goes to a sibling folder that takes the target's name when the block ends without an error; otherwise
-    nothing stays behind. Memory: the tensor being added. CheckpointError: target not empty, disk too small, a tensor
-    unknown, misshapen, of another dtype or never added.
+        with HFWriter(path, spec) as out:
+            out.add(name, tensor) ...
+            out.copy_side_files(source)
+
+    Everything goes to a sibling folder that takes the target's name when the block ends without an error. Otherwise
+    nothing stays behind. Memory: the tensor being added.
+
+    CheckpointError: the target is not empty, the disk is too small, or a tensor is unknown, misshapen, of another dtype
+    or never added.
     """
 
     def __init__(
@@ -92,8 +99,10 @@ class HFWriter:
         (self._partial / name).write_text(text, encoding="utf-8")
 
     def copy_side_files(self, source: str | Path) -> None:
-        """Copy config, tokenizer, chat template, ...: everything but weights; config.json then names the dtype written
-        here."""
+        """Copy everything but weights (config, tokenizer, chat template, ...).
+
+        config.json then names the dtype written here.
+        """
         source = Path(source)
         config = read_config(source)
         for file in sorted(source.iterdir()):
@@ -115,7 +124,7 @@ class HFWriter:
             )
 
     def _lay_out(self, shards: list[list[str]]) -> None:
-        """Write each file's header, stretch it to its length, and note every tensor's place."""
+        """Write each file's header, stretch it to its length, and note the offset of every tensor."""
         for number, names in enumerate(shards, 1):
             file = self._partial / (
                 SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -146,8 +155,10 @@ class HFWriter:
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Tensor names of each file: in order, a new file when the next tensor would not fit; a larger tensor has a file of
-    its own."""
+    """Tensor names of each file, in order.
+
+    A new file begins when the next tensor would not fit. A tensor larger than a file has one of its own.
+    """
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -162,8 +173,7 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 def _header(
     names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> tuple[bytes, dict[str, int]]:
-    """(length and JSON header, byte offset of each tensor in the data): byte for byte what safetensors writes for these
-    tensors."""
+    """(length and JSON header, byte offset of each tensor in the data), byte for byte as safetensors writes them."""
     kind = next(key for key, value in DTYPES.items() if value == dtype)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}

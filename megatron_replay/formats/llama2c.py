@@ -135,8 +135,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
-    """Offset of every Hugging Face tensor, in float32 numbers after the header; CheckpointError when the file's length
-    differs."""
+    """Offset of every Hugging Face tensor, in float32 numbers after the header.
+
+    CheckpointError when the file's length differs.
+    """
     shapes = WeightTable(spec).hf_shapes
     order = ["model.embed_tokens.weight"]
     order += [f"model.layers.{layer}.{part}.weight" for part in ORDER for layer in range(spec.num_layers)]

@@ -1,16 +1,18 @@
 """megatron-core's `torch_dist` checkpoints, read and written without a process group, one tensor in memory at a time.
 
 A checkpoint of ours is a folder ROOT: latest_checkpointed_iteration.txt, iter_0000100/ (tensors), hf/ (configuration,
-tokenizer, source.json). An iteration folder is what megatron.core.dist_checkpointing writes: `.metadata` says which key
-has which shape, in which chunks, and where each chunk lies; `__0_0.distcp` and its like hold the chunks, torch.save
-blobs one after the other; `common.pt` holds plain values; `metadata.json` is written last.
+tokenizer, source.json). An iteration folder is what megatron.core.dist_checkpointing writes:
+- `.metadata` says which key has which shape, in which chunks, and where each chunk lies.
+- `__0_0.distcp` and its like hold the chunks, torch.save blobs one after the other.
+- `common.pt` holds plain values.
+- `metadata.json` is written last.
 
-The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns], cut by the run that wrote it
-(pipeline ranks along L, tensor ranks along rows or columns). Loading cuts anew, so one writer serves every layout, and
+The layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, rows, columns]. The run that wrote it cut it:
+pipeline ranks along L, tensor ranks along rows or columns. Loading cuts anew, so one writer serves every layout, and
 one reader every writer. A tied output layer is not stored.
 
-The blobs are written by hand: torch's FileSystemWriter keeps the last tensor of every key until its file is complete
-(2.13), which is twice the largest tensor and more where the output layer is not tied.
+The blobs are written by hand. torch's FileSystemWriter keeps the last tensor of every key until its file is complete
+(2.13). That is twice the largest tensor, and more where the output layer is not tied.
 """
 
 from __future__ import annotations
@@ -60,8 +62,10 @@ RENAMED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-"""Where megatron's local layer stores its norms: under the names of transformer-engine's fused layers, so that both
-read the same."""
+"""Local name of a norm -> the key that stores it, which is that of transformer-engine's fused layers.
+
+So checkpoints of both kinds of layers read the same.
+"""
 STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """Modules of a layer that also store an (empty) `_extra_state`, which megatron's load asks for."""
 
@@ -72,7 +76,7 @@ def iteration_name(iteration: int) -> str:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether this is a checkpoint folder (finished or not): ROOT, or one of its iterations."""
+    """True for a checkpoint folder (finished or not): ROOT, or one of its iterations."""
     folder = Path(path)
     if (folder / LATEST).is_file() or (folder / METADATA).is_file() or any(folder.glob(ITERATIONS)):
         return True
@@ -80,8 +84,10 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def resolve(path: str | Path) -> Path:
-    """The iteration folder: ROOT's latest, or the folder itself. CheckpointError when it is missing, unfinished or of
-    another format."""
+    """The iteration folder: ROOT's latest, or the folder itself.
+
+    CheckpointError when it is missing, unfinished or of another format.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(
@@ -110,11 +116,10 @@ def resolve(path: str | Path) -> Path:
 def write_model(
     path: str | Path, table: WeightTable, tensors: Callable[[Weight], Tensor], *, dtype: torch.dtype
 ) -> None:
-    """Write the iteration folder `path` for any layout; `tensors(weight)` gives each whole megatron tensor
-    [weight.shape], in the order of the table.
+    """Write the iteration folder `path` for any layout.
 
-    Memory: what `tensors` holds, and a copy of a tensor whose storage is shared.
-    CheckpointError for another shape or dtype, or a full disk.
+    `tensors(weight)` gives each whole megatron tensor [weight.shape], in the order of the table. Memory: what `tensors`
+    holds, and a copy of a tensor whose storage is shared. CheckpointError for another shape or dtype, or a full disk.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +160,7 @@ class Reader:
         self._metadata = read_metadata(self.folder)
         progress = common.get("progress") if isinstance(common, dict) else None
         self.striped = isinstance(progress, dict) and bool(progress.get("striped"))
-        """Whether the vocabulary's rows are stored in stripes, as the run that wrote them held them."""
+        """True where the vocabulary's rows are stored in stripes, as the run that wrote them held them."""
 
     def keys(self) -> list[str]:
         """Keys of the tensors, sorted; those of the layers are stacked."""
@@ -164,7 +169,7 @@ class Reader:
         )
 
     def has_adapter(self) -> bool:
-        """Whether factors stand beside the model's matrices."""
+        """True where factors stand beside the model's matrices."""
         return any(key.startswith("decoder.layers.") and key.endswith((f".{A}", f".{B}")) for key in self.keys())
 
     def dtype(self, weight: Weight) -> torch.dtype:
@@ -173,17 +178,18 @@ class Reader:
         return stored
 
     def check(self, weights: Iterable[Weight]) -> None:
-        """Every one of the tensors there and in its shape, by the metadata alone; CheckpointError names the first that
-        is not."""
+        """Check by the metadata alone that each of the tensors is there and in its shape.
+
+        CheckpointError names the first that is not.
+        """
         for weight in weights:
             self._entry(weight)
 
     def read(self, weight: Weight) -> Tensor:
-        """One whole megatron tensor [weight.shape], rows as `weight` has them; CheckpointError when missing, misshapen
-        or damaged.
+        """One whole megatron tensor [weight.shape], rows as `weight` has them.
 
         Memory: the tensor, and one chunk of it where it was written in several, or a copy where its rows are stored in
-            another order.
+        another order. CheckpointError when it is missing, misshapen or damaged.
         """
         whole = self._read(weight)
         other_order = weight.kind == "vocab" and weight.striped != self.striped
@@ -313,7 +319,7 @@ def _overlap(
 
 
 def _write_tensor(out: Any, found: Metadata, weight: Weight, whole: Tensor, dtype: torch.dtype) -> None:
-    """Append one tensor as one chunk and note its place."""
+    """Append one tensor as one chunk and note its position."""
     if tuple(whole.shape) != weight.shape or whole.dtype != dtype:
         raise CheckpointError(
             f"parameter {weight.name!r} is {list(whole.shape)} {whole.dtype}, expected {list(weight.shape)} {dtype}"

@@ -1,9 +1,10 @@
 """A checkpoint from elsewhere must not run code: its pickles are looked through before anybody loads them.
 
-`.metadata` is a pickle that torch and megatron-core load without restraint, and so are the objects beside the tensors
-in the .distcp files (megatron's `_extra_state`): torch's load planner calls torch.load(weights_only=False) on them.
-Here the first goes through an unpickler that knows the classes such a file needs and no others, the second through
-torch.load(weights_only=True).
+`.metadata` is a pickle that torch and megatron-core load without restraint. Here it goes through an unpickler that
+knows the classes such a file needs and no others.
+
+The objects beside the tensors in the .distcp files (megatron's `_extra_state`) are loaded without restraint too:
+torch's load planner calls torch.load(weights_only=False) on them. Here they go through torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -105,10 +106,9 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def refuse_code(path: str | Path) -> Any:
-    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it;
-    reads no tensor.
+    """Raise CheckpointError when loading the iteration folder `path` with megatron-core would run code hidden in it.
 
-    Returns what common.pt holds, which may be anything.
+    No tensor is read. Returns what common.pt holds, which may be anything.
     """
     folder = Path(path)
     found = read_metadata(folder)

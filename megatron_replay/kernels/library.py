@@ -1,4 +1,4 @@
-"""The operators under `torch.ops.megatron_replay`: registered once, and which kernel answers for each.
+"""The operators under `torch.ops.megatron_replay`, registered once, and the choice of the kernel that answers for each.
 
 Importing this module loads the extensions and registers the operators: the only import of the package with an effect.
 Plain torch serves every device (CompositeExplicitAutograd). A compiled kernel registered for a device's dispatch key
@@ -50,9 +50,9 @@ def choose(mode: str = "auto") -> Kernels:
 
 
 def answering(operator: str, device_type: str, mode: str) -> str:
-    """Which kernel answers on tensors of a device type: "compiled", "triton" or "reference". Imports Triton for cuda.
+    """The kernel that answers on tensors of a device type: "compiled", "triton" or "reference".
 
-    Raises ConfigError for an unknown mode.
+    Imports Triton for cuda. Raises ConfigError for an unknown mode.
     """
     loading.check_mode(mode)
     if mode == "reference" or not _has_kernel(operator, DISPATCH_KEYS.get(device_type)):
@@ -106,4 +106,7 @@ EXTENSION = _usable(_LOADED)
 """The state of the CPU's compiled kernels: "loaded", "not built", or why they cannot be used."""
 
 NPU_EXTENSION = loading.load(loading.NPU) if hasattr(torch, "npu") else "torch-npu is not loaded"
-"""The state of the NPU's; `device.choose` loads torch-npu and then them where torch did not load it by itself."""
+"""The state of the NPU's compiled kernels.
+
+`device.choose` loads torch-npu, and then these kernels, where torch did not load it by itself.
+"""

@@ -11,6 +11,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether torch computes in float64 on this device itself; an NPU would send such operators to the host, one by
-    one."""
+    """True where torch computes in float64 on this device itself.
+
+    An NPU would send such operators to the host, one by one.
+    """
     return device.type in ("cpu", "cuda")

@@ -27,7 +27,7 @@ class Operator:
     twin: Callable[..., Any] | None = None
     """The operator in plain torch, for any device; None: its caller has other code where no kernel is live."""
     triton: bool = False
-    """Whether `triton_launch` has it, for CUDA."""
+    """True where `triton_launch` has it, for CUDA."""
 
 
 def _changes_in_place(*args: Tensor) -> None:

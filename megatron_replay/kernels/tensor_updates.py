@@ -1,18 +1,20 @@
 """The optimizers' two passes over memory as operators on lists of tensors.
 
 torch.ops.megatron_replay.optimizer_sums(Tensor[] grads, Tensor?[] momenta) -> Tensor
-    [n, 3] float64: (sum m g, sum m^2, sum g^2) of each tensor, 0 for what needs an absent momentum. Gradients are
-    float32 or bfloat16 with float32 momenta, or float64 with float64. The twin is `optim.stats.tensor_sums`.
+    [n, 3] float64: (sum m g, sum m^2, sum g^2) of each tensor, 0 for what needs an absent momentum.
+    Gradients are float32 or bfloat16 with float32 momenta, or float64 with float64.
+    The twin is `optim.stats.tensor_sums`.
 torch.ops.megatron_replay.adam_update(
     Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rounded,
     Tensor scalars) -> Tensor
-    Moments, direction, decay and step in place; the sum of squares of each direction, [n] float64. Parameters and
-    gradients are float32 or bfloat16, moments float32. `rounded` is empty, or the bfloat16 tensors that the float32
-    parameters are rounded into. scalars [n, 11] float64 are the fields of `Scalars`. The twin is the update of
-    `optim.adam.AdamFamily`.
+    [n] float64: the sum of squares of each direction. Moments, direction, decay and step are done in place.
+    Parameters and gradients are float32 or bfloat16, moments float32.
+    `rounded` is empty, or the bfloat16 tensors that the float32 parameters are rounded into.
+    scalars [n, 11] float64 are the fields of `Scalars`. The twin is the update of `optim.adam.AdamFamily`.
 
-All tensors are contiguous. Neither result depends on the number of threads, nor a parameter's on where a shard was cut
-or on the instruction set. float64 parameters are left to the twin: the kernel's arctangent is one for float32.
+All tensors are contiguous. Neither result depends on the number of threads. A parameter's does not depend on where a
+shard was cut or on the instruction set. float64 parameters are left to the twin: the kernel's arctangent is one for
+float32.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ _LOW = (torch.float32, torch.bfloat16)
 class Scalars(NamedTuple):
     """The numbers one tensor's update depends on; float32 in the kernel.
 
-    m <- m_keep m + m_grad g;  v <- beta2 v + (v_grad g + v_momentum m)^2 with the m before;
-    u = atan2(first m, sqrt v) if arctangent else first m / (second sqrt v + eps);  theta <- keep theta - rate u.
+    m <- m_keep m + m_grad g
+    v <- beta2 v + (v_grad g + v_momentum m)^2, with the m before
+    u = atan2(first m, sqrt v) if arctangent else first m / (second sqrt v + eps)
+    theta <- keep theta - rate u
     """
 
     m_keep: float
@@ -49,8 +53,10 @@ class Scalars(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """A direction made of moments, as far as the kernel knows it: the last fields of `Scalars`, with its arctangent
-    where eps is None."""
+    """A direction made of moments, as far as the kernel knows it: the last fields of `Scalars`.
+
+    It is the arctangent's where eps is None.
+    """
 
     first: float
     second: float = 1.0
@@ -65,12 +71,12 @@ class TensorUpdate(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     rounded: Tensor | None
-    """Where the weight is rounded to bfloat16, if anywhere."""
+    """The tensor into which the weight is rounded to bfloat16, if any."""
     scalars: Scalars
 
 
 def summable(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> bool:
-    """Whether `sums` takes these; there is at least one gradient."""
+    """True where `sums` takes these; there is at least one gradient."""
     live = answering("optimizer_sums", grads[0].device.type, mode) == "compiled"
     return live and all(_pair_summable(g, m) for g, m in zip(grads, momenta, strict=True))
 
@@ -83,7 +89,7 @@ def sums(grads: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> Tensor:
 
 
 def updatable(param: Tensor, grad: Tensor, *, mode: str) -> bool:
-    """Whether `update` takes a parameter with this gradient."""
+    """True where `update` takes a parameter with this gradient."""
     known = param.dtype in _LOW and grad.dtype in _LOW and param.device == grad.device
     return known and answering("adam_update", param.device.type, mode) == "compiled"
 

@@ -31,13 +31,15 @@ _LSE_ROWS = 2  # float64 copies of two rows of 50k to 150k columns stay in a cor
 def restricted_fwd(
     hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the candidates here, z [m]; (max, sum exp(z - max), gold logit) per position, stats [3, N]; and their
-    mixture.
+    """Logits of the candidates here, statistics of each position, and the mixture of the candidates' weight rows.
 
-    hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1. A position without candidates here has
-    (-3e38, 0, 0). The mixture is sum over the candidates j of t of exp(z_tj - max_t) W[j], [N, H] in z's dtype, which
-    `restricted_bwd_dh` makes the gradient of `hidden`: a kernel has each row of the weight at hand once, here. [0, H]
-    without `mix`.
+    - hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1.
+    - logits z [m]. stats [3, N]: (max, sum exp(z - max), gold logit) per position.
+    - A position without candidates here has (-3e38, 0, 0).
+    - mixture [N, H] in z's dtype: sum over the candidates j of t of exp(z_tj - max_t) W[j]. It is [0, H] without `mix`.
+
+    `restricted_bwd_dh` makes the mixture the gradient of `hidden`. It is computed here, where a kernel has each row of
+    the weight at hand once.
     """
     z = sampled_product(hidden, weight, offsets, columns)
     stats = set_stats(z, offsets, gold)
@@ -48,8 +50,10 @@ def restricted_fwd(
 
 
 def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
-    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here; scale [2,
-    N]."""
+    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here.
+
+    scale is [2, N].
+    """
     mixture.mul_(scale[0][:, None])
     rows = (gold >= 0).nonzero()[:, 0]
     for part in _parts(rows.shape[0], 2 * weight.shape[1] * mixture.element_size()):
@@ -60,11 +64,12 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
 def restricted_bwd_dw(
     hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
 ) -> None:
-    """grad_weight[touched[u]] += sum over the entries i of begins[u]..begins[u + 1] of coefficient[i]
-    hidden[tokens[i]].
+    """Add the weight's gradient to its touched rows.
 
-    The entries lie by column (`sets.ByColumn`), so each touched row is added to once, its sum in the order of the
-    positions whatever the number of threads. touched [U] and begins [U+1] int32, tokens [m] int32, coefficient [m].
+    grad_weight[touched[u]] += sum over the entries i of begins[u]..begins[u + 1] of coefficient[i] hidden[tokens[i]].
+
+    The entries lie by column (`sets.ByColumn`), so each touched row is added to once. Its sum is in the order of the
+    positions, whatever the number of threads. touched [U] and begins [U+1] int32, tokens [m] int32, coefficient [m].
     """
     for part, rows in _summed(hidden, begins, tokens, coefficient):
         grad_weight.index_add_(0, touched[part], rows.to(grad_weight.dtype))
@@ -92,7 +97,7 @@ def restricted_logits_bwd(
 
 
 def _summed(hidden: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The sums of the touched rows, a part of them at a time."""
+    """The sums of the touched rows, some rows at a time."""
     source = hidden.to(coefficient.dtype)
     for part in _parts(begins.shape[0] - 1, 2 * hidden.shape[1] * coefficient.element_size()):
         first, last = int(begins[part.start]), int(begins[part.stop])
@@ -117,8 +122,7 @@ def weighted_rows(weight: Tensor, offsets: Tensor, columns: Tensor, factor: Tens
 
 
 def sampled_product(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """z = hidden[t] . weight[j] for every candidate j of every position t: [m], summed in float32 (float64 for
-    float64)."""
+    """z = hidden[t] . weight[j] for every candidate j of every position t: [m], in float32 (float64 for float64)."""
     rows = row_of(offsets, columns.shape[0])
     if _has_bag(weight) and columns.shape[0]:
         # the gradient of embedding_bag in its sample weights is exactly this product, and gathers nothing
@@ -150,8 +154,8 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
 def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> Tensor:
     """factor_t exp(z_tj - peak_t) - [j is gold] grad_t for every candidate j of every position t: [m].
 
-    scalars [3, N] = (peak, factor, grad): with the maximum of the whole set, and the gradient of the position's loss
-    divided by the whole sum of exponentials and as it is, this is (p~ - y) times that gradient.
+    scalars [3, N] = (peak, factor, grad). Let peak be the maximum of the whole set, grad the gradient of the position's
+    loss, and factor that gradient divided by the whole sum of exponentials. Then this is (p~ - y) times that gradient.
     """
     rows = row_of(offsets, z.shape[0])
     peak, factor, grad = scalars.unbind()
@@ -189,9 +193,9 @@ def topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _first(rows: Tensor, k: int, widths: tuple[int, ...]) -> Tensor:
     """Columns of the k largest, [n, k], by (value descending, column ascending).
 
-    The k largest columns lie in the k largest blocks, blocks ordered by (their maximum descending, block ascending):
-    were one in another block, each of the k blocks would hold a column before it. So blocks first, then narrower blocks
-    within the chosen, then columns.
+    The k largest columns lie in the k largest blocks, blocks ordered by (their maximum descending, block ascending).
+    Were one in another block, each of the k blocks would hold a column before it. So blocks are chosen first, then
+    narrower blocks within them, then columns.
     """
     if not widths:
         return _ordered(rows, k)
@@ -206,8 +210,10 @@ def _first(rows: Tensor, k: int, widths: tuple[int, ...]) -> Tensor:
 
 
 def _ordered(rows: Tensor, k: int) -> Tensor:
-    """As `_first`, without blocks. torch.topk promises no order of equal values, so it is given keys that are never
-    equal."""
+    """As `_first`, without blocks.
+
+    torch.topk promises no order of equal values, so it is given keys that are never equal.
+    """
     if rows.dtype == torch.float64:
         return rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
     bits = (rows + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0

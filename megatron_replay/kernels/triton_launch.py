@@ -1,9 +1,8 @@
-"""The operators of `torch_twins` for CUDA tensors: each checks its arguments and launches programs of
-`triton_programs`.
+"""The operators of `torch_twins` for CUDA tensors: each checks its arguments and launches Triton programs.
 
-They are checked against plain torch under Triton's interpreter and compiled for sm_80 and sm_90; they never ran on a
-GPU. No operator waits for the device. Shapes or dtypes that do not fit together raise RuntimeError. An id, offset or
-gold entry out of bounds is a device-side assertion, as in torch's own indexing.
+The programs are in `triton_programs`. They are checked against plain torch under Triton's interpreter and compiled for
+sm_80 and sm_90; they never ran on a GPU. No operator waits for the device. Shapes or dtypes that do not fit together
+raise RuntimeError. An id, offset or gold entry out of bounds is a device-side assertion, as in torch's own indexing.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
 def restricted_bwd_dw(
     hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, grad_weight: Tensor
 ) -> None:
-    """`torch_twins.restricted_bwd_dw`; a row of a float16 or bfloat16 gradient is widened, added to, and rounded
-    once."""
+    """`torch_twins.restricted_bwd_dw`; a float16 or bfloat16 gradient's row is widened, added to, and rounded once."""
     op = "restricted_bwd_dw"
     _check_gradient(op, hidden, touched, begins, tokens, coefficient, grad_weight.shape[0])
     _need(
@@ -163,20 +161,22 @@ def _sum_by_column(
 
 
 def _slots(entries: int) -> int:
-    """Scratch rows for the pieces of runs that are cut; none where no run can be."""
+    """Scratch rows for the parts of runs that are cut; none where no run can be."""
     return triton.cdiv(entries, SPLIT) if entries > SPLIT else 0
 
 
 def _tile(width: int, kind: torch.dtype) -> dict[str, int]:
-    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them. At H = 4,096 nothing
-    of float32 or bfloat16 spills (ptxas, sm_90)."""
+    """Rows held at a time, and warps such that a thread holds 64 float32 (or 32 float64) of them.
+
+    At H = 4,096 nothing of float32 or bfloat16 spills (ptxas, sm_90).
+    """
     across = triton.next_power_of_2(max(width, 1))
     rows = min(max(TILE // across, 1), SPLIT)
     return {"ROWS": rows, "WIDTH": across, "num_warps": min(max(rows * across * kind.itemsize // 8192, 1), 16)}
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """A context that makes the tensor's device the current one, on which Triton launches."""
     kind = tensor.device.type
     chosen: AbstractContextManager[None] = (
         nullcontext() if kind == "cpu" else getattr(torch, kind).device(tensor.device)
@@ -209,8 +209,10 @@ def _check_matrix(op: str, name: str, x: Tensor) -> None:
 def _check_gradient(
     op: str, hidden: Tensor, touched: Tensor, begins: Tensor, tokens: Tensor, coefficient: Tensor, vocab: int
 ) -> None:
-    """touched [U] and begins [U + 1] and tokens [m], int32, of rows of `hidden` and a weight of `vocab` rows; and a
-    coefficient of each."""
+    """Check the entries by column, for rows of `hidden` and a weight of `vocab` rows.
+
+    They are touched [U], begins [U + 1] and tokens [m], int32, and a coefficient [m] of each entry.
+    """
     _check_matrix(op, "hidden", hidden)
     num, m, kind = touched.shape[0], tokens.shape[0], accumulator(hidden.dtype)
     for name, tensor, size in (("touched", touched, num), ("begins", begins, num + 1), ("tokens", tokens, m)):
@@ -239,7 +241,7 @@ def _check_gradient(
 def _check_table(
     op: str, rows: Tensor, offsets: Tensor, columns: Tensor, vocab: int, gold: Tensor | None = None
 ) -> None:
-    """offsets [N + 1] int64, columns [m] int32 and gold [N] int64 of the N `rows`, over `vocab` columns."""
+    """Check offsets [N + 1] int64, columns [m] int32 and gold [N] int64 of the N `rows`, over `vocab` columns."""
     n, m = rows.shape[0], columns.shape[0]
     wanted = [("offsets", offsets, torch.int64, n + 1), ("columns", columns, torch.int32, m)]
     for name, tensor, kind, size in [*wanted, ("gold", gold, torch.int64, n)] if gold is not None else wanted:

@@ -1,16 +1,21 @@
 """The restricted loss in Triton, as the programs of each grid; `triton_launch` starts them.
 
 The forward pass has a program for each position: an online softmax over the candidates. It reads each weight row once,
-for the logit and for the mixture that becomes the gradient of the hidden state. (So does flash attention; here keys and
-values are the set's rows of the weight.) The gradient of the weight has a program for each distinct id: the entries lie
-by id, and the program sums its row in the order of the positions and writes it once. From logits that are there
-already, a program for each position reads those of its candidates, and in the backward pass writes their gradient.
+for the logit and for the mixture that becomes the gradient of the hidden state. Flash attention does the same; here
+keys and values are the set's rows of the weight.
+
+The gradient of the weight has a program for each distinct id. The entries lie by id. The program sums its row in the
+order of the positions and writes it once.
+
+The loss from given logits has a program for each position. It reads the logits of the candidates, and in the backward
+pass writes their gradient.
+
 There are no atomics and no collectives, so the same input gives the same bits.
 
 A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The
 `further` kernels sum the pieces after the first into scratch rows, and the program of the run adds those in order.
-Piece starts of all runs are at least SPLIT apart, so at / SPLIT is a scratch row of their own, and the grid is known
-without asking the device how long the runs are.
+Piece starts of all runs are at least SPLIT apart, so at / SPLIT is a scratch row of their own. The grid is therefore
+known without asking the device how long the runs are.
 
 A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H,
 `num` N and `entries` m. `hidden_row` and its like are strides in elements; without a stride of the columns, rows are
@@ -25,7 +30,7 @@ EMPTY = tl.constexpr(-3e38)  # maximum of no candidates, see torch_twins.EMPTY
 
 @triton.jit
 def num_below(table, num, value):
-    """How many of the ascending table[:num] are below `value`."""
+    """The number of values in the ascending table[:num] that are below `value`."""
     low = tl.full((), 0, tl.int64)
     high = low + num
     while low < high:
@@ -45,8 +50,10 @@ def gathered(matrix, stride, rows, across, wanted, width, ACC: tl.constexpr):
 
 @triton.jit
 def taken_in(top, total, logits):
-    """An online softmax with this maximum and sum takes in logits, -inf where there is none: the new maximum and sum,
-    the logits' shares, and the factor for everything taken in before."""
+    """Take logits (-inf where there is none) into an online softmax with this maximum and sum.
+
+    Returns the new maximum and sum, exp(logits - maximum), and the factor for everything taken in before.
+    """
     peak = tl.maximum(top, tl.max(logits, 0))
     mass = tl.exp(logits - peak)
     shrink = tl.exp(top - peak)
@@ -58,8 +65,10 @@ def softmax_piece(
     hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, gold,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the entries begin..end of position t into z; their maximum, sum of exponentials, gold logit, and
-    mixture [WIDTH]."""
+    """Write the logits of the entries begin..end of position t into z.
+
+    Returns their maximum, sum of exponentials, gold logit, and mixture [WIDTH].
+    """
     across = tl.arange(0, WIDTH)
     h = tl.load(hidden + t * hidden_row + across, mask=across < width, other=0).to(ACC)
     top = tl.full((), EMPTY, ACC)
@@ -218,8 +227,10 @@ def restricted_bwd(
 
 @triton.jit
 def flaws_by_column(touched, begins, tokens, found, num, entries, positions, vocab, BLOCK: tl.constexpr):
-    """found[p]: whether one of these BLOCK touched rows, bounds of columns or positions is out of order or outside what
-    it points into."""
+    """Store in found[p] whether one of these BLOCK touched rows, column bounds or positions is invalid.
+
+    Invalid is out of order, or outside what it points into.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < num
     row = tl.load(touched + at, mask=here, other=0)
@@ -281,8 +292,10 @@ def restricted_logits_bwd(
 
 @triton.jit
 def flaws(offsets, columns, gold, found, num, entries, vocab, BLOCK: tl.constexpr):
-    """found[p]: whether one of these BLOCK columns, bounds of sets or gold entries lies outside what it points into;
-    gold may be None."""
+    """Store in found[p] whether one of these BLOCK columns, set bounds or gold entries is out of range.
+
+    gold may be None.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(columns + at, mask=at < entries, other=0)
     wrong = (at < entries) & ((column < 0) | (column >= vocab))

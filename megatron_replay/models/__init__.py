@@ -1,5 +1,8 @@
-"""Models as data: what config.json says (`spec`), the layouts a model can be cut into (`layout`), the tensors of one
-megatron parameter (`weights`), all parameters of a model (`table`), and LoRA factors (`lora`).
+"""Models as data. Nothing is imported here: `spec` and `layout` need no torch.
 
-Nothing is imported here: `spec` and `layout` need no torch.
+- spec: what config.json says.
+- layout: the layouts a model can be cut into.
+- weights: the tensors of one megatron parameter.
+- table: all parameters of a model.
+- lora: LoRA factors.
 """

@@ -1,4 +1,4 @@
-"""Which tensor and pipeline sizes a model can be cut into, and the layers of each pipeline stage."""
+"""The tensor and pipeline sizes a model can be cut into, and the layers of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def validate_layout(spec: ModelSpec, layout: Layout) -> list[int]:
 
 
 def stage_layers(num_layers: int, pipeline: int, split: Sequence[int] | None = None) -> list[int]:
-    """The split as given, or an even one whose first stages take the remainder; LayoutError where a stage would stay
-    empty."""
+    """The split as given, or an even one whose first stages take the remainder.
+
+    LayoutError where a stage would stay empty.
+    """
     if split is None:
         if not 1 <= pipeline <= num_layers:
             raise LayoutError(
@@ -61,6 +63,6 @@ def _check_divides(number: int, what: str, tensor: int) -> None:
 
 
 def _sizes(number: int) -> str:
-    """The divisors of a number that a tensor group can have, as prose; groups beyond 64 ranks are of no use to name."""
+    """The divisors of a number that a tensor group can have, as prose; groups beyond 64 ranks are not worth naming."""
     divisors = [str(n) for n in range(1, min(number, 64) + 1) if number % n == 0]
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"

@@ -1,9 +1,11 @@
-"""LoRA adapters as data: which factors a model gets, how they lie on the ranks, where they start, and how they merge
-(arXiv 2106.09685).
+"""LoRA adapters as data (arXiv 2106.09685).
 
-Beside a matrix W [out, in] stand A [r, in] and B [out, r], and y = W x + (alpha / r) B A x. Of what tensor parallelism
-cuts by rows (linear_qkv, linear_fc1) every rank holds A and its rows of B; of what it cuts by columns (linear_proj,
-linear_fc2) its columns of A and B.
+These are the factors a model gets, how they lie on the ranks, where they start, and how they merge.
+
+Beside a matrix W [out, in] stand A [r, in] and B [out, r]. The layer computes y = W x + (alpha / r) B A x. Tensor
+parallelism cuts the factors like their matrix:
+- by rows (linear_qkv, linear_fc1): every rank holds A and its rows of B;
+- by columns (linear_proj, linear_fc2): every rank holds its columns of A, and B.
 """
 
 from __future__ import annotations
@@ -24,11 +26,10 @@ A, B = "lora_a", "lora_b"
 
 
 def factors(weights: Iterable[Weight], adapter: Adapter) -> list[Weight]:
-    """A and B of every adapted matrix, in the model's order; `hf` is their own name, for Hugging Face folders hold them
-    merged.
+    """A and B of every adapted matrix, in the model's order.
 
-    The zero rows and columns of padded heads are no part of the factors: B has none of their rows, A none of their
-    columns.
+    `hf` is their own name, for Hugging Face folders hold them merged. The zero rows and columns of padded heads are no
+    part of the factors: B has none of their rows, A none of their columns.
     """
     found = []
     for weight in weights:
@@ -58,10 +59,10 @@ def scale(adapter: Adapter) -> float:
 
 
 def initial(factor: Weight, seed: int) -> Tensor:
-    """Where a factor starts, whole and without padding, fp32: B zero, A uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5,
-    as the paper's code).
+    """The values with which a factor starts, whole and without padding, fp32.
 
-    It depends on the name and the seed alone, so every layout starts from the same numbers.
+    B is zero, A uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5, as the paper's code). The values depend on the name and
+    the seed alone, so every layout starts from the same numbers.
     """
     (shape,) = factor.hf_shapes
     if factor.name.endswith(B):
@@ -74,7 +75,7 @@ def initial(factor: Weight, seed: int) -> Tensor:
 def merged(weight: Tensor, a: Tensor, b: Tensor, adapter: Adapter) -> Tensor:
     """W + (alpha / r) B A, computed in fp32 (fp64 for fp64) and rounded once to W's dtype: [out, in], a new tensor.
 
-    Also of one rank's parts, where B's rows or A's columns are cut like W's.
+    It serves one rank's parts too, where B's rows or A's columns are cut like W's.
     """
     exact = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(exact, copy=True).addmm_(b.to(exact), a.to(exact), alpha=scale(adapter)).to(weight.dtype)

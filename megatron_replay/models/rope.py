@@ -18,7 +18,7 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts."""
+    """The stretching of rotary frequencies for long contexts."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -30,8 +30,10 @@ class RopeScaling:
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """(base, scaling) of a config.json; CheckpointError for types other than default, linear and llama3, and for
-    partial rotary."""
+    """(base, scaling) of a config.json.
+
+    CheckpointError for types other than default, linear and llama3, and for partial rotary.
+    """
     rope = {**_table(config, "rope_scaling", where), **_table(config, "rope_parameters", where)}
     base = _number(rope if "rope_theta" in rope else config, "rope_theta", where, ROPE_BASE)
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

@@ -16,8 +16,10 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.models.rope import RopeScaling, read_rope
 
 VOCAB_MULTIPLE = 128
-"""Vocabulary rows are padded to a multiple of this, the same for every tensor-parallel size, so that checkpoints move
-between layouts."""
+"""Padded vocabulary rows are a multiple of this.
+
+It is the same for every tensor-parallel size, so that checkpoints move between layouts.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class ModelSpec:
         """Read a folder's config.json, or the mapping itself.
 
         Raises CheckpointError, in one line: no config.json, broken JSON, a missing or senseless key, or a feature that
-            is not supported.
+        is not supported.
         """
         if isinstance(source, Mapping):
             return _spec(source, "config.json")
@@ -80,8 +82,10 @@ class ModelSpec:
         return -(-self.vocab_size // multiple) * multiple
 
     def padded_heads(self, head_multiple: int = 1) -> tuple[int, int]:
-        """(query heads, key/value heads) once the key/value heads are rounded up to the multiple; each group keeps its
-        query heads."""
+        """(query heads, key/value heads) once the key/value heads are rounded up to the multiple.
+
+        Each group keeps its query heads.
+        """
         groups = -(-self.num_kv_heads // head_multiple) * head_multiple
         return groups * self.heads_per_group, groups
 

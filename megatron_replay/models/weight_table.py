@@ -1,7 +1,7 @@
 """Every parameter of a model by its name, made once: megatron-core's names and shapes beside Hugging Face's.
 
 The tensors of a new family are entered in `_layer`. Head padding, the order of the vocabulary's rows and an adapter's
-factors are settled here, so that a reader, a writer or a model asks its table and passes no settings along.
+factors are settled here. So a reader, a writer or a model asks its table and passes no settings along.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The distinct parameters of a whole model, the same on every rank; iterating gives them in the model's order, an
-    adapter's factors last.
+    """The distinct parameters of a whole model, the same on every rank.
 
-    A tied output layer is not listed: it is the embedding.
+    Iterating gives them in the model's order, an adapter's factors last. A tied output layer is not listed: it is the
+    embedding.
     """
 
     spec: ModelSpec
     head_multiple: int = 1
     """Key/value heads are padded with zero heads up to a multiple of this."""
     striped: bool = False
-    """Whether the vocabulary's rows lie in stripes."""
+    """True where the vocabulary's rows lie in stripes."""
     adapter: Adapter | None = None
-    """Whose factors stand beside the matrices."""
+    """The adapter whose factors stand beside the matrices."""
 
     @classmethod
     def of(cls, spec: ModelSpec, layout: Layout, adapter: Adapter | None = None) -> WeightTable:
@@ -67,10 +67,10 @@ class WeightTable:
         return len(self.base) + len(self.factors)
 
     def __getitem__(self, name: str) -> Weight:
-        """The Weight of a megatron parameter; a tied model's `output_layer.weight` (a last stage holds a copy) is the
-        embedding.
+        """The Weight of a megatron parameter.
 
-        Raises CheckpointError for a name the model does not have.
+        A tied model's `output_layer.weight` (a last stage holds a copy) is the embedding. Raises CheckpointError for a
+        name the model does not have.
         """
         if name not in self._by_name:
             near = difflib.get_close_matches(name, self._by_name, n=1)
@@ -154,5 +154,5 @@ def _layer(spec: ModelSpec, layer: int, padded: tuple[int, int]) -> Iterator[Wei
 
 
 def _alike(*shape: int) -> tuple[Shape, tuple[Shape, ...]]:
-    """(megatron shape, Hugging Face shapes) of what is the same tensor in both."""
+    """(megatron shape, Hugging Face shapes) of a tensor that is the same in both."""
     return shape, (shape,)

@@ -3,15 +3,17 @@
 `models.weight_table` lists all parameters of a model.
 
 One `Weight` is one parameter of megatron-core's GPTModel (local layer spec), whole: no tensor parallelism, global layer
-numbers, padding included. Letters: A query heads, G key/value heads (groups), D head size, H hidden, F ffn, V rows of
-the vocabulary; a hat (G^, V^) means padded.
+numbers, padding included.
 
-- linear_qkv [G^ (A/G + 2) D, H]: per group its query heads, then its key, then its value; padded groups are zero rows
+Letters: A query heads, G key/value heads (groups), D head size, H hidden, F ffn, V rows of the vocabulary. A hat (G^,
+V^) means padded.
+
+- linear_qkv [G^ (A/G + 2) D, H]: per group its query heads, then its key, then its value. Padded groups are zero rows
   at the end.
 - linear_proj [H, G^ A/G D]: the columns of padded groups are zero, so padded heads add exactly nothing.
 - linear_fc1 [2F, H]: gate rows, then up rows; a tensor-parallel rank holds its part of each half.
-- embedding and output layer [V^, H]: padded rows are zero. Striped: id v lies in row (v mod 8) (V^ / 8) + v div 8, so
-  that the frequent (low) ids are spread over the tensor ranks; one order for every layout.
+- embedding and output layer [V^, H]: padded rows are zero. Striped: id v lies in row (v mod 8) (V^ / 8) + v div 8. So
+  the frequent (low) ids are spread over the tensor ranks, in one order for every layout.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ Kind = Literal["copy", "qkv", "gate_up", "vocab", "o_proj", "rows", "columns"]
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 STRIPES = 8
-"""Of a striped vocabulary; 1, 2, 4 and 8 tensor ranks hold whole stripes."""
+"""Stripes of a striped vocabulary; 1, 2, 4 and 8 tensor ranks hold whole stripes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Weight:
     groups: int = 1
     """Key/value heads in the Hugging Face tensors of a linear_qkv."""
     striped: bool = False
-    """Whether the rows are a striped vocabulary's."""
+    """True where the rows are a striped vocabulary's."""
 
     @property
     def plain(self) -> tuple[int, ...]:
@@ -85,8 +87,10 @@ def merge(weight: Weight, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def split(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a whole megatron tensor, padding cut off: the exact inverse of `merge`. Views where
-    possible."""
+    """The Hugging Face tensors of a whole megatron tensor, padding cut off: the exact inverse of `merge`.
+
+    They are views where possible.
+    """
     if tuple(tensor.shape) != weight.shape:
         raise CheckpointError(f"parameter {weight.name!r} is {list(tensor.shape)}, expected {list(weight.shape)}")
     if weight.striped:
@@ -101,8 +105,10 @@ def split(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def shard(tensor: Tensor, axis: Axis, rank: int, size: int) -> Tensor:
-    """The contiguous part of a whole tensor that tensor-parallel rank `rank` of `size` holds; LayoutError when it does
-    not divide."""
+    """The contiguous part of a whole tensor that tensor-parallel rank `rank` of `size` holds.
+
+    LayoutError when the size does not divide.
+    """
     if axis is None or size == 1:
         return tensor
     if axis == "gate_up":
@@ -130,19 +136,20 @@ def restripe(tensor: Tensor, *, striped: bool) -> Tensor:
 
 
 def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Query or key rows [num_heads * D, H] from interleaved rotary pairs (0 1)(2 3).. to half-split pairs (0 D/2)(1
-    D/2+1)...
+    """Query or key rows [num_heads * D, H] from interleaved to half-split rotary pairs.
 
-    llama2.c and llama.cpp rotate neighbouring rows, Hugging Face and megatron-core rotate row i with row i + D/2. D is
-    the head size.
+    The pairs (0 1)(2 3).. become (0 D/2)(1 D/2+1)... llama2.c and llama.cpp rotate neighbouring rows, Hugging Face and
+    megatron-core rotate row i with row i + D/2. D is the head size.
     """
     rows, width = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def _qkv_views(weight: Weight, whole: Tensor) -> list[Tensor]:
-    """Views [G, A/G D, ...], [G, D, ...], [G, D, ...] of the query, key and value rows inside linear_qkv, real groups
-    only."""
+    """Views of the query, key and value rows inside linear_qkv, real groups only.
+
+    They are [G, A/G D, ...], [G, D, ...] and [G, D, ...].
+    """
     query, dim, _ = (shape[0] // weight.groups for shape in weight.hf_shapes)
     groups = whole.view(-1, query + 2 * dim, *whole.shape[1:])[: weight.groups]
     return [groups[:, :query], groups[:, query : query + dim], groups[:, query + dim :]]

@@ -1,5 +1,4 @@
-"""The maths of the method on plain tensors: candidate sets, the restricted loss, the full loss it is compared with,
-positions."""
+"""The maths of the method on plain tensors: positions, candidate sets, the restricted loss, and the full loss."""
 
 from megatron_replay.ops.full_loss import linear_cross_entropy, target_logprobs
 from megatron_replay.ops.local_sets import LocalSets

@@ -60,8 +60,10 @@ def target_logprobs(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """log p(gold) of each row under the whole vocabulary, [N], without gradient; its exponential is the confidence of
-    Stage 0."""
+    """log p(gold) of each row under the whole vocabulary, [N], without gradient.
+
+    Its exponential is the confidence of Stage 0.
+    """
     with torch.no_grad():
         return -linear_cross_entropy(hidden, weight, gold, shard, vocab_size=vocab_size, chunk_rows=chunk_rows)
 

@@ -21,12 +21,14 @@ class ByColumn:
     tokens: Tensor
     """[m] int32: the position that each entry belongs to, ascending within a column."""
     order: Tensor
-    """[m] int32: which entry of the sets it is."""
+    """[m] int32: the index of each entry in the sets."""
 
     @classmethod
     def of(cls, offsets: Tensor, columns: Tensor) -> ByColumn:
-        """Of a table of N sets, offsets [N+1] int64 and columns [m] int32. An accelerator is waited for: U depends on
-        the columns."""
+        """The entries of a table of N sets by column: offsets [N+1] int64 and columns [m] int32.
+
+        An accelerator is waited for, because U depends on the columns.
+        """
         ordered, order = columns.sort(stable=True)
         touched, counts = torch.unique_consecutive(ordered, return_counts=True)
         begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -34,8 +36,10 @@ class ByColumn:
         return cls(touched, begins.to(torch.int32), tokens.to(torch.int32), order.to(torch.int32))
 
     def entries(self, coefficient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operators of the weight's gradient take: touched, begins, tokens, and the coefficient [m] of each
-        entry of the sets."""
+        """(touched, begins, tokens, coefficient) as the operators of the weight's gradient take them.
+
+        The coefficient [m] of each entry of the sets is put into the order of the columns.
+        """
         return self.touched, self.begins, self.tokens, coefficient.index_select(0, self.order)
 
     def to(self, device: torch.device | str) -> ByColumn:
@@ -51,9 +55,9 @@ class LocalSets:
     columns: Tensor
     """[m] int32: row of this rank's weight."""
     gold: Tensor
-    """[N] int64: where in `columns` the gold id is, -1 when another rank holds it."""
+    """[N] int64: the index of the gold id in `columns`, -1 when another rank holds it."""
     by_column: ByColumn | None = None
-    """The same by column, where it was made ahead."""
+    """The same by column, where it was made beforehand."""
     targets: Tensor | None = None
     """[m] y >= 0, whose sum over all shards is 1 at each position; None: 1 at the gold id, 0 elsewhere."""
     weights: Tensor | None = None
@@ -64,7 +68,7 @@ class LocalSets:
         return self.offsets.shape[0] - 1
 
     def indexed(self) -> LocalSets:
-        """With `by_column`."""
+        """The same sets with `by_column`."""
         return self if self.by_column else replace(self, by_column=ByColumn.of(self.offsets, self.columns))
 
     def to(self, device: torch.device | str) -> LocalSets:

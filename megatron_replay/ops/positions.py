@@ -1,8 +1,8 @@
-"""Which target positions get a candidate set (arXiv 2510.09152, section 2): all, random, last, or equally from buckets
-of confidence.
+"""The target positions that get a candidate set (arXiv 2510.09152, section 2): all, random, last or bucket.
 
-Confidence is p(gold) under the base model. Two forms: `select_positions` sees all data at once; `BucketRule` decides
-sample by sample, from a hash of (seed, sample, position), so that order, ranks and batches make no difference.
+`bucket` takes equally many from each bucket of confidence. Confidence is p(gold) under the base model. There are two
+forms. `select_positions` sees all data at once. `BucketRule` decides sample by sample, from a hash of (seed, sample,
+position), so that order, ranks and batches make no difference.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def select_positions(
 ) -> Tensor:
     """Flat positions [n] int64, ascending, of the chosen entries of `loss_mask`.
 
-    `all` takes every masked position; `last` the last of each row; `random` round(fraction * masked) of them; `bucket`
-    as many, the same number from each of `buckets` equal-frequency buckets of confidence (equal confidences are ordered
-    by position, so buckets are equal in size whatever the ties).
+    - `all` takes every masked position, `last` the last of each row.
+    - `random` takes round(fraction * masked) of them.
+    - `bucket` takes as many, the same number from each of `buckets` equal-frequency buckets of confidence. Equal
+      confidences are ordered by position, so buckets are equal in size whatever the ties.
 
     Args:
         confidence: like loss_mask, in [0, 1]; only `bucket` reads it.
@@ -62,10 +63,11 @@ def select_positions(
 class BucketRule:
     """Keep each target position with the rate of its confidence bucket.
 
-    With the counts of a first pass the rates are such that every bucket gives the same number of positions, `fraction`
-    of all together; a bucket too small for its share is kept whole and the others make up for it. Ties make buckets
-    unequal (a base model is certain, p = 1, of many tokens), which is what the counts correct. Without counts each
-    bucket is kept at `fraction`. No edges: the rule `random`.
+    With the counts of a first pass every bucket gives the same number of positions, and all together `fraction` of
+    them. A bucket too small for that is kept whole, and the others make up for it. Ties make buckets unequal, since a
+    base model is certain (p = 1) of many tokens. The counts correct this.
+
+    Without counts each bucket is kept at `fraction`. Without edges this is the rule `random`.
     """
 
     edges: tuple[float, ...]
@@ -96,8 +98,10 @@ class BucketRule:
         return tuple(rates)
 
     def keep(self, confidence: Any, loss_mask: Any, uid: bytes) -> Tensor:
-        """Positions [n] int64, ascending, kept of one sample: confidence [T] (unread without edges), loss_mask [T]
-        bool, uid 16 bytes."""
+        """Positions [n] int64, ascending, kept of one sample.
+
+        confidence [T] (unread without edges), loss_mask [T] bool, uid 16 bytes.
+        """
         places = np.flatnonzero(_numpy(loss_mask).astype(bool))
         bucket = np.zeros(places.shape, np.int64)
         if self.edges:
@@ -107,8 +111,10 @@ class BucketRule:
 
 
 def bucket_edges(confidences: Any, buckets: int) -> tuple[float, ...]:
-    """The buckets - 1 inner edges of equal-frequency buckets: quantiles in float64, rounded to float32. Raises
-    DataError without data."""
+    """The buckets - 1 inner edges of equal-frequency buckets: quantiles in float64, rounded to float32.
+
+    Raises DataError without data.
+    """
     values = _checked(_numpy(confidences).reshape(-1))
     if not values.size:
         raise DataError("no confidences to cut into buckets; is the loss mask empty?")
@@ -128,10 +134,9 @@ def bucket_counts(confidences: Any, edges: Sequence[float]) -> tuple[int, ...]:
 
 
 def position_uniform(seed: int, uid: bytes, positions: Any) -> npt.NDArray[np.float64]:
-    """[n] float64 in [0, 1), a function of (seed, uid, position) only: the splitmix64 sequence of the sample, read at
-    each position.
+    """[n] float64 in [0, 1), a function of (seed, uid, position) only.
 
-    Raises DataError when uid is not 16 bytes.
+    It is the splitmix64 sequence of the sample, read at each position. Raises DataError when uid is not 16 bytes.
     """
     if len(uid) != 16:
         raise DataError(f"a sample uid is 16 bytes, got {len(uid)}")

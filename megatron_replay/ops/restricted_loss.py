@@ -34,17 +34,17 @@ def restricted_linear_cross_entropy(
     sparse: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
-    """The restricted loss of each position, [N], without ever building [N, V] logits; differentiable in `hidden` and
-    `weight`.
+    """The restricted loss of each position, [N], without ever building [N, V] logits.
 
-    Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two collectives run in the forward pass and none in
-    the backward: the gradient of `hidden` is this rank's part, and the sum over the group is the whole. Wrap `hidden`
-    in the copy-to-tensor-parallel region of the framework, whose backward does that sum.
+    It is differentiable in `hidden` and `weight`. Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two
+    collectives run in the forward pass and none in the backward. The gradient of `hidden` is then this rank's part, and
+    the sum over the group is the whole. Wrap `hidden` in the copy-to-tensor-parallel region of the framework, whose
+    backward does that sum.
 
     Args:
         hidden: [N, H].
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
-        sets: N candidate sets, the same on every rank; or what this shard holds of them, `sets.local(shard).indexed()`,
+        sets: N candidate sets, the same on every rank. Or this shard's part of them, `sets.local(shard).indexed()`,
             which a loader prepares while the device computes. Only the latter can have targets and weights.
         main_grad: [V, H]; when given, backward adds the weight's gradient to its rows in place and returns none for
             `weight`.
@@ -66,10 +66,10 @@ def restricted_linear_cross_entropy(
 def restricted_cross_entropy(
     logits: Tensor, sets: CandidateSets | LocalSets, shard: VocabShard | None = None, *, kernels: str = "auto"
 ) -> Tensor:
-    """The same loss from logits [N, V] (columns shard.start..shard.stop), [N]: the exactness reference, and right for
-    any head.
+    """The same loss, [N], from logits [N, V] (columns shard.start..shard.stop).
 
-    Raises what `restricted_linear_cross_entropy` does; `kernels` as there.
+    It is the exactness reference, and right for any head. Raises what `restricted_linear_cross_entropy` does; `kernels`
+    as there.
     """
     shard = shard_of(logits.shape[1], shard)
     here = _local(sets, shard, logits)
@@ -156,7 +156,7 @@ class _RestrictedLogits(torch.autograd.Function):
 
 
 def _aimed(stats: Tensor, z: Tensor, here: LocalSets) -> Tensor:
-    """Local (max, sum exp, sum y z) [3, N] of (max, sum exp, gold logit): without targets they are the same."""
+    """Local (max, sum exp, sum y z) [3, N] of (max, sum exp, gold logit); without targets they are the same."""
     if here.targets is None:
         return stats
     rows = row_of(here.offsets, z.shape[0])
@@ -165,8 +165,10 @@ def _aimed(stats: Tensor, z: Tensor, here: LocalSets) -> Tensor:
 
 
 def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Local (max, sum exp, sum y z) [3, N] -> loss, max and sum exp of the whole set, each [N]. Two collectives: MAX,
-    then one SUM."""
+    """Local (max, sum exp, sum y z) [3, N] -> loss, max and sum exp of the whole set, each [N].
+
+    Two collectives: MAX, then one SUM.
+    """
     top, total, aimed = stats
     peak = shard.max_(top.clone())
     total, aimed = shard.sum_(torch.stack([total * (top - peak).exp(), aimed]))
@@ -183,8 +185,10 @@ def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, total: Tensor, grad: 
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros for a gradient of which little will be written. On the CPU, memory that the system has cleared but not yet
-    handed out."""
+    """Zeros for a gradient of which little will be written.
+
+    On the CPU it is memory that the system has cleared but not yet handed out.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = shape.numel() * dtype.itemsize
@@ -194,8 +198,10 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _local(sets: CandidateSets | LocalSets, shard: VocabShard, rows: Tensor, *, by_column: bool = False) -> LocalSets:
-    """The sets of `rows` as this shard sees them; cut where they are and moved then, so that no accelerator has to be
-    waited for."""
+    """The sets of `rows` as this shard sees them.
+
+    They are cut where they are and moved then, so that no accelerator has to be waited for.
+    """
     if sets.num_positions != rows.shape[0]:
         raise DataError(
             f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only"

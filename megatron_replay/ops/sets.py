@@ -1,5 +1,7 @@
-"""Candidate sets: for each position the few ids that the restricted loss looks at, as one ragged table (N positions,
-nnz ids in all)."""
+"""Candidate sets: for each position the few ids that the restricted loss looks at, as one ragged table.
+
+N positions, nnz ids in all.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from megatron_replay.ops.shard import VocabShard
 
 @dataclass(frozen=True, eq=False)
 class CandidateSets(SetRecord[Tensor]):
-    """Ids kept per position, the gold one among them, and what was left out. The same on every rank.
+    """The ids kept at each position, the gold one among them, and the mass left out. The same on every rank.
 
     `offsets` [N+1] int64, `ids` [nnz] int32, `gold_slot` [N] int32, `logits` [nnz] float32 or None, `lse` [N] float32
     and `outside_mass` [N] float32; `SetRecord` describes them.
@@ -35,7 +37,10 @@ class CandidateSets(SetRecord[Tensor]):
         outside_mass: Any = None,
         **further: Any,
     ) -> CandidateSets:
-        """From numpy arrays, tensors or lists of any integer or float type; `lse` and `outside_mass` default to 0."""
+        """Sets from numpy arrays, tensors or lists of any integer or float type.
+
+        `lse` and `outside_mass` default to 0.
+        """
         zeros = torch.zeros_like(torch.as_tensor(gold_slot))
         lse, outside_mass = (zeros if values is None else values for values in (lse, outside_mass))
         return cls.of(cls(offsets, ids, gold_slot, logits, lse, outside_mass, **further))
@@ -51,8 +56,10 @@ class CandidateSets(SetRecord[Tensor]):
 
     @classmethod
     def from_lists(cls, ids: Sequence[Sequence[int]], gold: Sequence[int]) -> CandidateSets:
-        """From one list of ids per position, in any order, and the gold id of each. Raises DataError when a gold id is
-        not in its set."""
+        """Sets from one list of ids per position, in any order, and the gold id of each.
+
+        Raises DataError when a gold id is not in its set.
+        """
         if len(ids) != len(gold):
             raise DataError(f"{len(ids)} candidate sets but {len(gold)} gold ids")
         rows = [sorted(set(row)) for row in ids]
@@ -82,8 +89,10 @@ class CandidateSets(SetRecord[Tensor]):
         return self.map(lambda tensor: tensor.to(device))
 
     def check(self, vocab: int) -> CandidateSets:
-        """Raise DataError at the first broken rule (shapes, offsets, order, range below `vocab`, gold slot); returns
-        itself."""
+        """Raise DataError at the first broken rule; returns itself.
+
+        The rules are about shapes, offsets, order, range below `vocab`, and gold slot.
+        """
         n, nnz = self.num_positions, self.ids.shape[0]
         for name, _ in self.misfits(n, nnz):
             raise DataError(
@@ -102,10 +111,11 @@ class CandidateSets(SetRecord[Tensor]):
         return self
 
     def local(self, shard: VocabShard, *, targets: Tensor | None = None, weights: Tensor | None = None) -> LocalSets:
-        """The ids in `shard`, as columns of its weight; with the targets [nnz] of the ids and the weights [N] of the
-        positions, where the loss has them (see `LocalSets`).
+        """The ids in `shard`, as columns of its weight.
 
-        Raises DataError for an id outside a shard that is the whole vocabulary, or targets or weights of another shape.
+        They come with the targets [nnz] of the ids and the weights [N] of the positions, where the loss has them (see
+        `LocalSets`). Raises DataError for an id outside a shard that is the whole vocabulary, or targets or weights of
+        another shape.
         """
         for name, values, like in (("targets", targets, self.ids), ("weights", weights, self.gold_slot)):
             if values is not None and values.shape != like.shape:

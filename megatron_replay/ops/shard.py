@@ -1,5 +1,7 @@
-"""All that the maths knows of tensor parallelism: which rows of the vocabulary are here, and three collectives that do
-nothing alone."""
+"""All that the maths knows of tensor parallelism: the vocabulary rows that are here, and collectives.
+
+The collectives do nothing where there is no group.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ class Stripes:
     """A fixed order of `rows` vocabulary rows: id v lies in row (v mod count) (rows / count) + v div count.
 
     Tokenizers number their tokens by frequency, so contiguous shards leave nearly all of a text's ids on the first
-    rank; stripes deal neighbouring ids to different ranks. One order serves every number of ranks that divides `count`,
+    rank. Stripes deal neighbouring ids to different ranks. One order serves every number of ranks that divides `count`,
     and is right for any other.
     """
 
@@ -48,12 +50,13 @@ class Stripes:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Vocabulary rows `start <= row < stop` of this rank; the other rows are on the other ranks of `group` (None:
-    nobody else).
+    """The vocabulary rows `start <= row < stop` of this rank.
 
-    A row's number is its id, unless `stripes` says otherwise. Every operator has one code path for a whole and for a
-    sharded vocabulary in either order: without a group the collectives are the identity, and without stripes rows and
-    ids are the same.
+    The other rows are on the other ranks of `group`; with None there are no others. A row's number is its id, unless
+    `stripes` says otherwise.
+
+    Every operator has one code path for a whole and for a sharded vocabulary in either order. Without a group the
+    collectives are the identity, and without stripes rows and ids are the same.
     """
 
     start: int
@@ -71,10 +74,9 @@ class VocabShard:
 
     @classmethod
     def of_rank(cls, rows: int, group: dist.ProcessGroup, *, stripes: int = 1) -> VocabShard:
-        """The even contiguous part of `rows` vocabulary rows that this rank of `group` holds; the rows may be laid out
-        in stripes.
+        """The even contiguous part of `rows` vocabulary rows that this rank of `group` holds.
 
-        Raises LayoutError when the ranks or the stripes do not divide the rows.
+        The rows may be laid out in stripes. Raises LayoutError when the ranks or the stripes do not divide the rows.
         """
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if rows % ranks:
@@ -90,7 +92,7 @@ class VocabShard:
 
     @property
     def is_whole(self) -> bool:
-        """Nobody else holds vocabulary rows."""
+        """True where nobody else holds vocabulary rows."""
         return self.group is None
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -101,10 +103,10 @@ class VocabShard:
         return torch.where((rows >= self.start) & (rows < self.stop), rows - self.start, -1)
 
     def by_id(self, logits: Tensor, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """This shard's columns of `logits` [N, V] in the order of their ids, and the ids [n]: those below `vocab_size`
-        (None: all).
+        """This shard's columns of `logits` [N, V] in the order of their ids, and the ids [n].
 
-        A view where rows lie by id; else a copy, whose columns tie as their ids do.
+        The ids are those below `vocab_size` (None: all). The columns are a view where rows lie by id. Otherwise they
+        are a copy, whose columns tie as their ids do.
         """
         if self.stripes is None:
             end = self.stop if vocab_size is None else min(max(vocab_size, self.start), self.stop)
@@ -116,7 +118,7 @@ class VocabShard:
         return logits.index_select(1, columns[here]), ids[here]
 
     def padding(self, vocab_size: int | None, device: torch.device) -> Tensor:
-        """[n] int64: the columns of no real id, `vocab_size` being the first of those."""
+        """[n] int64: the columns that belong to no real id; `vocab_size` is the first id that is not real."""
         rows = torch.arange(self.start, self.stop, device=device)
         ids = rows if self.stripes is None else self.stripes.id_of(rows)
         return rows[:0] if vocab_size is None else (ids >= vocab_size).nonzero()[:, 0]
@@ -134,10 +136,9 @@ class VocabShard:
         return tensor
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Each tensor of every rank, stacked as [ranks, *shape] in rank order; one collective for all of them, whatever
-        their dtypes.
+        """Each tensor of every rank, stacked as [ranks, *shape] in rank order.
 
-        Shapes must agree between the ranks.
+        It takes one collective for all of them, whatever their dtypes. Shapes must agree between the ranks.
         """
         if self.group is None:
             return tuple(t[None] for t in tensors)
@@ -147,15 +148,17 @@ class VocabShard:
         return _unpacked(parts, tensors, (len(parts),))
 
     def own_rows(self, num: int) -> slice:
-        """The part of `num` rows that is this rank's where the group divides work among its ranks."""
+        """This rank's part of `num` rows, where the group divides work among its ranks."""
         if self.group is None:
             return slice(0, num)
         rank = dist.get_rank(self.group)
         return self._row_ranges(num)[rank]
 
     def deal(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """This rank's share of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order; one
-        collective."""
+        """This rank's part of the rows of tensors [N, ...], as each rank has them: [ranks, n, ...] in rank order.
+
+        One collective.
+        """
         if self.group is None:
             return tuple(t[None] for t in tensors)
         sizes = [rows.stop - rows.start for rows in self._row_ranges(len(tensors[0]))]
@@ -166,8 +169,10 @@ class VocabShard:
         return _unpacked(parts, [t.new_empty(t.shape[1:]) for t in tensors], (len(sizes), mine))
 
     def join(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors [n, ...] of all ranks, each concatenated in rank order; n may differ in everything. Two
-        collectives."""
+        """The tensors [n, ...] of all ranks, each concatenated in rank order; n may differ between ranks and tensors.
+
+        Two collectives.
+        """
         if self.group is None:
             return tensors
         (lengths,) = self.gather(torch.tensor([len(t) for t in tensors], device=tensors[0].device))
@@ -186,22 +191,23 @@ class VocabShard:
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [N, ...] side by side as bytes [N, B], so that float32 values, int32 ids and float64 sums travel
-    together."""
+    """Tensors [N, ...] side by side as bytes [N, B]: float32 values, int32 ids and float64 sums go as one tensor."""
     return torch.cat([t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors], 1)
 
 
 def _unpacked(rows: Tensor, like: Sequence[Tensor], outer: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Bytes [prod(outer), B] as tensors [*outer, *shape] of the shapes and dtypes of `like`."""
     columns = rows.split([t.numel() * t.element_size() for t in like], dim=1)
-    # copies: a piece in the middle of a buffer may lie at an address its dtype cannot have
+    # copies: bytes in the middle of a buffer may lie at an address that the dtype cannot have
     flat = (c.clone(memory_format=torch.contiguous_format).flatten() for c in columns)
     return tuple(f.view(t.dtype).view(*outer, *t.shape) for f, t in zip(flat, like, strict=True))
 
 
 def shard_of(columns: int, shard: VocabShard | None) -> VocabShard:
-    """`shard`, or the whole vocabulary of `columns` ids. Raises LayoutError when the shard is not as wide as the
-    tensor."""
+    """`shard`, or the whole vocabulary of `columns` ids.
+
+    Raises LayoutError when the shard is not as wide as the tensor.
+    """
     if shard is None:
         return VocabShard(0, columns)
     if shard.size != columns:

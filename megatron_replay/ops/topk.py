@@ -29,12 +29,12 @@ Sums in float64 differ by 1e-15 between layouts. Without slack, logits that put 
 """
 
 NOBODY = torch.iinfo(torch.int32).max
-"""Id of an empty slot; sorts behind every id."""
+"""Id of an empty slot; it sorts behind every id."""
 
 
 @dataclass(frozen=True)
 class _Ranked:
-    """The most probable ids of each position of a rank's share, and what normalises them."""
+    """The most probable ids of each position of this rank's part, and the log-sum-exp that normalises them."""
 
     values: Tensor
     """[N, K] logits, descending; ties by id ascending."""
@@ -62,12 +62,14 @@ def dynamic_topk(
     """The fewest most probable ids whose probability reaches `tau`, at most `k_max` of them, and the gold id.
 
     Ids are ranked by probability descending, ties by id ascending. K* is the fewest with cumulative probability >= tau,
-    and K = min(max(K*, min_set_size), k_max); the gold id is appended when it is not among them, so a set holds at most
+    and K = min(max(K*, min_set_size), k_max). The gold id is appended when it is not among them. So a set holds at most
     k_max + 1 ids (and those of `always`). An id whose logit is -inf has no probability and enters only as gold; tau = 1
-    keeps every other id up to k_max. Probabilities and sums are float64 whatever the dtype of the logits, and every
-    rank returns the same sets. Over a sharded vocabulary each rank merges the candidates of its share of the positions,
-    so what travels a position is a set, not K candidates from every rank. Where the logits' device has no float64 (an
-    NPU) a row's log-sum-exp is made of float32 sums there, and the rest is done on the cpu.
+    keeps every other id up to k_max.
+
+    Probabilities and sums are float64 whatever the dtype of the logits, and every rank returns the same sets. Over a
+    sharded vocabulary each rank merges the candidates of its part of the positions. So a position costs the network one
+    set, not K candidates from every rank. An NPU has no float64: there a row's log-sum-exp is made of float32 sums, and
+    the rest is done on the cpu.
 
     Args:
         logits: [N, V] floating, the columns shard.start..shard.stop of the vocabulary.
@@ -109,14 +111,15 @@ def linear_dynamic_topk(
     keep_logits: bool = False,
     kernels: str = "auto",
 ) -> CandidateSets:
-    """The sets of `dynamic_topk` for the logits of a linear head, which exist for `tile_rows` positions at a time, in
-    one buffer.
+    """The sets of `dynamic_topk` for a linear head, whose logits exist for `tile_rows` positions at a time.
+
+    The tiles share one buffer.
 
     Args:
         hidden: [N, H] floating.
         weight: [V, H], the vocabulary rows shard.start..shard.stop.
 
-    The others, and what is raised, as there.
+    The others, and the errors raised, are those of `dynamic_topk`.
     """
     shard = shard_of(weight.shape[0], shard)
     if gold.shape != hidden.shape[:1]:
@@ -140,7 +143,7 @@ class _Request:
 
 
 def _tiles(hidden: Tensor, weight: Tensor, tile_rows: int) -> Iterator[Tensor]:
-    """Logits of so many rows at a time, at least of none; each is gone when the next one comes."""
+    """Logits of `tile_rows` rows at a time, one tile at least (of no rows); each is gone when the next one comes."""
     buffer = hidden.new_empty(min(tile_rows, len(hidden)), weight.shape[0])
     for start in range(0, max(len(hidden), 1), tile_rows):
         rows = hidden[start : start + tile_rows]
@@ -148,7 +151,7 @@ def _tiles(hidden: Tensor, weight: Tensor, tile_rows: int) -> Iterator[Tensor]:
 
 
 def _select(tiles: Iterable[Tensor], gold: Tensor, request: _Request, shard: VocabShard) -> CandidateSets:
-    """Each rank looks at its columns of all rows, a tile at a time, and then merges and cuts its share of the rows."""
+    """The sets: each rank ranks its columns of all rows by tiles, then merges and cuts its part of the rows."""
     rule = request.rule
     fixed = torch.tensor(rule.always, dtype=gold.dtype, device=gold.device)
     extra = torch.cat([gold[:, None], fixed.expand(len(gold), -1)], 1)
@@ -164,18 +167,18 @@ def _select(tiles: Iterable[Tensor], gold: Tensor, request: _Request, shard: Voc
 
 
 class _Known(NamedTuple):
-    """What a rank knows of some rows from its own columns."""
+    """A rank's knowledge of some rows, from its own columns."""
 
     values: Tensor
-    """[N, K] its largest logits."""
+    """[N, K] the rank's largest logits."""
     ids: Tensor
     """[N, K] int32."""
     lse: Tensor
     """[N] float64."""
     extra: Tensor
-    """[N, E] logits of the gold id and of those that are always kept, 0 where they are elsewhere."""
+    """[N, E] logits of the gold id and of those that are always kept, 0 where another rank has them."""
     mine: Tensor
-    """[N, E] int32, whether they are here."""
+    """[N, E] int32: 1 where this rank has them, else 0."""
 
 
 def _look(logits: Tensor, extra: Tensor, request: _Request, shard: VocabShard) -> _Known:
@@ -196,7 +199,7 @@ def _look(logits: Tensor, extra: Tensor, request: _Request, shard: VocabShard) -
 
 
 def _rank(known: _Known, extra: Tensor, k_max: int, shard: VocabShard) -> _Ranked:
-    """Merge what the ranks know: a member of the whole top k_max is in its own shard's top k_max."""
+    """The merged candidates of all ranks: a member of the whole top k_max is in its own shard's top k_max."""
     lse, extra_logits, mine = _with_float64(*shard.gather(known.lse, known.extra, known.mine))
     lse = torch.logsumexp(lse, 0)
     _check_rows(lse, extra, mine.sum(0))  # of all rows, so that no rank waits for one that has stopped
@@ -207,7 +210,7 @@ def _rank(known: _Known, extra: Tensor, k_max: int, shard: VocabShard) -> _Ranke
 
 
 def _with_float64(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors where torch computes in float64: their own device, or the cpu."""
+    """The tensors on a device where torch computes in float64: their own, or the cpu."""
     return tensors if has_float64(tensors[0].device) else tuple(t.cpu() for t in tensors)
 
 
@@ -239,7 +242,7 @@ def _merge(values: Tensor, ids: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
 
 
 def _num_kept(ranked: _Ranked, tau: float, min_set_size: int) -> Tensor:
-    """[N] how many of the ranked ids to keep; K* is one more than the prefixes that stay below tau."""
+    """[N] the number of ranked ids to keep; K* is one more than the prefixes that stay below tau."""
     usable = (ranked.values > -torch.inf).sum(1)
     if tau == 1:
         return usable
@@ -271,7 +274,7 @@ def _cut(ranked: _Ranked, count: Tensor, extra: Tensor, keep_logits: bool) -> Ca
 
 
 def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of ids [N, K] int32 in order, and where each id was."""
+    """Each row of ids [N, K] int32 in order, and the index at which each id was."""
     keys = ids.long() << 32 | torch.arange(ids.shape[1], device=ids.device)  # all different, so that any sort will do
     # numpy's sort has vector instructions, which torch's lacks: ten times as fast
     keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(1).values
@@ -279,7 +282,7 @@ def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _joined(sets: CandidateSets, shard: VocabShard) -> CandidateSets:
-    """The sets of all shares of the positions."""
+    """The sets of all ranks' parts of the positions."""
     columns = {name: column for name, column in sets.columns().items() if name != "offsets"}
     sizes, *whole = shard.join(sets.sizes(), *columns.values())
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])

@@ -45,6 +45,8 @@ __all__ = [
 
 
 def build_optimizer(name: str, params: ParamsT, lr: float, **options: Any) -> ReplayOptimizer:
-    """The optimizer of that name (`OPTIMIZERS` lists them); ConfigError, with the nearest name, for one or an option
-    unknown."""
+    """The optimizer of that name (`OPTIMIZERS` lists them).
+
+    Raises ConfigError, with the nearest name, for an unknown name or option.
+    """
     return OPTIMIZERS.build(name, params, lr, **options)

@@ -1,5 +1,7 @@
-"""Adam's two moments, and the base class of the optimizers that keep them: how the moments advance, and the walk over a
-parameter in blocks."""
+"""Adam's two moments, and the base class of the optimizers that keep them.
+
+The class advances the moments and walks over a parameter in blocks.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from megatron_replay.optim.stats import home, sum_of_squares
 
 @dataclass(frozen=True)
 class MomentCoefficients:
-    """How a gradient g enters the moments: m <- m_keep m + m_grad g, and v <- beta2 v + (v_grad g + v_momentum m)^2.
+    """The coefficients with which a gradient g enters the moments.
 
-    The second formula takes the m of the step before.
+    m <- m_keep m + m_grad g, and v <- beta2 v + (v_grad g + v_momentum m)^2. The second formula takes the m of the step
+    before.
     """
 
     m_keep: float
@@ -61,8 +64,10 @@ def advance_moments(
 
 
 def decayed_step(param: Tensor, direction: Tensor, *, lr: float, weight_decay: float, gain: float = 1.0) -> None:
-    """Do theta <- theta (1 - lr wd) - lr gain u in place on the parameter; `direction`, u of its shape, is
-    overwritten."""
+    """Do theta <- theta (1 - lr wd) - lr gain u in place on the parameter.
+
+    `direction`, u of its shape, is overwritten.
+    """
     if lr * weight_decay:
         param.mul_(1 - lr * weight_decay)
     param.sub_(direction.mul_(lr * gain))
@@ -82,7 +87,7 @@ class AdamFamily(ReplayOptimizer):
         self._scale = scale
 
     def moment_coefficients(self, row: int, betas: tuple[float, float]) -> MomentCoefficients:
-        """How the gradient of a row of the table enters the moments in this step."""
+        """The coefficients with which the gradient of a row of the table enters the moments in this step."""
         return adam_coefficients(betas, self.gradient_scale(row))
 
     def gradient_scale(self, row: int) -> float:
@@ -123,7 +128,7 @@ class AdamFamily(ReplayOptimizer):
             self.record_squares(update.param, squares * self.gain(update.row) ** 2)
 
     def _fused_update(self, update: ParamUpdate) -> tensor_updates.TensorUpdate | None:
-        """The kernel's arguments for moving this parameter as `_walk` would; None where the kernel cannot do that."""
+        """The kernel's arguments for updating this parameter as `_walk` would; None where the kernel cannot do that."""
         weight = self.weight(update.param)
         known = kernel_knows(type(self)) and tensor_updates.updatable(weight, update.grad, mode=self.kernels)
         fix = self.correction(update.group) if known else None
@@ -190,10 +195,10 @@ class AdamFamily(ReplayOptimizer):
 
 @cache
 def kernel_knows(kind: type[AdamFamily]) -> bool:
-    """Whether the kernel does all that this class does.
+    """True where the kernel does all that this class does.
 
-    It does where no class between `AdamFamily` and this one has a walk or a filter of its own, and one class gives both
-    the direction and its correction.
+    No class between `AdamFamily` and this one may have a walk or a filter of its own. One class must give both the
+    direction and its correction.
     """
     walks = all(getattr(kind, name) is getattr(AdamFamily, name) for name in ("_walk", "update_param", "filter"))
     givers = {next(c for c in kind.__mro__ if name in vars(c)) for name in ("direction", "correction")}

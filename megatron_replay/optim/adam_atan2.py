@@ -27,12 +27,11 @@ def atan2_correction(step: int, betas: tuple[float, float]) -> Correction:
 def atan2_direction(
     exp_avg: Tensor, exp_avg_sq: Tensor, out: tuple[Tensor, Tensor], *, step: int, betas: tuple[float, float]
 ) -> Tensor:
-    """atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t))) for flat moments [n] (paper eq. 9, with bias correction);
-    atan2(0, 0) is 0.
+    """atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t))) for flat moments [n] (paper eq. 9, with bias correction).
 
-    Both sides are multiplied by sqrt(1 - beta2^t), which leaves the angle as it is. `out` are two vectors of n elements
-    or more, and the result is the first n of the first. The arctangent is taken of all elements, so that padding
-    decides which code computes the last ones.
+    atan2(0, 0) is 0. Both sides are multiplied by sqrt(1 - beta2^t), which leaves the angle as it is. `out` are two
+    vectors of n elements or more, and the result is the first n of the first. The arctangent is taken of all elements,
+    so that padding decides which code computes the last ones.
     """
     y, x = out
     n = exp_avg.numel()

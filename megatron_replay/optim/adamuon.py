@@ -30,8 +30,10 @@ def adamuon_direction(
 
 @OPTIMIZERS.register("adamuon")
 class AdaMuon(Muon):
-    """AdaMuon on hidden matrices, AdamW on everything else; see `Muon` for the groups. `momentum` serves both
-    moments."""
+    """AdaMuon on hidden matrices, AdamW on everything else; see `Muon` for the groups.
+
+    `momentum` serves both moments.
+    """
 
     prefix = "adamuon"
     matrix_keys = ("exp_avg", "exp_avg_sq")

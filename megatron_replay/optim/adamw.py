@@ -30,8 +30,10 @@ def adamw_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n], written into the first of two vectors
-    of n or more."""
+    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) for flat moments [n].
+
+    It is written into the first of two vectors of n or more.
+    """
     n, fix = exp_avg.numel(), adamw_correction(step, betas, eps)
     numerator, denominator = out[0][:n], out[1][:n]
     torch.sqrt(exp_avg_sq, out=denominator)

@@ -1,6 +1,6 @@
 """The base class of every optimizer here: statistics, the norm, clipping, skipping, state and its file form.
 
-A subclass only says how a parameter moves.
+A subclass only gives the update of a parameter.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     float64 parameters.
 
     bfloat16 parameters are updated in float32 and rounded. Without `main_weights` updates below their resolution are
-    lost. With it the parameter is only ever the rounded copy of the state `main`, which is taken from it at its first
-    step; write to `weight(param)` to change it.
+    lost. With it the parameter is only ever the rounded copy of the state `main`. That state is taken from the
+    parameter at its first step; write to `weight(param)` to change it.
 
     Megatron's wrappers may assign `param_groups` after construction; then call `remember_base`. Groups need `params`,
     `lr` and `weight_decay`; `defaults` give every other setting that a group lacks. A group's `kind` overrides what
@@ -82,7 +82,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
     state_keys: tuple[str, ...] = ()
     """Names of the per-parameter state tensors, each of the parameter's shape."""
     reads_momentum = False
-    """Whether the statistics need `exp_avg` as well as the gradient."""
+    """True where the statistics need `exp_avg` as well as the gradient."""
     prefix = "optimizer"
     """First part of the names of the metrics."""
 
@@ -105,7 +105,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         self._restored = (0.0, 0.0)
 
     def attach(self, shards: Shards) -> None:
-        """Take `shards` for what says who holds the rest of these parameters, from the next step on."""
+        """Take `shards` as the description of who holds the rest of these parameters, from the next step on."""
         self.shards = shards
 
     def add_param_group(self, param_group: Group) -> None:
@@ -119,12 +119,12 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return group.get(key, self.defaults[key])
 
     def remember_base(self) -> None:
-        """Take the parameters as they are for the base weights of `pull`; does nothing without a pull."""
+        """Take the parameters as they are now as the base weights of `pull`; does nothing without a pull."""
         for group in self.param_groups:
             self._remember(group)
 
     def placed(self) -> tuple[list[Tensor], Placement]:
-        """All parameters in order, and where they lie; a group's own `kind` overrides what `shards` says."""
+        """All parameters in order, and their placement; a group's own `kind` overrides what `shards` says."""
         params = [p for group in self.param_groups for p in group["params"]]
         place = self.shards.place(params)
         own = [group.get("kind") for group in self.param_groups for _ in group["params"]]
@@ -147,8 +147,10 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return self.main_weights and param.dtype == torch.bfloat16
 
     def weight(self, param: Tensor) -> Tensor:
-        """The tensor to move: the float32 main weights of a bfloat16 parameter where they are kept (contiguous), else
-        the parameter."""
+        """The tensor to update: a bfloat16 parameter's float32 main weights where they are kept, else the parameter.
+
+        Main weights are contiguous.
+        """
         if not self._has_main(param):
             return param
         state: dict[str, Tensor] = self.state[param]
@@ -157,7 +159,7 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return state["main"]
 
     def round_main_weights(self, param: Tensor) -> None:
-        """Round the main weights into the parameter, where they are kept; call it after they moved."""
+        """Round the main weights into the parameter, where they are kept; call it after they were updated."""
         if self._has_main(param):
             param.copy_(self.weight(param))
 
@@ -216,18 +218,22 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def plan(self, sums: Tensor, place: Placement, scale: float) -> None:
-        """Decide what `apply` will do: `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping
-        factor."""
+        """Decide what `apply` will do.
+
+        `sums` [rows, COLUMNS] is the summed table (float64, cpu), `scale` the clipping factor.
+        """
 
     def apply(self, updates: Sequence[ParamUpdate], place: Placement) -> None:
-        """Move the parameters, in place; `group["step"]` counts this step already."""
+        """Update the parameters, in place; `group["step"]` counts this step already."""
         for update in updates:
             self.record_squares(update.param, self.update_param(update))
 
     @abstractmethod
     def update_param(self, update: ParamUpdate) -> Tensor:
-        """Move one parameter, in place; returns the sum of squares [] float64 of its direction (the step by lr, without
-        decay)."""
+        """Update one parameter, in place.
+
+        Returns the sum of squares [] float64 of its direction (the step by lr, without decay).
+        """
 
     def record_squares(self, param: Tensor, squares: Tensor) -> None:
         """Record the sum of squares of a parameter's direction; the next step's table takes it to all ranks."""
@@ -238,12 +244,14 @@ class ReplayOptimizer(torch.optim.Optimizer, ABC):
         return float(group["lr"]) * self.pull.task_weight(group["step"])
 
     def update_rms_sums(self) -> tuple[float, float]:
-        """Sum of squares and number of elements of the last step's direction, over all ranks: for a checkpoint. Every
-        rank must call it."""
+        """Sum of squares and number of elements of the last step's direction, over all ranks.
+
+        It is for a checkpoint. Every rank must call it.
+        """
         return self._summed_squares(self.shards.sum(self._table(*self.placed())).cpu())
 
     def restore_update_rms(self, squares: float, elements: float) -> None:
-        """Take the numbers that `update_rms_sums` gave when the run that goes on here was saved."""
+        """Restore the numbers that `update_rms_sums` gave when the run that goes on here was saved."""
         self._restored = (squares, elements)
 
     def _summed_squares(self, sums: Tensor) -> tuple[float, float]:
@@ -317,13 +325,18 @@ def update_rms_metric(prefix: str, squares: float, elements: float) -> dict[str,
 
 
 def steps_of(group: Group) -> int:
-    """Number of steps a group has taken; a group made by another optimizer may have no count, or None, or a tensor."""
+    """Number of steps a group has taken.
+
+    A group made by another optimizer may have no count, or None, or a tensor.
+    """
     return int(group.get("step") or 0)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """float64 for float64 parameters, float32 for float32 and bfloat16; raises ConfigError for others, float16 above
-    all."""
+    """float64 for float64 parameters, float32 for float32 and bfloat16.
+
+    Raises ConfigError for others, float16 above all.
+    """
     if param.dtype in (torch.float32, torch.bfloat16):
         return torch.float32
     if param.dtype == torch.float64:

@@ -1,8 +1,8 @@
 """Flat blocks of a parameter: temporaries stay as small as a block, and the cuts do not change the result.
 
-On CPU torch computes the last elements of each thread's loop (fewer than two vector registers) by scalar code, and the
-scalar arctangent differs from the vectorised one in the last bit. A parameter sharded at another place would then train
-to other bits. So `padded` lengthens the scratch vectors until no element falls in such a remainder. The other
+On CPU torch computes the last elements of each thread's loop (fewer than two vector registers) by scalar code. The
+scalar arctangent differs from the vectorised one in the last bit. So a parameter cut elsewhere by sharding would train
+to other bits. `padded` therefore lengthens the scratch vectors until no element falls in such a remainder. The other
 operations used (one IEEE rounding each) are the same in both loops.
 """
 

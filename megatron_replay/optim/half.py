@@ -1,4 +1,4 @@
-"""Half fine-tuning (arXiv 2404.18466, category-level selection): the tensors that stay as they are, chosen by name."""
+"""Half fine-tuning (arXiv 2404.18466, category-level selection): the tensors that are not trained, chosen by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ATTENTION = "att"
 
 
 def half(named_parameters: Iterable[tuple[str, Any]], share: float = 0.5, seed: int = 42) -> list[str]:
-    """Names of the tensors to freeze: in every layer a random `share` of attention's matrices, of the MLP's, and of the
-    vectors (norms).
+    """Names of the tensors to freeze: in every layer a random fraction of attention's, the MLP's, and the vectors.
+
+    Attention and MLP count their matrices; vectors are norms. `share` is the fraction.
 
     named_parameters: (name, anything with a `shape`), as `model.named_parameters()` of any torch model gives them. A
     layer is the first number in a name; a tensor without one (embedding, output layer, final norm) is trained. A fused
     tensor is one tensor.
 
-    A layer's share may not be whole, such as one and a half of three MLP matrices. It is then rounded up in some layers
-    and down in others, drawn like everything else, so that the sum is right to within one tensor. The choice is a
-    function of names, share and seed: the same for every layout, order and machine. Raises ConfigError for a share
-    outside [0, 1).
+    A layer's number of tensors to freeze may not be whole, such as one and a half of three MLP matrices. Random layers
+    round it up and the others down, so that the sum is right to within one tensor. The choice is a function of names,
+    share and seed: the same for every layout, order and machine. Raises ConfigError for a share outside [0, 1).
 
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)

@@ -34,19 +34,19 @@ class Cap(NamedTuple):
     restart: Tensor
     """True: the group forgets its momentum in this step."""
     cosine: Tensor
-    """Of the angle between momentum and gradient; nan where one of them is zero."""
+    """Cosine of the angle between momentum and gradient; nan where one of them is zero."""
 
 
 def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse: Obtuse = "signed") -> Cap:
-    """How far each group's gradient must turn towards its momentum: c = sum m g, mm = sum m^2, gg = sum g^2, [groups]
-    float64; `max_angle` is in degrees.
+    """The cap of each group's gradient, from its sums c = sum m g, mm = sum m^2, gg = sum g^2, [groups] float64.
 
-    x is the cosine of the angle between m and g. Nothing happens where x >= cos(max_angle), m or g is zero, or
-    max_angle >= 90. Otherwise the part of g across m shrinks to tan(max_angle) times the part along it. (The paper's
-    eq. 5 divides by |m| where |g_across| is meant.) That leaves an obtuse gradient 180 - max_angle or more away.
+    `max_angle` is in degrees. x is the cosine of the angle between m and g. Nothing happens where x >= cos(max_angle),
+    m or g is zero, or max_angle >= 90. Otherwise the part of g across m shrinks to tan(max_angle) times the part along
+    it. (The paper's eq. 5 divides by |m| where |g_across| is meant.) That leaves an obtuse gradient 180 - max_angle or
+    more away.
 
-    `obtuse` says what happens to such a gradient. `signed` is the paper's rule as it stands. `restart` drops the
-    momentum instead. `project` takes the point nearest to g within max_angle of m, which may be zero.
+    `obtuse` says what happens to such a gradient. `signed` is the paper's rule, unchanged. `restart` drops the momentum
+    instead. `project` takes the point nearest to g within max_angle of m, which may be zero.
     """
     one, zero = torch.ones_like(c), torch.zeros_like(c)
     known = (mm > 0) & (gg > 0)
@@ -74,9 +74,11 @@ def coefficients(c: Tensor, mm: Tensor, gg: Tensor, *, max_angle: float, obtuse:
 class MoClip(Atan2Family):
     """MoClip; `max_angle` is in degrees, and 90 or more is Adam-atan2 bit for bit.
 
-    scope: a gradient is compared with its momentum over the whole model, a layer (as `shards` numbers them), or each
-    tensor. obtuse: see `coefficients`. v_source: the second moment is of the raw gradient, or of the capped one. eps:
-    when given, the direction is AdamW's with this epsilon, not the arctangent (the paper's ablation).
+    - scope: the extent over which a gradient is compared with its momentum: the whole model, a layer (as `shards`
+      numbers them), or each tensor.
+    - obtuse: see `coefficients`.
+    - v_source: the second moment is of the raw gradient, or of the capped one.
+    - eps: when given, the direction is AdamW's with this epsilon, not the arctangent (the paper's ablation).
     """
 
     reads_momentum = True
@@ -144,8 +146,10 @@ class MoClip(Atan2Family):
 
 
 def cap_metrics(groups: Tensor, cap: Cap) -> dict[str, float]:
-    """Metrics of the cap in this step, from the groups' sums [groups, 3]; groups without momentum or gradient count for
-    `grad_ratio` only."""
+    """Metrics of the cap in this step, from the groups' sums [groups, 3].
+
+    Groups without momentum or gradient count for `grad_ratio` only.
+    """
     c, mm, gg = groups.unbind(1)
     known = ~cap.cosine.isnan()
     before = float(gg.sum())

@@ -1,6 +1,6 @@
-"""MoFO (arXiv 2407.20999): Adam's state for every parameter, but only those with the largest momentum move.
+"""MoFO (arXiv 2407.20999): Adam's state for every parameter, but only those with the largest momentum are updated.
 
-Moving fewer of them forgets less.
+Updating fewer of them forgets less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def momentum_filter(direction: Tensor, exp_avg: Tensor, threshold: float) -> Non
 class MoFO(AdamW):
     """AdamW whose step is taken only where |m|, after its update, is among the top `fraction` of its logical tensor.
 
-    The threshold is the whole tensor's, however it is sharded; it takes three more small collectives a step, and seven
+    The threshold is the whole tensor's, however it is sharded. It takes three more small collectives a step, and seven
     for float64. 1-D tensors are not filtered; decay acts on every coordinate. The tensors are those of the model as it
     is built: megatron fuses query, key and value, and gate and up.
     """

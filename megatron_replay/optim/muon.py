@@ -48,7 +48,7 @@ class Muon(AdamW):
     """torch.optim.Muon on hidden matrices, with adjust_lr_fn="match_rms_adamw" and nesterov; AdamW on everything else.
 
     `betas` and `eps` are AdamW's. In a model of your own give embeddings and the head a parameter group with
-    `kind="embedding"`, because their shape does not tell; `optim.muon_groups` does it by name. Where megatron fuses
+    `kind="embedding"`, because their shape does not show it; `optim.muon_groups` does it by name. Where megatron fuses
     matrices (query, key and value; gate and up) each is orthogonalised by itself, as in a Hugging Face model. Matrices
     keep one state tensor, `exp_avg`.
     """
@@ -108,8 +108,10 @@ class Muon(AdamW):
         return orthogonalised(matrix, steps=self.ns_steps, precision=self.ns_precision)
 
     def take_step(self, param: Tensor, direction: Tensor, group: Group) -> Tensor:
-        """Take one decayed step along a direction of the parameter's shape, which is overwritten; returns its sum of
-        squares."""
+        """Take one decayed step along a direction of the parameter's shape, which is overwritten.
+
+        Returns its sum of squares.
+        """
         squares = sum_of_squares(direction)
         weight = self.weight(param)
         theta = weight.to(state_dtype(param))

@@ -1,5 +1,7 @@
-"""MuonClip (arXiv 2507.20534): Muon whose query and key weights shrink after a step in which attention logits grew too
-large."""
+"""MuonClip (arXiv 2507.20534): Muon with limited attention logits.
+
+Query and key weights shrink after a step in which these logits grew too large.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,10 @@ class ObservedLogits:
         self._largest: dict[int, Tensor] = {}
 
     def observe(self, layer: int, max_logit: Tensor) -> None:
-        """Record the largest scaled attention logit of each head, [heads]; query heads of one kv head follow each
-        other."""
+        """Record the largest scaled attention logit of each head, [heads].
+
+        Query heads of one kv head follow each other.
+        """
         largest = max_logit.detach().view(self.num_kv_heads, -1).amax(1)
         self._largest[layer] = torch.maximum(largest, self._largest[layer]) if layer in self._largest else largest
 
@@ -72,12 +76,13 @@ class ObservedLogits:
 
 @OPTIMIZERS.register("muonclip")
 class MuonClip(Muon):
-    """Muon with QK-Clip (`variant="qk"`): after the step, query and key weights are scaled so that no logit seen
-    exceeds `threshold`.
+    """Muon with QK-Clip (`variant="qk"`): after the step no attention logit seen would exceed `threshold`.
 
-    Key/value heads are scaled as a whole: the factor of a group is that of its largest logit. `logits` says where the
-    logits come from; the trainer gives its own. `variant="paper"` is how arXiv 2510.09152 describes MuonClip. It clips
-    the gradients of attention's matrices to `clip_grad` by themselves, and all others by themselves.
+    Query and key weights are scaled for that. Key/value heads are scaled as a whole: the factor of a group is that of
+    its largest logit. `logits` says where the logits come from; the trainer gives its own.
+
+    `variant="paper"` is how arXiv 2510.09152 describes MuonClip. It clips the gradients of attention's matrices to
+    `clip_grad` by themselves, and all others by themselves.
     """
 
     prefix = "muonclip"

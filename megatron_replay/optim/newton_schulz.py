@@ -17,7 +17,7 @@ PRECISIONS = get_args(Precision)
 def orthogonalised(matrix: Tensor, *, steps: int = 5, precision: Precision = "auto") -> Tensor:
     """About U V^T of the singular value decomposition U S V^T of a matrix [rows, cols], in its dtype; zero stays zero.
 
-    precision: that of the products. auto is bfloat16, as published, but float32 on cpu: there bfloat16 products are
+    precision: that of the products. auto is bfloat16, as published, but float32 on cpu. There bfloat16 products are
     fast on some processors and very slow on others, and runs are compared. float64 matrices are computed in float64.
     """
     a, b, c = COEFFICIENTS

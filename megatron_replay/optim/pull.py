@@ -1,9 +1,14 @@
 """RecAdam's pull towards the weights of the start (arXiv 2004.12651), usable with every optimizer here.
 
-The objective goes over from staying near the base weights theta_0 to the task: lambda(t) L + (1 - lambda(t)) gamma/2
-|theta - theta_0|^2, with lambda(t) = 1 / (1 + exp(-k (t - t0))). As in the paper (eq. 8) the quadratic part is
-decoupled from the moments: theta <- theta - lr (1 - lambda) gamma (theta - theta_0). The optimizer's own step is made
-lambda times as long.
+The objective goes over from staying near the base weights theta_0 to the task:
+
+    lambda(t) L + (1 - lambda(t)) gamma/2 |theta - theta_0|^2, with lambda(t) = 1 / (1 + exp(-k (t - t0)))
+
+As in the paper (eq. 8) the quadratic part is decoupled from the moments:
+
+    theta <- theta - lr (1 - lambda) gamma (theta - theta_0)
+
+The optimizer's own step is made lambda times as long.
 """
 
 from __future__ import annotations

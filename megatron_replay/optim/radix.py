@@ -1,8 +1,8 @@
 """The exact k-th largest magnitude of a tensor of which every rank holds a part: radix selection on histograms.
 
-Non-negative floats order as their bits do. Each round counts the next bits of the values that begin with the bits
-chosen so far, adds the counts of all ranks, and picks the bucket that holds the k-th largest. float32 (31 bits) takes
-three rounds, float64 (63) seven.
+Non-negative floats order as their bits do. Each round looks at the values that begin with the bits chosen so far. It
+counts their next bits, adds the counts of all ranks, and picks the bucket that holds the k-th largest. float32 (31
+bits) takes three rounds, float64 (63) seven.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class ShardValues:
 def thresholds(
     shards: Sequence[ShardValues], rows: int, fraction: float, add: Callable[[Tensor], Tensor]
 ) -> list[float]:
-    """The magnitude of the k-th largest element of each of `rows` logical tensors, k = ceil(fraction n) >= 1; 0 for
-    empty ones.
+    """The magnitude of the k-th largest element of each of `rows` logical tensors; 0 for empty ones.
 
-    `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64). Every rank calls it as often
-    as the widest dtype among the shards of all ranks needs, so a rank without shards keeps pace.
+    k = ceil(fraction n) >= 1. `add` sums a float64 table [rows, 2049] over all ranks (counts are exact in float64).
+    Every rank calls it as often as the widest dtype among the shards of all ranks needs, so a rank without shards keeps
+    pace.
     """
     left = [0] * rows
     chosen = [0] * rows
@@ -85,7 +85,7 @@ def _counts(values: Tensor, step: int, prefix: int) -> Tensor:
 
 
 def _descend(counts: Tensor, prefix: int, left: int, width: int) -> tuple[int, int]:
-    """The bucket with the `left`-th largest, appended to the bits so far, and how many of it are still to take."""
+    """The bits so far with those of the `left`-th largest's bucket, and how many of the bucket are still to take."""
     above = counts.flip(0).cumsum(0).flip(0) - counts
     bucket = int((above < left).nonzero()[0]) if left else 0
     return prefix << width | bucket, left - int(above[bucket])

@@ -12,10 +12,10 @@ Style = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, *, peak: float, minimum: float, warmup: int, total: int, style: Style = "cosine") -> float:
-    """The rate after `step` steps: linear from 0 to `peak` over `warmup` steps, then the style down to `minimum` at
-    `total` and beyond.
+    """The rate after `step` steps.
 
-    Raises ConfigError for an unknown style, a warm-up as long as the run, or a minimum above the peak.
+    It rises linearly from 0 to `peak` over `warmup` steps, then follows the style down to `minimum` at `total` and
+    beyond. Raises ConfigError for an unknown style, a warm-up as long as the run, or a minimum above the peak.
     """
     check_choice("schedule style", style, get_args(Style))
     if not 0 <= warmup < total:

@@ -1,10 +1,10 @@
-"""The sums an optimizer needs of its gradients: per tensor and in float64, so that they hardly depend on how a tensor
-is cut.
+"""The sums an optimizer needs of its gradients: per tensor and in float64.
 
-Products of two float32 numbers are exact in float64. Only the order of the additions is left to rounding (1e-16), far
-below the float32 resolution of the scalars made from the sums. A device without float64 adds up chunks in float32, and
-the host adds the chunks in float64. There a sum of n products is off by about 1e-7 of the sum of their magnitudes, for
-any n.
+So they hardly depend on how a tensor is cut. Products of two float32 numbers are exact in float64. Only the order of
+the additions is left to rounding (1e-16), far below the float32 resolution of the scalars made from the sums.
+
+A device without float64 adds up chunks in float32, and the host adds the chunks in float64. There a sum of n products
+is off by about 1e-7 of the sum of their magnitudes, for any n.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ _CHUNK = 4096
 """Number of products that are added up in float32 where there is no float64."""
 
 COLUMNS = ("sum m g", "sum m^2", "sum g^2", "sum u^2", "elements")
-"""The columns of a row of the table: m is the momentum before the step, g the gradient, u the direction of the step
-before, of which `elements` is the number of elements."""
+"""The columns of a row of the table.
+
+m is the momentum before the step, g the gradient, u the direction of the step before. `elements` is the number of
+elements of u.
+"""
 
 
 def sums_of_each(grads: Sequence[Tensor], momenta: Sequence[Tensor | None], *, mode: str) -> Tensor:
-    """`tensor_sums` of each pair, [n, 3] float64, where that puts them; by the compiled kernel if `mode` and the pairs
-    allow it. n is at least 1."""
+    """`tensor_sums` of each pair, [n, 3] float64, on the device where that puts them; n is at least 1.
+
+    The compiled kernel computes them if `mode` and the pairs allow it.
+    """
     if tensor_updates.summable(grads, momenta, mode=mode):
         return tensor_updates.sums(grads, momenta)
     return torch.stack([tensor_sums(g, m) for g, m in zip(grads, momenta, strict=True)])
@@ -99,8 +104,10 @@ def grouped(sums: Tensor, layers: Sequence[int], *, scope: Scope) -> tuple[Tenso
 
 
 def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
-    """Cosine between momentum and gradient of each group, from its sums as in `COLUMNS`; nan where one of them is zero.
-    [groups]"""
+    """Cosine [groups] between momentum and gradient of each group, from its sums as in `COLUMNS`.
+
+    It is nan where one of them is zero.
+    """
     known = (mm > 0) & (gg > 0)
     one = torch.ones_like(c)
     x = (c / (mm.where(known, one).sqrt() * gg.where(known, one).sqrt())).clamp(-1, 1)
@@ -108,7 +115,6 @@ def cosines(c: Tensor, mm: Tensor, gg: Tensor) -> Tensor:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """The factor that makes a gradient of this norm at most about `limit` long (Megatron's rule); 1 for a limit of
-    0."""
+    """The factor that makes a gradient of this norm at most about `limit` long (Megatron's rule); 1 if limit is 0."""
     assert math.isfinite(norm), "a gradient that is not finite is skipped, not clipped"
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0

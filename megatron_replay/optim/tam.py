@@ -2,8 +2,10 @@
 
 There are two forms. `adatamw` (arXiv 2412.18790, AdaTAMW) smooths the cosine S of momentum and gradient, s <- gamma s +
 (1 - gamma) S. The gradient enters the momentum damped by it, m <- beta1 m + (eps + (1 + s) / 2) g. That momentum has no
-factor 1 - beta1, so its steps are up to 1 / (1 - beta1) times AdamW's: lower the learning rate by as much for a
-comparison. `paper` is what arXiv 2510.09152 compares with: AdamW's step times max(0, cos phi).
+factor 1 - beta1, so its steps are up to 1 / (1 - beta1) times AdamW's. Lower the learning rate by as much for a
+comparison.
+
+`paper` is what arXiv 2510.09152 compares with: AdamW's step times max(0, cos phi).
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ def smoothed(similarity: Tensor, cosine: Tensor, decay: float) -> Tensor:
 
 @OPTIMIZERS.register("tam")
 class TAM(AdamW):
-    """Torque-aware momentum in both forms; momentum and gradient are compared over each tensor, a layer, or the whole
-    model (`scope`).
+    """Torque-aware momentum in both forms.
 
-    `decay` is gamma. The smoothed similarities of the whole model (one number a group of the scope) are kept in the
-    parameter groups, beside `step`.
+    Momentum and gradient are compared over each tensor, a layer, or the whole model (`scope`). `decay` is gamma. The
+    smoothed similarities of the whole model (one number a group of the scope) are kept in the parameter groups, beside
+    `step`.
     """
 
     reads_momentum = True

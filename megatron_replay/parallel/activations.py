@@ -1,9 +1,9 @@
 """Memory of a micro-batch between its forward and its backward pass, in bytes, as the layers are built here.
 
-The head's is that of its loss, see `parallel.losses`.
+The head's memory is that of its loss, see `parallel.losses`.
 
-T tokens of the micro-batch (under sequence parallelism, a tensor rank's part of them where norms and residuals are), N
-positions whose loss is computed, H hidden.
+T tokens of the micro-batch, N positions whose loss is computed, H hidden. Under sequence parallelism norms and
+residuals have a tensor rank's part of the T tokens.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class LargestMicroBatch:
 
     tokens: int
     positions: int
-    """Those whose loss is computed."""
+    """The positions whose loss is computed."""
     candidates: int
-    """Ids in the candidate sets of all of them."""
+    """Ids in the candidate sets of all of these positions."""
     micro_batches: int
-    """How many a step has on one replica."""
+    """Micro-batches in a step of one replica."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer keeps of a micro-batch for the backward pass, in bytes."""
+    """Bytes that a layer keeps of a micro-batch for the backward pass."""
 
     kept: int
     recomputed: int
@@ -39,13 +39,15 @@ class Layer:
 
 
 def tokens_here(layout: Layout, tokens: int) -> int:
-    """How many of a micro-batch's tokens have their norms and residuals on this rank."""
+    """The number of a micro-batch's tokens that have their norms and residuals on this rank."""
     return tokens // layout.tensor if layout.sequence_parallel else tokens
 
 
 def norm(spec: ModelSpec, tokens: int, itemsize: int, *, trained: bool = True) -> int:
-    """Kept by a norm and the linear after it: its input in fp32, the normalised values (for its weight's gradient), its
-    output."""
+    """Bytes kept by a norm and the linear after it.
+
+    They are the norm's input in fp32, the normalised values (for its weight's gradient), and its output.
+    """
     exact = max(itemsize, FLOAT)
     return tokens * (spec.hidden_size * (exact + itemsize + trained * itemsize) + exact)
 
@@ -62,8 +64,9 @@ def layer(
     """The memory that autograd keeps of one layer and one micro-batch, with attention that keeps no matrix of scores.
 
     The fused query, key and value stay whole, for the values are a view of them. The MLP keeps the fused gate and up
-    projection, silu's output, the other half and their product. `counted`: of the last layer, behind whose attention
-    only so many rows go on.
+    projection, silu's output, the other half and their product.
+
+    counted: the rows that go on behind the attention of the last layer; None for other layers.
     """
     rows = tokens if counted is None else counted
     here, behind = tokens_here(layout, tokens), tokens_here(layout, rows)

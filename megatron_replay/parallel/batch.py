@@ -1,7 +1,7 @@
 """Micro-batches: samples laid in one flat row of tokens, and the positions of them whose loss counts.
 
-T tokens in the flat row, the same for every micro-batch of a step, so that pipeline stages know what they receive; N
-positions that count.
+T tokens in the flat row, N positions that count. T is the same for every micro-batch of a step, so that pipeline stages
+know what they receive.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ class MicroBatch:
     position_ids: Tensor
     """[1, T] int64: each token's position within its sample."""
     segments: Tensor
-    """[n, 3] int64 on the cpu: start, length and parent, see `data.prefixes`; without shared prefixes a row for each
-    sample."""
+    """[n, 3] int64 on the cpu: start, length and parent, see `data.prefixes`.
+
+    Without shared prefixes there is a row for each sample.
+    """
     rows: Tensor
-    """[N] int64 on the cpu: the flat positions whose hidden state goes to the head, sample by sample; one in a prefix
-    that samples share is there once for each of them."""
+    """[N] int64 on the cpu: the flat positions whose hidden state goes to the head, sample by sample.
+
+    A position in a shared prefix is there once for each of the prefix's samples.
+    """
     gold: Tensor
-    """[N] int64: the token that follows each of them."""
+    """[N] int64: the token that follows each of these positions."""
     positions: Sequence[np.ndarray] = ()
-    """Of each sample, the positions within it that are its part of `rows`."""
+    """For each sample, the positions within it that are its part of `rows`."""
     shared: int = 0
     """Tokens saved by shared prefixes."""
     samples: Sequence[Sample] = ()
@@ -43,8 +47,10 @@ class MicroBatch:
 
 
 Task = Callable[[MicroBatch, Tensor, Tensor], Tensor]
-"""A computation at the output layer, called as task(batch, hidden [N, H], weight [V_local, H]): a value or more a
-position, [N, ...]."""
+"""A computation at the output layer, called as task(batch, hidden [N, H], weight [V_local, H]).
+
+It returns a value or more a position, [N, ...].
+"""
 
 
 def flatten(
@@ -56,7 +62,7 @@ def flatten(
 ) -> MicroBatch:
     """Lay token id sequences in a row of `length`, as `tree` says (default: one after the other).
 
-    positions[i]: those of sample i whose next token is predicted.
+    positions[i]: the positions of sample i whose next token is predicted.
     """
     tree = lay(samples, share_prefixes=False) if tree is None else tree
     tokens = np.zeros(length, dtype=np.int64)
@@ -88,8 +94,8 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """The micro-batches of a step, all of one length that `multiple` divides.
 
-    samples[m], positions[m]: token ids and chosen positions of the samples of the m-th. share_prefixes: lay samples
-    that begin alike as a tree. A sample ends at its last position, for nothing that counts depends on what follows.
+    samples[m], positions[m]: token ids and chosen positions of the samples of micro-batch m. share_prefixes: lay
+    samples that begin alike as a tree. A sample ends at its last position, as nothing that counts depends on the rest.
     """
     needed = [[cut(ids, at) for ids, at in zip(*pair, strict=True)] for pair in zip(samples, positions, strict=True)]
     trees = [lay(some, share_prefixes=share_prefixes) for some in needed]

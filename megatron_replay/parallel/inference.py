@@ -37,8 +37,9 @@ def token_nll(
 ) -> list[np.ndarray]:
     """Negative log-likelihood (nats, fp32) of the token after each of the given positions of each sequence.
 
-    vocab_size: the real vocabulary. row_tokens: sequences are laid together up to this many tokens a forward pass.
-    share_prefixes: lay those that begin alike as a tree.
+    - vocab_size: the real vocabulary.
+    - row_tokens: sequences are laid together up to this many tokens a forward pass.
+    - share_prefixes: lay sequences that begin alike as a tree.
     """
     world = model.world
     shard = vocab_shard(model)
@@ -76,8 +77,10 @@ def generate(
     batch: int,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations (without the prompt; a stop id ends one and is left out), with a key/value cache, `batch`
-    prompts at a time."""
+    """Greedy continuations, with a key/value cache, `batch` prompts at a time.
+
+    They are without the prompt; a stop id ends one and is left out.
+    """
     world = model.world
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
@@ -154,10 +157,10 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
 
 
 def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share_prefixes: bool) -> list[list[int]]:
-    """This replica's rows for a single pass over all sequences: every `data_size`-th of them, neighbours laid together
-    up to `row_tokens`.
+    """This replica's rows for a single pass over all sequences.
 
-    share_prefixes: instead a stretch of the sequences ordered by prefix. Most of those that begin alike meet in a row.
+    They hold every `data_size`-th sequence, neighbours laid together up to `row_tokens`. share_prefixes: instead a
+    stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row.
     """
     if not share_prefixes:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)

@@ -1,8 +1,9 @@
 """The memory of a training run at its peak, rank by rank, from the model's shape and the configuration alone.
 
 No tensor is made. The part that a rank holds all the time (weights, gradients, optimizer) is counted exactly. The part
-that comes and goes is counted for the moments at which a step is largest, and the largest of these is the peak.
-Activations are those that autograd keeps of the layers as they are built here, and the loss says what the head takes.
+that comes and goes is counted for the moments at which a step is largest. The largest of these is the peak. Activations
+are those that autograd keeps of the layers as they are built here, and the loss gives the head's part.
+
 Two numbers are estimates: gradients that live for a moment inside a layer, and copies while a checkpoint is written.
 """
 
@@ -31,8 +32,10 @@ from megatron_replay.parallel.ranks.matrix_exchange import BATCH
 BLOCK = 1 << 24
 """Elements that the plain-torch optimizers work on at a time on a device (`optim.blocks`)."""
 WRITTEN = 0.4
-"""Share of what a rank writes into a checkpoint that it holds a second time, without ZeRO-1; measured with
-megatron-core 0.16.1."""
+"""The fraction of what a rank writes into a checkpoint that it holds a second time, without ZeRO-1.
+
+Measured with megatron-core 0.16.1.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +46,16 @@ class Peak:
     weights: int
     gradients: int
     optimizer: int
-    """Moments and whatever else it keeps of a parameter; fp32 main weights."""
+    """Moments and all other optimizer state of a parameter; fp32 main weights."""
     activations: int = 0
     head: int = 0
     """Output layer and loss, and the gradient of their weight where that is a tensor of its own."""
     passing: int = 0
-    """What this moment needs besides: gradients inside a layer, the embedding's gradient, copies for an exchange."""
+    """Further needs of this moment: gradients inside a layer, the embedding's gradient, copies for an exchange."""
     base: int = 0
-    """The process before it has a model; not known here."""
+    """Memory of the process before it has a model; not known here."""
     moment: str = ""
-    """When that is: backward, head, embedding, reduce, gather, update or checkpoint."""
+    """The moment's name: backward, head, embedding, reduce, gather, update or checkpoint."""
 
     @property
     def total(self) -> int:
@@ -70,9 +73,11 @@ def predict(
 ) -> list[Peak]:
     """The peak of each pipeline stage's ranks, in order, in a run of `ranks` ranks, without that of the bare process.
 
-    dtype: of the weights. device: decides what an exchange copies; it need not be here. largest: sizes of the data's
-    micro-batches; when None the largest that the configuration allows. Raises LayoutError when the layout does not
-    divide the model, ConfigError for an unknown optimizer or loss.
+    - dtype: that of the weights.
+    - device: decides what an exchange copies; it need not be here.
+    - largest: sizes of the data's micro-batches; when None the largest that the configuration allows.
+
+    Raises LayoutError when the layout does not divide the model, ConfigError for an unknown optimizer or loss.
     """
     layout = config.layout
     split = validate_layout(spec, layout)
@@ -86,7 +91,7 @@ def predict(
 
 
 def largest_allowed(config: RunConfig, ranks: int) -> LargestMicroBatch:
-    """The largest micro-batch that a configuration allows, for where there are no data to look at."""
+    """The largest micro-batch that a configuration allows, for use where there are no data to look at."""
     tokens = config.data.seq_length * config.batch.micro
     chosen = config.train.store and config.collect.strategy in ("random", "bucket")
     positions = math.ceil(tokens * config.collect.fraction) if chosen else tokens
@@ -146,7 +151,7 @@ class _Run:
         return last
 
     def optimizer(self, moving: Iterable[Weight]) -> int:
-        """State of the trained parameters, and fp32 main weights of bf16 ones; with ZeRO-1 a rank has its share."""
+        """State of the trained parameters, and fp32 main weights of bf16 ones; with ZeRO-1 this rank's part of it."""
         settings = self.config.optimizer
         kind, copies = (
             OPTIMIZERS.get(settings.name),
@@ -158,7 +163,7 @@ class _Run:
         return math.ceil(whole / self.replicas) if self.zero1 else whole
 
     def passes(self, stage: int, layers: int, moving: Iterable[Weight]) -> dict[str, dict[str, int]]:
-        """The moments of the forward and backward passes, and what each adds to what is always held."""
+        """The moments of the forward and backward passes, with the bytes each adds to those that are always held."""
         spec, layout, largest, size = self.spec, self.config.layout, self.largest, self.dtype.itemsize
         first, last = stage == 0, stage == layout.pipeline - 1
         names = {weight.name for weight in moving}
@@ -208,7 +213,7 @@ class _Run:
         if self.device.backend == "gloo" and self.zero1:  # it reduces and gathers copies
             moments["reduce"], moments["gather"] = always.gradients, self.count(moving) * self.dtype.itemsize
         if self.config.train.save and cpu:
-            # of parameter and two moments: gathered, taken apart, and this rank's share
+            # of parameter and two moments: gathered, taken apart, and this rank's part
             whole = 3 * FLOAT * self.count(moving)
             moments["checkpoint"] = (
                 math.ceil(whole * (2 + 1 / self.replicas))
@@ -218,7 +223,7 @@ class _Run:
         return {name: {"passing": size} for name, size in moments.items()}
 
     def elements(self, weight: Weight) -> int:
-        """Of one tensor rank's part."""
+        """Elements of one tensor rank's part of a weight."""
         return math.prod(weight.shape) // (1 if weight.axis is None else self.config.layout.tensor)
 
     def count(self, some: Iterable[Weight]) -> int:

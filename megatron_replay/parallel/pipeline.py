@@ -17,7 +17,10 @@ from megatron_replay.parallel.timers import Timers
 def forward(
     model: Model, batches: Sequence[MicroBatch], task: Task, *, consume: Callable[[MicroBatch, Tensor], None]
 ) -> None:
-    """Forward only. On the last stage `consume(batch, task result [N, ...])` is called once a micro-batch, in order."""
+    """Run micro-batches forward only.
+
+    On the last stage `consume(batch, task result [N, ...])` is called once a micro-batch, in order.
+    """
     model.module.eval()
 
     def finish(batch: MicroBatch, out: Tensor) -> Any:

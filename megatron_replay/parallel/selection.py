@@ -1,8 +1,6 @@
 """The tasks of Stage 0: the confidence of every target position, and the candidate sets of the chosen ones.
 
-Logits exist for a chunk of rows at a time.
-
-N target positions of a micro-batch, n of them chosen.
+Logits exist for a chunk of rows at a time. N target positions of a micro-batch, n of them chosen.
 """
 
 from __future__ import annotations
@@ -50,13 +48,13 @@ class Selection:
         choose: Chooser | None = None,
         kernels: str = "auto",
     ) -> None:
-        """choose: decides from the confidence which positions get a set; None: all. The rest as `Confidence`."""
+        """choose: decides from the confidence which positions get a set; None: all. The others: see `Confidence`."""
         self.rule, self.choose, self.kernels = rule, choose, kernels
         self.confidence = Confidence(model, vocab_size=vocab_size, chunk_rows=chunk_rows)
         self._found: deque[CandidateSets] = deque()
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Which of the batch's positions were chosen, [N] float (0 or 1)."""
+        """The chosen ones of the batch's positions, [N] float (0 or 1)."""
         chosen = torch.ones(len(batch.gold), dtype=torch.bool, device=hidden.device)
         if self.choose is not None:
             picked = self.choose(batch, self.confidence(batch, hidden, weight).numpy())

@@ -38,7 +38,7 @@ class Timers:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.traced = False
-        """True while a profiler records, which then sees the phases as `time/data` and so on."""
+        """True while a profiler records; it then sees the phases as `time/data` and so on."""
         self._open: list[tuple[str, AbstractContextManager[Any] | None]] = []
         self._turns: list[tuple[Any, str | None]] = []
         """Instants, and the phase that each begins or returns to."""

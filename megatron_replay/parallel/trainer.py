@@ -19,18 +19,18 @@ from megatron_replay.parallel.timers import PHASES, Timers
 
 @dataclass(frozen=True)
 class StepResult:
-    """The same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float
-    """Mean over the positions of the global batch."""
+    """Mean loss over the positions of the global batch."""
     positions: int
     grad_norm: float
-    """Before clipping."""
+    """The gradient norm before clipping."""
     applied: bool
     """False: the gradient was not finite and nothing was changed."""
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
-    """Of each phase (`timers.PHASES`) of the step, on the rank where it took longest."""
+    """Seconds of each phase (`timers.PHASES`) of the step, on the rank where it took longest."""
 
 
 @dataclass

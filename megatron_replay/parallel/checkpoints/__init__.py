@@ -1,1 +1,1 @@
-"""Training checkpoints, and where a model comes from."""
+"""Training checkpoints, and the sources of a model."""

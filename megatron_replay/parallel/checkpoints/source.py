@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, or a checkpoint of ours.
+"""The source of a model: a Hugging Face folder, or a checkpoint of ours.
 
 Both give the model's shape and its tokenizer, and fill a built model.
 """
@@ -30,11 +30,11 @@ class Source:
 
     @classmethod
     def open(cls, path: str) -> Source:
-        """Raises ConfigError for an empty path, CheckpointError when there is no model."""
+        """The source at a path. Raises ConfigError for an empty path, CheckpointError when there is no model."""
         if not path:
             raise ConfigError("model is not set; give a Hugging Face folder or a checkpoint folder: model=PATH")
         source = cls(Path(path))
-        source.spec  # noqa: B018 - a missing or unknown model is told before anything starts
+        source.spec  # noqa: B018 - a missing or unknown model is reported before anything starts
         return source
 
     @cached_property
@@ -55,8 +55,10 @@ class Source:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """The notes of `convert` or `train` on the checkpoint's weights (source.json); empty for a Hugging Face
-        folder."""
+        """The notes of `convert` or `train` on the checkpoint's weights (source.json).
+
+        They are empty for a Hugging Face folder.
+        """
         path = self.hf / "source.json"
         if not self.is_checkpoint:
             return {}
@@ -84,8 +86,10 @@ class Source:
 
     @cached_property
     def table(self) -> WeightTable:
-        """The parameters as they lie in the checkpoint, an adapter's factors among them; rows of the vocabulary by
-        id."""
+        """The parameters as they lie in the checkpoint, an adapter's factors among them.
+
+        Rows of the vocabulary are by id.
+        """
         return WeightTable(self.spec, head_multiple=int(self.facts.get("head_multiple", 1)), adapter=self.adapter)
 
     def fingerprint(self) -> str:

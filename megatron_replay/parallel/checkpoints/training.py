@@ -30,8 +30,10 @@ SIDE_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 
 def save(root: Path, iteration: int, trainer: Trainer, progress: dict[str, Any]) -> Path:
-    """Write model, optimizer, RNG and `progress` (the other plain values a resumed run needs); returns the iteration's
-    folder."""
+    """Write model, optimizer, RNG and `progress` (the other plain values a resumed run needs).
+
+    Returns the iteration's folder.
+    """
     from megatron.core import dist_checkpointing
 
     world = trainer.model.world
@@ -100,8 +102,10 @@ def load(root: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 def load_model(root: Path, model: Model, adapter: Adapter | None = None) -> None:
-    """Fill just the model from a checkpoint; the factors of its `adapter`, which must be there, are left for
-    `lora_layers.merge_into`."""
+    """Fill just the model from a checkpoint.
+
+    The factors of its `adapter`, which must be there, are left for `lora_layers.merge_into`.
+    """
     from megatron.core import dist_checkpointing
 
     folder = resolve(root)
@@ -124,8 +128,10 @@ def _restripe(model: Model, reader: Reader) -> None:
 
 
 def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
-    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and `facts`, without which the
-    checkpoint cannot be exported (source.json)."""
+    """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and `facts` (source.json).
+
+    Without the facts the checkpoint cannot be exported.
+    """
     side = root / "hf"
     if side.resolve() == hf.resolve():
         return
@@ -181,8 +187,10 @@ def _zero1(trainer: Trainer) -> bool:
 
 
 def _form(trainer: Trainer) -> list[list[str]]:
-    """State tensors of a hidden matrix, and of everything else; an optimizer goes on from another's checkpoint where
-    these agree."""
+    """State tensors of a hidden matrix, and of everything else.
+
+    An optimizer goes on from another's checkpoint where these agree.
+    """
     return [list(trainer.inner.keys_of(kind)) for kind in ("matrix", "vector")]
 
 
@@ -203,7 +211,7 @@ def _same(setting: str, saved: Any, ours: Any, folder: Path) -> None:
 
 
 class _named:
-    """Turns megatron's report of a damaged checkpoint into one line that names it."""
+    """A context that turns megatron's report of a damaged checkpoint into one line that names it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,7 +1,7 @@
-"""The losses of Stage 1, one a file: each is an object that says what it needs, what it computes and what that takes.
+"""The losses of Stage 1, one a file: each is an object that gives its needs, its values and its memory.
 
 A new loss is a new file here with a class under `@LOSSES.register("its name")`. Every file of this package is imported
-with it, so nothing else has to name the loss: `train.loss` takes it, and so do the memory prediction and the log.
+with it, so nothing else has to name the loss. `train.loss` takes it, and so do the memory prediction and the log.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ class Loss(ABC):
     """
 
     needs_sets: ClassVar[bool] = False
-    """Whether it takes candidate sets, so that a run needs a store."""
+    """True where it takes candidate sets, so that a run needs a store."""
     needs_logits: ClassVar[bool] = False
-    """Whether the store must hold the base model's logits of the candidates."""
+    """True where the store must hold the base model's logits of the candidates."""
     dense_gradient: ClassVar[bool] = True
-    """Whether the gradient of the head's weight is a tensor of its own, as large as the weight."""
+    """True where the gradient of the head's weight is a tensor of its own, as large as the weight."""
     log_name: ClassVar[str] = "lm loss"
     """The name of its value in the log; megatron's, which parsers of its logs look for."""
 
@@ -48,13 +48,17 @@ class Loss(ABC):
         """The loss of each position, [N], from hidden [N, H] and weight [V, H]."""
 
     def sets(self, stored: Sequence[SampleSets]) -> LocalSets | None:
-        """The `MicroBatch.sets` of samples with these stored sets; called on the loader's thread, on ranks with a
-        head."""
+        """The `MicroBatch.sets` of samples with these stored sets.
+
+        It is called on the loader's thread, on ranks with a head.
+        """
         return None
 
     def metrics(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Further numbers of a step's micro-batches for the log, the same on every rank. May communicate, so every rank
-        calls it."""
+        """Further numbers of a step's micro-batches for the log, the same on every rank.
+
+        It may communicate, so every rank calls it.
+        """
         return {}
 
     @classmethod
@@ -64,5 +68,8 @@ class Loss(ABC):
     ) -> int:
         """Memory of the head and the loss at their peak, forward and backward.
 
-        itemsize: bytes of a weight. rows: V. trained: whether the head's weight is. cpu: whether that is the device.
+        - itemsize: bytes of a weight.
+        - rows: V.
+        - trained: True where the head's weight is trained.
+        - cpu: True where the device is the cpu.
         """

@@ -19,14 +19,16 @@ from megatron_replay.store import SampleSets
 
 @LOSSES.register("restricted")
 class Restricted(Loss):
-    """A subclass with `targets` or `weights` of its own is another loss over the same sets."""
+    """The restricted loss. A subclass with `targets` or `weights` of its own is another loss over the same sets."""
 
     needs_sets = True
     dense_gradient = False
 
     def targets(self, sets: CandidateSets) -> Tensor | None:
-        """y [nnz] of whole sets, summing to 1 at each position; None: 1 at the gold token. `sets.logits` are there if
-        the class has `needs_logits`."""
+        """y [nnz] of whole sets, summing to 1 at each position; None: 1 at the gold token.
+
+        `sets.logits` are there if the class has `needs_logits`.
+        """
         return None
 
     def weights(self, sets: CandidateSets) -> Tensor | None:
@@ -34,8 +36,10 @@ class Restricted(Loss):
         return None
 
     def sets(self, stored: Sequence[SampleSets]) -> LocalSets:
-        """The candidate sets of several samples, one after the other: this rank's part of the vocabulary, by position
-        and by id, on its device."""
+        """The candidate sets of several samples, one after the other, on this rank's device.
+
+        They are this rank's part of the vocabulary, by position and by id.
+        """
         kept = stored if self.needs_logits else [replace(sets, logits=None) for sets in stored]
         whole = CandidateSets.cat([CandidateSets.of(sets) for sets in kept])
         here = whole.local(self.shard, targets=self.targets(whole), weights=self.weights(whole))
@@ -64,19 +68,18 @@ class Restricted(Loss):
 
 
 def _main_grad(weight: Tensor) -> Tensor | None:
-    """Where megatron accumulates the gradient of a weight that is trained, over the micro-batches of a step.
+    """The buffer in which megatron accumulates the gradient of a trained weight over the micro-batches of a step.
 
     The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight.
-    megatron's hook finds no `weight.grad`, or that of a tied embedding alone, and adds nothing twice.
+    megatron's hook finds no `weight.grad`, or only that of a tied embedding, and adds nothing twice.
     """
     return getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
 
 
 def imbalance(model: Model, batches: Sequence[MicroBatch]) -> float:
-    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches, all replicas together: 1 is
-    even. Collective.
+    """max / mean over the tensor ranks of the candidate ids in a step's micro-batches; 1 is even. Collective.
 
-    The restricted loss costs a rank what its ids cost, and the others wait for it.
+    All replicas count together. The restricted loss costs a rank what its ids cost, and the others wait for it.
     """
     here = torch.zeros(model.world.tensor_size, dtype=torch.int64)
     if model.head is not None:

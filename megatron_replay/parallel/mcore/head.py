@@ -15,8 +15,10 @@ from torch import Tensor
 
 
 def install(model: Any) -> Any:
-    """Make the output layer of a last-stage GPTModel ours; returns it. The class is changed in place, so every
-    version's constructor stays megatron's."""
+    """Make the output layer of a last-stage GPTModel ours; returns it.
+
+    The class is changed in place, so every version's constructor stays megatron's.
+    """
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,

@@ -26,8 +26,10 @@ class LastLayerRows:
         layer.self_attn_bda = self.bias_dropout_add
 
     def attention(self, out: Tensor, rows: Tensor) -> Tensor:
-        """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D]; N^ >= 1 is N rounded up so that sequence
-        parallelism divides it."""
+        """[T, 1, Hq D] and the rows that count [N] -> [N^, 1, Hq D].
+
+        N^ >= 1 is N rounded up so that sequence parallelism divides it.
+        """
         padded = max(len(rows), 1)
         padded += -padded % self._ranks
         self._rows = torch.nn.functional.pad(rows, (0, padded - len(rows))).to(out.device)
@@ -45,7 +47,7 @@ class LastLayerRows:
 
         rows, self._rows = self._rows, None
         assert rows is not None, "the layer's own attention came before"
-        if self._scattered:  # the rows that count lie on other ranks than their places among themselves
+        if self._scattered:  # a row that counts may lie on another rank than its index in N^
             whole = gather_from_sequence_parallel_region(residual, tensor_parallel_output_grad=False)
             residual = scatter_to_sequence_parallel_region(whole.index_select(0, rows))
         else:

@@ -1,5 +1,4 @@
-"""Two modules that replace megatron's own in its GPTModel: a norm for sequence parallelism, and rotary angles per
-token.
+"""Two modules that replace megatron's own in its GPTModel: a norm for sequence parallelism, and rotary angles.
 
 T tokens in the flat micro-batch, H hidden, D head size.
 """
@@ -40,11 +39,10 @@ class RMSNorm(nn.Module):
 
 
 class TokenRotary(nn.Module):
-    """Rotary angles of each token's own position. Packed samples, cached tokens and branches of a tree need no special
-    case.
+    """Rotary angles of each token's own position.
 
-    `positions` [1, T] is set for a micro-batch just before the model's forward. That calls this module once, outside
-    any recomputed part.
+    Packed samples, cached tokens and branches of a tree need no special case. `positions` [1, T] is set for a
+    micro-batch just before the model's forward. That calls this module once, outside any recomputed part.
     """
 
     positions: Tensor

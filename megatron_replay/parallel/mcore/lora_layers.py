@@ -1,12 +1,11 @@
-"""LoRA adapters beside a model's parallel linears: trained sharded like the matrices they belong to, merged when the
-model is used.
+"""LoRA adapters beside a model's parallel linears: trained sharded like their matrices, merged for use.
 
-T tokens in the flat micro-batch (T / tensor ranks here under sequence parallelism), r rank. What moves between tensor
-ranks is [T, r]:
+T tokens in the flat micro-batch (T / tensor ranks here under sequence parallelism), r rank. The tensor ranks exchange
+[T, r]:
 
-- cut by rows: u = A x is computed alike on every rank, and each rank's rows of B give a part of du, summed in the
-  backward pass. Under sequence parallelism A sees a rank's own tokens only: u is gathered, and A's gradient summed over
-  the tensor group when it is finished.
+- cut by rows: u = A x is computed alike on every rank. Each rank's rows of B give a part of du, summed in the backward
+  pass. Under sequence parallelism A sees a rank's own tokens only: u is gathered, and A's gradient summed over the
+  tensor group when it is finished.
 - cut by columns: A's columns give a part of u, summed in the forward pass, and B is applied alike on every rank. Under
   sequence parallelism the sum is scattered over the tokens, and B's gradient summed like A's above.
 """
@@ -30,10 +29,10 @@ from megatron_replay.parallel.mcore.model import Model
 
 @torch.no_grad()
 def attach(model: Model, adapter: Adapter, seed: int) -> None:
-    """Freeze a filled model and put factors beside the matrices the adapter names; to be called before the model is
-    wrapped for training.
+    """Freeze a filled model and put factors beside the matrices the adapter names.
 
-    Raises ConfigError for a rank that is too large for the model.
+    It must be called before the model is wrapped for training. Raises ConfigError for a rank that is too large for the
+    model.
     """
     check(adapter, model.table)
     model.freeze([weight.name for weight in model.table])
@@ -126,7 +125,7 @@ def _classes() -> tuple[type, type]:
 def _sharded(linear: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[str, int]) -> Any:
     """A linear's tensors as megatron's checkpoints cut them, the factors among them.
 
-    axes: the dimension of each that tensor parallelism cuts.
+    axes: the dimension of each tensor that tensor parallelism cuts.
     """
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint

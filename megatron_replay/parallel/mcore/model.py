@@ -33,8 +33,11 @@ class Model:
     """This rank's part of the model."""
 
     table: WeightTable
-    """Every parameter of the whole model. It has an adapter while one is trained (`parallel.mcore.lora_layers`): its
-    factors then stand beside the matrices, not merged."""
+    """Every parameter of the whole model.
+
+    It has an adapter while one is trained (`parallel.mcore.lora_layers`). Its factors then stand beside the matrices,
+    not merged.
+    """
     layout: Layout
     world: World
     config: Any
@@ -47,7 +50,7 @@ class Model:
     frozen: frozenset[str] = frozenset()
     """Names of the tensors that are not trained, of the whole model."""
     frozen_by: tuple[float, int] | None = None
-    """Share and seed, where `freeze_half` chose them."""
+    """Fraction and seed, where `freeze_half` chose them."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -65,7 +68,7 @@ class Model:
         return [weight for weight in self.table if weight.name not in self.frozen]
 
     def parameters(self) -> Iterator[tuple[str, Weight, Any]]:
-        """(global megatron name, its place in the Hugging Face layout, parameter) of everything this rank holds."""
+        """(global megatron name, its Weight in the table, parameter) of everything this rank holds."""
         for name, parameter in self.module.named_parameters():
             known = self.global_name(name)
             yield known, self.table[known], parameter
@@ -75,24 +78,25 @@ class Model:
         return Stripes(self.spec.padded_vocab(), STRIPES) if self.table.striped else None
 
     def rows_of(self, ids: Tensor) -> Tensor:
-        """The embedding's rows of token ids: what megatron's embedding takes for ids."""
+        """The embedding's rows of token ids, which megatron's embedding takes for ids."""
         stripes = self.stripes()
         return ids if stripes is None else stripes.row_of(ids)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Stop training these; a tied output layer goes with its embedding. Before the model is wrapped for
-        training."""
+        """Stop training these tensors; a tied output layer goes with its embedding.
+
+        It must be called before the model is wrapped for training.
+        """
         self.frozen |= set(names)
         for _, weight, parameter in self.parameters():
             parameter.requires_grad_(weight.name not in self.frozen)
 
     def freeze_half(self, fraction: float, seed: int) -> None:
-        """Freeze a `fraction` of the whole model's tensors (`optim.half`), the same ones on every layout; to be called
-        before the model is wrapped for training. Collective.
+        """Freeze a `fraction` of the whole model's tensors (`optim.half`), the same ones on every layout.
 
-        Frozen tensors have neither gradient buffer nor optimizer state. The tensors are megatron's: query, key and
-        value are one, and so are gate and up. Raises LayoutError where a pipeline stage would have nothing left to
-        train.
+        Collective, and to be called before the model is wrapped for training. Frozen tensors have neither gradient
+        buffer nor optimizer state. The tensors are megatron's: query, key and value are one, and so are gate and up.
+        Raises LayoutError where a pipeline stage would have nothing left to train.
         """
         self.freeze(half(((weight.name, weight) for weight in self.table), fraction, seed))
         self.frozen_by = (fraction, seed)
@@ -183,7 +187,7 @@ def transformer_config(table: WeightTable, layout: Layout, dtype: torch.dtype, s
 def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
     """The fields of megatron's TransformerConfig that give each stage its layers.
 
-    Before 0.13 it knows a first and a last stage that differ from those between; LayoutError for another split names
+    Before 0.13 it knows a first and a last stage that differ from those between. For another split LayoutError names
     the nearest such one.
     """
     if "pipeline_model_parallel_layout" in config.__dataclass_fields__:
@@ -196,13 +200,17 @@ def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
             "and the last alike; "
             f"use layout.split={near} or megatron-core>=0.13"
         )
-    last = {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}  # of two stages it wants one told
+    last = (
+        {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}
+    )  # of two stages it wants the first only
     return {"num_layers_in_first_pipeline_stage": split[0], **last}
 
 
 def nearest_split(split: list[int]) -> list[int]:
-    """As many layers and stages, the stages between the first and the last alike: the one that moves the fewest
-    layers."""
+    """A split into as many layers and stages, whose stages between the first and the last are alike.
+
+    Of these it is the one to which the fewest layers must change their stage.
+    """
     layers, between = sum(split), len(split) - 2
     if between < 1:
         return split
@@ -243,7 +251,7 @@ def local_part(weight: Weight, folder: HFFolder, world: World) -> Tensor:
 
 
 def vocab_shard(model: Model) -> VocabShard:
-    """The embedding and head rows of this rank, which ids they are, and the group that holds the others."""
+    """The embedding and head rows of this rank, the ids in them, and the group that holds the other rows."""
     world = model.world
     rows = model.spec.padded_vocab() // world.tensor_size
     group = world.tensor_group if world.tensor_size > 1 else None
@@ -252,8 +260,10 @@ def vocab_shard(model: Model) -> VocabShard:
 
 @torch.no_grad()
 def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
-    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, each parameter once, an adapter merged; float64, the
-    same on every rank."""
+    """(|theta - theta_0|^2, |theta_0|^2) over the whole model, float64, the same on every rank.
+
+    Each parameter counts once, an adapter merged.
+    """
     moved = size = 0.0
     base.check(model.spec)
     held = {name: parameter for name, _, parameter in model.parameters()}
@@ -273,10 +283,11 @@ def squared_distance(model: Model, base: HFFolder) -> tuple[float, float]:
 
 
 def counted(name: str, weight: Weight, world: World, *, sharded_over_data: bool) -> bool:
-    """Whether this rank's copy of a parameter adds to a sum over the whole model: of replicas exactly one does.
+    """True where this rank's copy of a parameter adds to a sum over the whole model: of replicas exactly one does.
 
-    Replicated over the tensor group: its first rank. A tied head on a last stage of its own: no, the embedding does.
-    Where every data-parallel rank holds everything (no ZeRO-1): the first one does.
+    - Replicated over the tensor group: its first rank adds.
+    - A tied head on a last stage of its own does not add; the embedding does.
+    - Where every data-parallel rank holds everything (no ZeRO-1) the first one adds.
     """
     if name == OUTPUT and weight.name != OUTPUT:
         return False

@@ -1,6 +1,6 @@
-"""Our optimizers inside megatron's wrappers, and the map that tells them who holds what.
+"""Our optimizers inside megatron's wrappers, and the map that says who holds what.
 
-megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep doing what they do: main weights, gradient copies,
+megatron's wrappers (fp32, bf16 with fp32 main weights, ZeRO-1) keep their tasks: main weights, gradient copies,
 parameter gathers. Only the inner torch optimizer is exchanged. Each logical tensor of the whole model has one row in a
 table, which one gather a step fills: see `optim.shards`.
 """
@@ -26,8 +26,10 @@ from megatron_replay.parallel.mcore.zero1 import only
 from megatron_replay.parallel.ranks.matrix_exchange import Exchange, Part
 
 PARTS = ("embedding.", "decoder.final_layernorm.", "output_layer.")
-"""The parts that belong to no layer; each is a layer of its own for `scope="layer"`, so that no group spans two
-pipeline stages."""
+"""The parts that belong to no layer.
+
+Each is a layer of its own for `scope="layer"`, so that no group spans two pipeline stages.
+"""
 
 
 class ModelShards:
@@ -62,8 +64,10 @@ class ModelShards:
         return self._exchange.each_whole(params, values, function, stacked)
 
     def sum(self, table: Tensor) -> Tensor:
-        """Gathered and added in rank order: the same bits on every rank and every run, also where no fp64 all-reduce
-        exists."""
+        """The sum of all ranks' tables, gathered and added in rank order.
+
+        It is the same bits on every rank and every run, also where no fp64 all-reduce exists.
+        """
         parts = self._world.gather(table)
         total = parts[0].clone()
         for part in parts[1:]:
@@ -90,7 +94,7 @@ def wrap(model: Model, wrapped: Any, settings: OptimizerConfig, kernels: str = "
     from megatron.core.optimizer import OptimizerConfig as MegatronConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
-    beta1, beta2 = settings.betas or ADAM_BETAS  # of the Adam that is exchanged, so they decide nothing
+    beta1, beta2 = settings.betas or ADAM_BETAS  # they are of the Adam that is exchanged, so they decide nothing
     outer = get_megatron_optimizer(
         MegatronConfig(
             optimizer="adam",
@@ -161,8 +165,7 @@ def _exchange(outer: Any, model: Model, settings: OptimizerConfig, kernels: str)
 
 
 def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tuple[Tensor, Part]]:
-    """For each model parameter: what the inner optimizer updates in its stead, and which part of the whole tensor that
-    is."""
+    """Model parameter -> (the tensor that the inner optimizer updates in its stead, its part of the whole tensor)."""
     rows = {weight.name: row for row, weight in enumerate(model.trained())}
     held = dict(_held(outer, inner))
     zero1 = hasattr(outer, "model_param_group_index_map")
@@ -180,8 +183,10 @@ def _parts(outer: Any, inner: ReplayOptimizer, model: Model) -> dict[Tensor, tup
 
 
 def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
-    """(model parameter, what the inner optimizer updates in its stead: itself, its fp32 main copy, or this rank's shard
-    of that)."""
+    """(model parameter, the tensor that the inner optimizer updates in its stead).
+
+    That is the parameter itself, its fp32 main copy, or this rank's shard of that copy.
+    """
     if hasattr(outer, "model_param_group_index_map"):
         return [
             (p, inner.param_groups[group]["params"][order])
@@ -199,11 +204,11 @@ def _held(outer: Any, inner: ReplayOptimizer) -> list[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
-    """The optimizer's state as megatron's checkpoints take it: filled, and under ZeRO-1 exactly Adam's two tensors of
-    every parameter.
+    """A context in which the optimizer's state is as megatron's checkpoints take it.
 
-    A moment that an optimizer does not keep (the second of Muon's matrices) is written as zeros and dropped after
-    reading. The base weights of `pull` are not written: they are the model a run starts from.
+    It is filled, and under ZeRO-1 has exactly Adam's two tensors of every parameter. A moment that an optimizer does
+    not keep (the second of Muon's matrices) is written as zeros and dropped after reading. The base weights of `pull`
+    are not written: they are the model a run starts from.
     """
     inner.init_state()
     params = [param for group in inner.param_groups for param in group["params"]]
@@ -223,8 +228,10 @@ def adam_form(inner: ReplayOptimizer, *, zero1: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped: bool) -> None:
-    """Bring the vocabulary rows of main weights and optimizer state into the model's order; they lie `striped`, or not.
-    Collective."""
+    """Bring the vocabulary rows of main weights and optimizer state into the model's order. Collective.
+
+    `striped` says whether they lie in stripes now.
+    """
     ours, outer = model.trained(), only(outer)
     theirs = [dataclasses.replace(weight, striped=striped) if weight.kind == "vocab" else weight for weight in ours]
     # a tied head's stage has no other copy, so there it counts
@@ -246,10 +253,9 @@ def restripe_state(model: Model, outer: Any, inner: ReplayOptimizer, *, striped:
 
 
 def set_rates(inner: ReplayOptimizer, lr: float, weight_decay: float) -> None:
-    """Give every parameter group its learning rate and its weight decay for the next step, as megatron's own scheduler
-    would.
+    """Give every parameter group its learning rate and its weight decay for the next step.
 
-    megatron puts norms and biases into a group with wd_mult = 0.
+    megatron's own scheduler would do the same. megatron puts norms and biases into a group with wd_mult = 0.
     """
     for group in inner.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

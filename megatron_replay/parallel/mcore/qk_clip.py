@@ -41,8 +41,8 @@ def largest_logits(query: Tensor, key: Tensor, segments: Tensor, scale: float | 
 class WatchedLogits:
     """`optim.AttentionLogits` of a megatron model.
 
-    `held` gives, for each model parameter, the tensor that the optimizer updates in its stead, and which part of it
-    that is.
+    `held` gives for each model parameter the tensor that the optimizer updates in its stead, and that tensor's part of
+    the whole.
     """
 
     def __init__(self, model: Model, held: Mapping[Tensor, tuple[Tensor, Part]]) -> None:
@@ -85,7 +85,7 @@ class WatchedLogits:
         return torch.stack(world.gather(table)).amax(0)
 
     def _rows(self, factor: Tensor, weight: Weight, part: Part, param: Tensor) -> Tensor:
-        """The factor of each element of this rank's piece of a linear_qkv.
+        """The factor of each element of this rank's part of a linear_qkv.
 
         Query and key rows shrink; value rows stay.
         """

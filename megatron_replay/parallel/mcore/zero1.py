@@ -1,9 +1,9 @@
-"""The optimizer in a checkpoint: which of megatron's forms it takes, and that form where megatron does not have it.
+"""The optimizer in a checkpoint: the choice of megatron's form, and that form where megatron does not have it.
 
-Under ZeRO-1 the form is the one megatron-core calls fully_reshardable (since 0.15): every parameter's fp32 copy and two
-moments, each in the parameter's own shape, read on any layout. Older versions have only forms of their own, which 0.16
-cannot read. For them the same tensors are written here under the same keys, so that a run can stop on one version and
-go on with the other.
+Under ZeRO-1 the form is the one megatron-core calls fully_reshardable (since 0.15). It holds every parameter's fp32
+copy and two moments, each in the parameter's own shape, and is read on any layout. Older versions have only forms of
+their own, which 0.16 cannot read. For them the same tensors are written here under the same keys. So a run can stop on
+one version and go on with the other.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 FORM = "fully_reshardable"
-"""Not megatron's default, which 0.16.1 writes but cannot load again."""
+"""The form under ZeRO-1. megatron's default is another, which 0.16.1 writes but cannot load again."""
 KEYS = ("param", "exp_avg", "exp_avg_sq")
-"""As DistributedOptimizer names what it keeps of a parameter."""
+"""DistributedOptimizer's names of the tensors it keeps of a parameter."""
 IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-"""What tells megatron's parameter groups apart."""
+"""The settings that distinguish megatron's parameter groups."""
 
 
 def sharded_state(outer: Any, model_state: Any, metadata: dict[str, Any], *, loading: bool) -> Any:
-    """What dist_checkpointing saves, or fills, of megatron's optimizer `outer`; `metadata` names FORM."""
+    """The state of megatron's optimizer `outer` that dist_checkpointing saves or fills; `metadata` names FORM."""
     part = only(outer)
     if not hasattr(part, "model_param_group_index_map"):
         return outer.sharded_state_dict(model_state, is_loading=loading)
@@ -39,7 +39,7 @@ def sharded_state(outer: Any, model_state: Any, metadata: dict[str, Any], *, loa
 
 
 def load_state(outer: Any, state: Any) -> None:
-    """Fill megatron's optimizer from what `sharded_state` asked for."""
+    """Fill megatron's optimizer from the state that `sharded_state` asked for."""
     part = only(outer)
     holder = state.get("optimizer", state)
     holder["param_groups"] = in_order(holder["param_groups"], part.optimizer.param_groups)
@@ -53,8 +53,9 @@ def load_state(outer: Any, state: Any) -> None:
 def in_order(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved parameter groups in the order of this rank's.
 
-    megatron-core 0.12 makes them in the order in which a stage meets its parameters and loads them by number: what the
-    first stage saved, which begins with a matrix, goes to a later stage's norms, which have no weight decay.
+    megatron-core 0.12 makes the groups in the order in which a stage meets its parameters, and loads them by number.
+    Then the first stage's first group, which is a matrix's, would go to a later stage's norms, which have no weight
+    decay.
     """
     known = {_identity(group): group for group in saved}
     ordered = []

@@ -1,11 +1,11 @@
-"""Whole matrices out of pieces: gather each matrix on one rank, compute there, and send every holder its piece of the
-result.
+"""Whole matrices out of parts: gather each on one rank, compute there, and send every holder its part of the result.
 
-A hidden matrix lies in pieces: cut by tensor parallelism, each part perhaps cut again anywhere by ZeRO-1, or held alike
-by data-parallel replicas. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's
-ranks by cost, and two all-to-alls a batch of matrices carry the pieces there and the results back. Each matrix is
-computed once in the world, by one rank, so the results are the same bits on every layout. Matrices that megatron fuses
-(query, key and value; gate and up) are taken apart first.
+A hidden matrix lies in parts. Tensor parallelism cuts it, and ZeRO-1 may cut each part again anywhere, or data-parallel
+replicas hold it alike. Newton-Schulz needs it whole. So the matrices of a pipeline stage are dealt to the stage's ranks
+by cost. Two all-to-alls a batch of matrices carry the parts there and the results back.
+
+Each matrix is computed once in the world, by one rank, so the results are the same bits on every layout. Matrices that
+megatron fuses (query, key and value; gate and up) are taken apart first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 1 << 25
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's piece of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
+    """A rank's part of a logical tensor: elements [start, stop) of its tensor-parallel part, flat."""
 
     row: int
     tensor_rank: int
@@ -48,7 +48,7 @@ class Exchange:
         *,
         into: Sequence[Weight] | None = None,
     ) -> None:
-        """into: what the results are laid out as, where that is not the `table` the values come in."""
+        """into: the table by which the results are laid out, where that is not the `table` of the values."""
         self._world, self._table, self._dtype = world, table, dtype
         self._into = into or table
         self._mine = dict(parts)
@@ -112,7 +112,7 @@ class Exchange:
                     yield rank, flat[:, held[row].start : held[row].stop]
 
     def _arriving(self, rows: Sequence[int], owners: Mapping[int, int], stacked: int) -> list[list[tuple[int, int]]]:
-        """Shapes of what each rank sends here for the rows this rank owns, in row order."""
+        """Shapes of the tensors that each rank sends here for the rows this rank owns, in row order."""
         own = [row for row in rows if owners[row] == self._world.stage_rank]
         return [
             [(stacked, _length(held[row])) for row in own if row in held and held[row].counted] for held in self._held
@@ -134,8 +134,10 @@ class Exchange:
 
 
 def deal(rows: Mapping[int, Weight], ranks: int) -> list[dict[int, int]]:
-    """Batches of rows with the rank that computes each: neighbours together, the dearest first to whoever has least to
-    do."""
+    """Batches of rows, each row with the rank that computes it.
+
+    Neighbours come together. The dearest row goes first, to the rank that has least to do.
+    """
     batches: list[list[int]] = []
     room = 0
     for row in sorted(rows):

@@ -1,8 +1,8 @@
 """The table of shims: one entry for each change we make to megatron-core's surroundings.
 
 megatron-core names CUDA in literals, which must lead to the CPU on the CPU. On the NPU an adapter does that (see
-`adapters`), and this table has what the adapter leaves out. tests/ranks/test_shims.py runs training without each of the
-CPU's shims in turn, tests/npu without each of the NPU's. These tests fail when a shim is no longer needed.
+`adapters`), and this table has what the adapter leaves out. `tests/ranks/test_shims.py` runs training without each of
+the CPU's shims in turn, `tests/npu` without each of the NPU's. These tests fail when a shim is no longer needed.
 """
 
 from __future__ import annotations

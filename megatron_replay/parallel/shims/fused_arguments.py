@@ -26,8 +26,8 @@ _RIGHT_DOWN_CAUSAL = 3
 def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
     """Arguments of `npu_fusion_attention` for causal attention within each segment.
 
-    They follow query, key and value [T, heads, D]. segments [n, 3] (start, length, -1; int64, on the CPU) follow each
-    other from token 0 to the end of the three tensors.
+    They are those after query, key and value [T, heads, D]. segments [n, 3] (start, length, -1; int64, on the CPU)
+    follow each other from token 0 to the end of the three tensors.
     """
     ends = segments[:, :2].sum(1).tolist()
     assert segments[:, 0].tolist() == [0, *ends[:-1]], "segments must follow each other"
@@ -45,10 +45,10 @@ def causal_within(segments: Tensor, query: Tensor, scale: float | None) -> dict[
 def to_visible(visible: Tensor, query: Tensor, scale: float | None) -> dict[str, Any]:
     """Arguments of `npu_fusion_attention` for attention to the visible keys.
 
-    They follow query, key and value, each a batch of one. query [Q, Hq, D] is without the batch; visible [Q, K] is
-    bool. Every query sees a key, which the operator's precision needs.
+    They are those after query, key and value, each a batch of one. query [Q, Hq, D] is without the batch; visible [Q,
+    K] is bool. Every query sees a key, which the operator's precision needs.
 
-    The operator's page says of the rest:
+    The operator's page says of the others:
     - sparse_mode 1 (allMask) takes the whole mask, True where a key takes no part.
     - It reads neither pre_tockens nor next_tockens.
     - The mask may be [Q, K] for all heads.
