@@ -34,7 +34,7 @@ class SampleBlock:
     num_positions: Array
     """[S] int64."""
     sets: SampleSets
-    """Of P positions; `positions` begin anew with each sample."""
+    """The sets of P positions; `positions` begin anew with each sample."""
 
     @cached_property
     def sample_starts(self) -> Array:
