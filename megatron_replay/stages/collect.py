@@ -288,7 +288,7 @@ def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> l
 
     A sample none of whose positions was chosen is stored empty, so that it counts as done.
     """
-    assert sets.logits is not None  # the writer tells from them which gold tokens were appended
+    assert sets.logits is not None  # they show the writer which gold tokens were appended
     sets = sets.to("cpu")
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.samples, batch.positions, strict=True):

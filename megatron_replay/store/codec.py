@@ -1,7 +1,7 @@
 """Columns of integers to bytes and back, without a Python loop over values.
 
-A column is n unsigned integers of `width` bytes; float columns come as their bit patterns. n is always known to the
-reader from the block's counts, so a stored length never decides how much is allocated.
+A column is n unsigned integers of `width` bytes; float columns come as their bit patterns. The reader always knows n
+from the block's counts, so a stored length never decides how much is allocated.
 """
 
 from __future__ import annotations
