@@ -56,7 +56,7 @@ def resolve(roots: list[Requirement]) -> dict[str, str]:
 
 
 def applies(need: Requirement, extras: set[str]) -> bool:
-    """Whether a requirement counts on this machine for these extras of the package that states it."""
+    """True where a requirement counts on this machine for these extras of the package that states it."""
     return need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras or {""})
 
 

@@ -56,7 +56,7 @@ RANKS = 2
 REFERENCE = library.choose("reference")
 
 Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""What to do with the operators, after putting each input where they compute; its results."""
+"""A run of the operators, after putting each input where they compute; it returns its results."""
 
 
 def kernels(device: Device) -> int:
@@ -183,7 +183,7 @@ def of_optimizers(dtype: torch.dtype) -> dict[str, Run]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Of the largest value, or infinite where shapes or whole numbers differ."""
+    """Error as a fraction of the largest value, or infinite where shapes or whole numbers differ."""
     found, wanted = found.cpu(), wanted.cpu()
     if found.shape != wanted.shape or not wanted.is_floating_point() or not wanted.numel():
         return 0.0 if torch.equal(found, wanted.to(found.dtype)) else float("inf")

@@ -98,7 +98,7 @@ class Scenario:
 
 
 def outcome(library: Library, variant: str, scenarios: Sequence[Scenario]) -> str:
-    """What becomes of a variant: the rule it breaks first, "wrong" where a result is, or "passes"."""
+    """The outcome of a variant: the rule it breaks first, "wrong" where a result is, or "passes"."""
     for scenario in scenarios:
         try:
             found = scenario.run(library, variant=variant, **scenario.how)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float64: 1e-13}
-"""Of a gradient, which is rounded to the logits' dtype."""
+"""Tolerance of a gradient, which is rounded to the logits' dtype."""
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 OURS, PLAIN = choose("auto"), choose("reference")
 ELSEWHERE = object()

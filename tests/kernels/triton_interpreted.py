@@ -40,8 +40,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sets_of(sizes: Sequence[int], vocab: int, zipf: bool = False) -> CandidateSets:
-    """Sets of these sizes; by Zipf's law the low ids are in most of them. Golds stand at their beginning, middle and
-    end."""
+    """Sets of these sizes; by Zipf's law the low ids are in most of them.
+
+    Golds stand at their beginning, middle and end.
+    """
     gen = torch.Generator().manual_seed(0)
     odds = 1 / torch.arange(1.0, vocab + 1) if zipf else torch.ones(vocab)
     rows = [sorted(torch.multinomial(odds, size, generator=gen).tolist()) for size in sizes]

@@ -71,7 +71,7 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def tied_and_untied(root: Path, config: dict[str, Any]) -> dict[bool, str]:
-    """Whether the output layer is the embedding -> a folder of such a model."""
+    """True where the output layer is the embedding -> a folder of such a model."""
     return {
         tied: str(write_folder(root / str(tied), {**config, "tie_word_embeddings": tied})) for tied in (True, False)
     }

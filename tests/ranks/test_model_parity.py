@@ -76,7 +76,7 @@ def sharded(
 
 @torch.no_grad()
 def reference(model: Any, row: list[np.ndarray]) -> Tensor:
-    """What transformers says of each sample alone."""
+    """transformers' logits of each sample, computed one sample at a time."""
     return torch.cat([model(torch.from_numpy(ids)[None]).logits[0, :-1] for ids in row])
 
 

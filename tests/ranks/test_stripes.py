@@ -154,8 +154,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 
 def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
-    """On a rank: the sets of a few samples, of a head whose rows have one number each, so that logits tie to the bit on
-    any layout."""
+    """On a rank: the sets of a few samples, of a head whose rows have one number each.
+
+    So logits tie to the bit on any layout.
+    """
     with opened(folder, layout) as model:
         samples = tokens((13, 21, 7), model.spec.vocab_size, "sets")
         length = row_length([sum(map(len, samples))], layout.tensor)

@@ -17,7 +17,7 @@ MATRICES = {"self_attn": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate
 
 
 def names(layers: int) -> list[tuple[str, torch.Tensor]]:
-    """As `named_parameters` of a Hugging Face model gives them."""
+    """Names and parameters as `named_parameters` of a Hugging Face model gives them."""
     found = [("model.embed_tokens.weight", torch.empty(2, 2))]
     for layer in range(layers):
         of = f"model.layers.{layer}"
