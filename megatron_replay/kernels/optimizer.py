@@ -33,10 +33,10 @@ _LOW = (torch.float32, torch.bfloat16)
 class Scalars(NamedTuple):
     """The numbers one tensor's update depends on; float32 in the kernel.
 
-        m <- m_keep m + m_grad g
-        v <- beta2 v + (v_grad g + v_momentum m)^2, with the m before
-        u = atan2(first m, sqrt v) if arctangent else first m / (second sqrt v + eps)
-        theta <- keep theta - rate u
+    m <- m_keep m + m_grad g
+    v <- beta2 v + (v_grad g + v_momentum m)^2, with the m before
+    u = atan2(first m, sqrt v) if arctangent else first m / (second sqrt v + eps)
+    theta <- keep theta - rate u
     """
 
     m_keep: float
