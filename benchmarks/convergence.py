@@ -49,8 +49,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row of the comparison: an optimizer of ours, its options, and what it makes of the learning rate it is
-    given."""
+    """One row of the comparison: an optimizer of ours, its options, and the factor of its learning rate."""
 
     name: str
     optimizer: str
@@ -373,8 +372,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def study(model: LlamaForCausalLM, task: Task, plan: Plan, output: Path, *, about: dict[str, str]) -> None:
-    """Do the runs that the file lacks, adding each as it ends; then fill in the steps to the target, which AdamW's rows
-    define."""
+    """Do the runs that the file lacks, adding each as it ends.
+
+    Then fill in the steps to the target, which AdamW's rows define.
+    """
     base = {name: value.clone() for name, value in model.state_dict().items()}
     rows = read_rows(output)
     done = {key_of(row): row["weights"] for row in rows}

@@ -31,8 +31,10 @@ def wanted(pyproject: Path) -> list[Requirement]:
 
 
 def resolve(roots: list[Requirement]) -> dict[str, str]:
-    """Name -> installed version of the roots and of everything they need here; raises LookupError for one that is
-    missing or too old."""
+    """Name -> installed version of the roots and of everything they need here.
+
+    Raises LookupError for one that is missing or too old.
+    """
     versions: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     todo = list(roots)

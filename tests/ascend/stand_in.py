@@ -86,8 +86,10 @@ class StandInError(Exception):
 
 
 class Library:
-    """A compiled library; `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it
-    broke."""
+    """A compiled library.
+
+    `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it broke.
+    """
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -166,8 +168,10 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A broken variant: `old` must occur exactly once in the file and becomes `new`; `says` is part of the error, or
-    "wrong" result."""
+    """A broken variant: `old` must occur exactly once in the file and becomes `new`.
+
+    `says` is part of the error, or "wrong" result.
+    """
 
     name: str
     file: str

@@ -1,5 +1,7 @@
-"""Who may import whom, and what may happen at import: read from the source, so that nothing has to be imported to know
-it."""
+"""The rules of who may import whom, and of what may happen at import.
+
+They are read from the source, so that nothing has to be imported to know it.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Triton's kernels without a GPU: their results under its interpreter, that they compile for one, and what happens
-where Triton is not."""
+"""Triton's kernels without a GPU.
+
+Tested are their results under its interpreter, that they compile for a GPU, and what happens where Triton is missing.
+"""
 
 from __future__ import annotations
 

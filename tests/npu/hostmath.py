@@ -88,8 +88,10 @@ def host_view(x: Tensor) -> Tensor:
 
 
 def serve_the_binding() -> torch.library.Library:
-    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++; they last as long as what is
-    returned."""
+    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++.
+
+    They last as long as the object returned.
+    """
     library = torch.library.Library("aten", "IMPL")
     for name in FOR_THE_BINDING:
         base, _, overload = name.partition(".")

@@ -72,8 +72,10 @@ def make(folder: Path) -> Runtime:
 
 
 def make_binding(runtime: Runtime, folder: Path) -> Path:
-    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in; returns the module's
-    file."""
+    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in.
+
+    Returns the module's file.
+    """
     if shutil.which("cmake") is None:
         pytest.skip("no cmake here")
     settings = {

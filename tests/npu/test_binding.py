@@ -33,8 +33,10 @@ def test_every_operator_is_served(found: Any) -> None:
 @pytest.mark.parametrize("how", ["loss", "into main_grad"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: str, tolerance: float) -> None:
-    """Loss, gradient of the hidden states, gradient of the weight; a bfloat16 gradient is rounded once more than its
-    tolerance."""
+    """Loss, gradient of the hidden states, gradient of the weight.
+
+    A bfloat16 gradient is rounded once more than its tolerance.
+    """
     loss, *gradients = found[how][precision]
     assert loss <= 2e-6 and all(far <= tolerance for far in gradients), found[how][precision]
 

@@ -257,8 +257,7 @@ def unmerged(job: Job, adapter: Adapter, root: str) -> tuple[np.ndarray, tuple[f
 
 
 def filled(path: str, base: str, layout: Layout) -> tuple[np.ndarray | None, tuple[float, float], int]:
-    """On a rank: logits of what `evaluate` would see of a model, its distance from the base, and how many parameters it
-    has."""
+    """On a rank: (logits, distance from the base, number of parameters) of a model as `evaluate` would see it."""
     with world.running(layout, CPU) as ours:
         source = Source.open(path)
         model = build(source.spec, source.layout(layout), ours, torch.float32, seq_length=128)

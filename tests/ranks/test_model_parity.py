@@ -46,8 +46,10 @@ ROPE = {
 def logits(
     folder: str, layout: Layout, rows: list[list[np.ndarray]], dtype: torch.dtype = torch.float32
 ) -> list[np.ndarray] | None:
-    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row; None before the last
-    stage."""
+    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row.
+
+    None before the last stage.
+    """
     with opened(folder, layout, dtype) as model:
         length = row_length([sum(map(len, row)) for row in rows], layout.tensor)
         batches = [

@@ -1,10 +1,8 @@
 """Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind.
 
-One test a shim.
-
-When a test here says that a shim is not needed any more, delete the shim, or restrict it to the versions that need it.
-A shim that names other versions than the installed one is not applied, so the jobs that run with all shims show that
-this version does not need it.
+There is one test a shim. When a test here says that a shim is not needed any more, delete the shim, or restrict it to
+the versions that need it. A shim that names other versions than the installed one is not applied. So the jobs that run
+with all shims show that this version does not need it.
 """
 
 from __future__ import annotations

@@ -31,8 +31,10 @@ def names(layers: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def test_half_of_each_kind_in_each_layer() -> None:
-    """The paper's: two of four attention matrices, two of three MLP matrices in half of the layers and one in the
-    others, one norm."""
+    """The paper's fraction: two of four attention matrices, and one norm.
+
+    Of the three MLP matrices it is two in half of the layers and one in the others.
+    """
     frozen = half(names(10), 0.5, 1)
     counts = Counter(
         (name.split(".")[2], name.split(".")[3].removesuffix("_layernorm").replace("post_attention", "input"))
