@@ -87,10 +87,10 @@ def _sum(a: Array, b: Array) -> Array:
 def gold_appended(sets: SampleSets, rule: CandidateRule) -> Array:
     """[P] bool: true where the gold token was added to a set that did not have it.
 
-    A set of more than k_max + `always` ids shows it by its size. With logits a smaller one shows it too (arXiv
-    2510.09152, section 2): gold is its least likely token, and the others, at least min_set_size of them, reach tau.
-    Without logits a smaller set cannot show it, and counts as false. A full set that had some ids of `always` anyway
-    counts as false.
+    A set of more than k_max + `always` ids shows it by its size. With logits a smaller one shows it too: gold is its
+    least likely token, and the others reach tau without it. They must be at least min_set_size (arXiv 2510.09152,
+    section 2). Without logits a smaller set cannot show it, and counts as false. A full set that had some ids of
+    `always` anyway counts as false.
     """
     sizes = sets.sizes()
     full = sizes > rule.k_max + len(rule.always)
