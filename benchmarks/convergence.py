@@ -49,8 +49,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row of the comparison: an optimizer of ours, its options, and what it makes of the learning rate it is
-    given."""
+    """One row of the comparison: an optimizer of ours, its options, and the factor of its learning rate."""
 
     name: str
     optimizer: str
@@ -60,8 +59,10 @@ class Method:
 
 TUNED = Method(name="adamw-tuned", optimizer="adamw", options={"betas": (0.97, 0.95)}, lr_factor=0.66)
 NO_MOMENTUM = Method(name="adamw-no-momentum", optimizer="adamw", options={"betas": (0.0, 0.95)}, lr_factor=0.1)
-"""What `restart` comes near to: a step that drops the momentum is a tenth (1 - beta1) of the gradient, and here half of
-them do."""
+"""AdamW without momentum, which `restart` comes near to.
+
+A step that drops the momentum is a tenth (1 - beta1) of the gradient, and here half of them do.
+"""
 SWEPT = (
     Method(name="adamw", optimizer="adamw"),
     TUNED,
@@ -71,7 +72,7 @@ SWEPT = (
     Method(name="moclip-45-restart", optimizer="moclip", options={"obtuse": "restart"}),
     Method(name="tam-paper", optimizer="tam", options={"variant": "paper"}),
 )
-"""Those compared over the learning rate."""
+"""The methods compared over the learning rate."""
 GRID = tuple(
     Method(
         name=f"moclip-{angle}"
@@ -133,7 +134,7 @@ class Task:
     """The fixed batch on which the loss is watched; never trained on, nor is `domain`."""
     domain: Tensor
     retention: Tensor
-    """What the model writes by itself before any training: its loss on it rises by the divergence from what it was."""
+    """The model's own text before any training; the loss on it rises by the divergence from the model that wrote it."""
 
 
 def documents(path: Path, fields: Sequence[str]) -> list[str]:
@@ -255,8 +256,10 @@ def run(
     seed: int,
     steps: int,
 ) -> dict[str, str]:
-    """Train from the base weights; the rate rises over the first tenth and then stays. The columns that are
-    measured."""
+    """Train from the base weights; the rate rises over the first tenth and then stays.
+
+    The columns that are measured.
+    """
     began = time.process_time()
     model.load_state_dict(base)
     shards: Shards = Layered(model)
@@ -316,8 +319,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which runs there are: every method at `lr` and `high_lr`; the most compared at the rates of `sweep`, and with a
-    larger batch."""
+    """The runs to do: every method at `lr` and `high_lr`.
+
+    The methods compared most are run at the rates of `sweep` too, and with a larger batch.
+    """
 
     lr: float
     high_lr: float
@@ -367,8 +372,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def study(model: LlamaForCausalLM, task: Task, plan: Plan, output: Path, *, about: dict[str, str]) -> None:
-    """Do the runs that the file lacks, adding each as it ends; then fill in the steps to the target, which AdamW's rows
-    define."""
+    """Do the runs that the file lacks, adding each as it ends.
+
+    Then fill in the steps to the target, which AdamW's rows define.
+    """
     base = {name: value.clone() for name, value in model.state_dict().items()}
     rows = read_rows(output)
     done = {key_of(row): row["weights"] for row in rows}

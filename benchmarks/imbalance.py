@@ -54,7 +54,7 @@ def rounded(size: int) -> int:
 
 
 def occurrences(tokenizer: Path, paths: list[Path], fields: list[str]) -> np.ndarray:
-    """How often each id occurs in the texts, padding rows included."""
+    """The number of times each id occurs in the texts, padding rows included."""
     known = load_tokenizer(tokenizer)
     counts = np.zeros(rounded(known.size), dtype=np.int64)
     for path in paths:
@@ -64,7 +64,7 @@ def occurrences(tokenizer: Path, paths: list[Path], fields: list[str]) -> np.nda
 
 
 def candidates(store: str) -> np.ndarray:
-    """How often each id is a candidate in a store."""
+    """The number of sets in a store of which each id is a candidate."""
     opened = CandidateStore.open(store)
     counts = np.zeros(rounded(opened.manifest.vocab_size), dtype=np.int64)
     for uid in opened:

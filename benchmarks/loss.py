@@ -81,8 +81,10 @@ def methods(p: Problem) -> dict[str, Step]:
         return p.of_padded((p.hidden @ p.weight.index_select(0, ids).t()).gather(1, where))
 
     def tiles() -> Tensor:
-        """Of each tile of positions the union's rows, a dense product, a mask, a softmax: the form that matrix units
-        like."""
+        """The union's rows of each tile of positions: a dense product, a mask, a softmax.
+
+        It is the form that matrix units like.
+        """
         losses = []
         for start in range(0, len(p.padded), TILE):
             rows = slice(start, start + TILE)

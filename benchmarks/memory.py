@@ -153,7 +153,7 @@ def fresh(given: list[str], ranks: int, folder: Path, *, dry_run: bool = False) 
 
 
 def peak(folder: Path, case: Case, stage: int, stages: int) -> int:
-    """Of the ranks of a stage: megatron lays pipeline stages out slowest."""
+    """The largest peak of the ranks of a stage; megatron lays pipeline stages out slowest."""
     each = case.ranks // stages
     return max(int((folder / f"peak.{rank}").read_text()) for rank in range(stage * each, (stage + 1) * each))
 

@@ -121,7 +121,7 @@ def rivals(params: list[torch.nn.Parameter]) -> list[Rival]:
 
 
 def one_pass(name: str) -> bool:
-    """Whether an optimizer updates all parameters in the one pass for which Adam's family has a kernel."""
+    """True where an optimizer updates all parameters in the one pass for which Adam's family has a kernel."""
     kind = OPTIMIZERS.get(name)
     return issubclass(kind, AdamFamily) and kind.apply is AdamFamily.apply and kernel_knows(kind)
 

@@ -28,9 +28,11 @@ Step = Callable[[], object]
 def language_logits(
     num: int, vocab: int, *, sigma: float = 2.5, exponent: float = 1.05, rank: int = 64, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Logits of a log-bilinear language model, 128 rows at a time: Zipf's law over shuffled ids, and a direction of
-    each document and position that lifts some of them; rows differ in sharpness. sigma and exponent give sets like
-    those of real text."""
+    """Logits of a log-bilinear language model, 128 rows at a time.
+
+    Shuffled ids follow Zipf's law. A direction of each document and position lifts some of them; rows differ in
+    sharpness. sigma and exponent give sets like those of real text.
+    """
     gen = torch.Generator().manual_seed(seed)
     base = -exponent * (torch.arange(vocab) + 2.7).log()[torch.randperm(vocab, generator=gen)]
     embedding = torch.randn(vocab, rank, generator=gen)
@@ -56,11 +58,11 @@ def sets_of(tiles: Iterable[Tensor], tau: float, gen: torch.Generator) -> Candid
 def interleaved(
     steps: Mapping[str, Step], rounds: Mapping[str, int], threads: int, *, processor: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each of its rounds, the steps in turn; a first round does not count, and is left out for
-    those that run once.
+    """Seconds of each step in each of its rounds, the steps in turn.
 
-    With one thread processor time counts, so that neighbours on the machine do not; with more, or where `processor` is
-    false because the work is a device's, the wall clock does.
+    A first round does not count, and is left out for those that run once. With one thread processor time counts, so
+    that neighbours on the machine do not. With more threads, or where `processor` is false because the work is a
+    device's, the wall clock does.
     """
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 and processor else time.perf_counter
@@ -77,8 +79,10 @@ def interleaved(
 
 
 def temporary_bytes(step: Step) -> int:
-    """Peak resident memory of a step above what is held when it is over; only where freed memory is returned at once,
-    see `frugal`."""
+    """Peak resident memory of a step above what is held when it is over.
+
+    This holds only where freed memory is returned at once, see `frugal`.
+    """
     Path("/proc/self/clear_refs").write_text("5")
     result = step()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -87,8 +91,10 @@ def temporary_bytes(step: Step) -> int:
 
 
 def frugal(arguments: list[str]) -> str:
-    """The output of this program with other arguments, in a process whose allocator maps and returns every block of 64
-    KB or more."""
+    """The output of this program with other arguments, in a process of its own.
+
+    Its allocator maps and returns every block of 64 KB or more.
+    """
     env = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",

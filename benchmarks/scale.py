@@ -87,7 +87,7 @@ def shards(group: dist.ProcessGroup | None) -> int:
 
 
 def slowest(seconds: list[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Of each round."""
+    """The slowest rank's seconds of each round."""
     if group is None:
         return seconds
     table = torch.tensor(seconds, dtype=torch.float64)

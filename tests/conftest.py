@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Fixtures that every test may use."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The data folder beside the checkout (`../shared/data`), described by its MANIFEST.json; the test is skipped where
-    it is absent."""
+    """The data folder beside the checkout (`../shared/data`), described by its MANIFEST.json.
+
+    The test is skipped where it is absent.
+    """
     if not (SHARED / "MANIFEST.json").is_file():
         pytest.skip(f"the shared data is not here: no MANIFEST.json in {SHARED}")
     return SHARED
@@ -40,8 +42,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_file(shared_data: Path) -> Callable[[str], Path]:
-    """`shared_file("text/wikitext2_valid.txt")`: that file as MANIFEST.json lists it; missing, or another one: the test
-    is skipped."""
+    """`shared_file("text/wikitext2_valid.txt")`: that file as MANIFEST.json lists it.
+
+    The test is skipped where the file is missing or another one.
+    """
     listed = {
         entry["file"]: entry["sha256"]
         for entry in json.loads((shared_data / "MANIFEST.json").read_text(encoding="utf-8"))

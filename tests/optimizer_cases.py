@@ -50,13 +50,13 @@ RATE = {"tam": 0.1}
 """Times the rate of the others: TAM's momentum lacks the factor 1 - beta1, so its steps are longer."""
 
 BY_SHAPE = frozenset({"mofo", "muon", "adamuon", "muonclip"})
-"""Those that do something else to a matrix than to a flat view of it."""
+"""The cases that do something else to a matrix than to a flat view of it."""
 
 BY_MATRIX = frozenset(name for name in OPTIMIZERS if issubclass(OPTIMIZERS.get(name), Muon))
-"""Those that need whole matrices."""
+"""The cases that need whole matrices."""
 
 WHOLE_MODEL = frozenset({"muonclip"})
-"""Those that refuse a model of which some weights are frozen."""
+"""The cases that refuse a model of which some weights are frozen."""
 
 
 def registered(lr: float, *, without: Collection[str] = ()) -> dict[str, Case]:

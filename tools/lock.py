@@ -31,8 +31,10 @@ def wanted(pyproject: Path) -> list[Requirement]:
 
 
 def resolve(roots: list[Requirement]) -> dict[str, str]:
-    """Name -> installed version of the roots and of everything they need here; raises LookupError for one that is
-    missing or too old."""
+    """Name -> installed version of the roots and of everything they need here.
+
+    Raises LookupError for one that is missing or too old.
+    """
     versions: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     todo = list(roots)
@@ -56,7 +58,7 @@ def resolve(roots: list[Requirement]) -> dict[str, str]:
 
 
 def applies(need: Requirement, extras: set[str]) -> bool:
-    """Whether a requirement counts on this machine for these extras of the package that states it."""
+    """True where a requirement counts on this machine for these extras of the package that states it."""
     return need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras or {""})
 
 

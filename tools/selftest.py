@@ -39,8 +39,10 @@ from megatron_replay.parallel.ranks.spawn import launch
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float64: 1e-12}
-"""Largest difference to float64 on the cpu, relative to the largest value; inputs are rounded before, so what remains
-is that of sums."""
+"""Largest difference to float64 on the cpu, relative to the largest value.
+
+Inputs are rounded before, so what remains is the difference of sums.
+"""
 PROBLEMS: dict[str, tuple[list[int], int, int]] = {
     "short sets": ([1 + t % 40 for t in range(50)], 700, 96),
     "sets of all sizes": ([1, 2, 40, 201, 7, 120] * 20, 3000, 1024),
@@ -56,7 +58,7 @@ RANKS = 2
 REFERENCE = library.choose("reference")
 
 Run = Callable[[Any, Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""What to do with the operators, after putting each input where they compute; its results."""
+"""A run of the operators, after putting each input where they compute; it returns its results."""
 
 
 def kernels(device: Device) -> int:
@@ -80,8 +82,10 @@ def kernels(device: Device) -> int:
 
 
 def compared(call: Run, device: Device, tolerance: float, *, again: bool) -> tuple[float, str]:
-    """(how far the device's results are from float64 on the cpu, what is wrong or ""); `again`: a second call must give
-    the same bits."""
+    """(distance of the device's results from float64 on the cpu, the error or "").
+
+    `again`: a second call must give the same bits.
+    """
     try:
         found, second = (call(library.choose("auto"), lambda t: t.to(device.at())) for _ in range(2))
     except (RuntimeError, ValueError) as err:
@@ -183,7 +187,7 @@ def of_optimizers(dtype: torch.dtype) -> dict[str, Run]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Of the largest value, or infinite where shapes or whole numbers differ."""
+    """Error as a fraction of the largest value, or infinite where shapes or whole numbers differ."""
     found, wanted = found.cpu(), wanted.cpu()
     if found.shape != wanted.shape or not wanted.is_floating_point() or not wanted.numel():
         return 0.0 if torch.equal(found, wanted.to(found.dtype)) else float("inf")
@@ -281,8 +285,10 @@ def train(device: Device, folder: str, loss: str, jobs: Any) -> list[tuple[float
 
 
 def timings(device: Device) -> int:
-    """Forward and backward of the restricted loss and of the full one, at one tensor-parallel rank's share of Qwen3-4B
-    (small on a cpu)."""
+    """Forward and backward of the restricted loss and of the full one, for one tensor-parallel rank of Qwen3-4B.
+
+    The sizes are small on a cpu.
+    """
     n, hidden, vocab, k = (128, 256, 4096, 50) if device.name == "cpu" else (4096, 2560, 151_936 // 4, 100)
     dtype = torch.bfloat16 if device.has_bf16 else torch.float32
     gen = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 // megatron_replay._npu: importing it registers the NPU's kernels for the schemas of megatron_replay/kernels/schemas.py.
 //
-// What a kernel wants sorted or transposed is prepared by torch's own NPU operators; kernels are enqueued through
+// torch's own NPU operators sort or transpose what a kernel wants sorted or transposed. Kernels are enqueued through
 // torch-npu's OpCommand, so that they run in order with them. Sums that must be float64 are finished on the host:
 // vector cores have no float64. The functions' C++ signatures are those of csrc/cpu: torch wants one for each schema.
 #include <Python.h>
@@ -44,7 +44,7 @@ uint32_t narrow(int64_t value, const char* name) {
   return static_cast<uint32_t>(value);
 }
 
-// Vector cores of the current device: what the work is cut into.
+// The number of the current device's vector cores, into which the work is cut.
 uint32_t blocks() {
   int64_t cores = 0;
   const auto code = aclGetDeviceCapability(c10_npu::current_device(), ACL_DEVICE_INFO_VECTOR_CORE_NUM, &cores);
@@ -263,7 +263,7 @@ Tensor finished(const Tensor& partial, const std::vector<int64_t>& chunks, int64
   return result;
 }
 
-// Room for the partial sums of all tensors, and how many chunks each has.
+// Memory for the partial sums of all tensors, and the number of chunks of each.
 std::tuple<Tensor, std::vector<int64_t>> partials(at::TensorList tensors) {
   std::vector<int64_t> chunks;
   int64_t total = 0;

@@ -1,5 +1,5 @@
-// What the kernels over lists of tensors share: cutting them into blocks for the threads,
-// bfloat16, and sums in a fixed order.
+// The common parts of the kernels over lists of tensors: cutting them into blocks for the threads, bfloat16, and sums
+// in a fixed order.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,13 +16,13 @@ namespace megatron_replay {
 constexpr int64_t kBlock = 32768;
 // Elements a kernel works on at a time: its buffers of them stay in the level-1 cache.
 constexpr int64_t kChunk = 1024;
-// How far ahead of the work memory is asked for, and how many elements at a time: the processor's own prefetching stops
-// at each page, and asking for more at once fills its miss buffers. Measured on AVX-512: 512 and 64 take 0.64 of the
-// time of none, 1024 and 256 more than none.
+// The distance in elements at which memory is asked for ahead of the work, and the elements asked for at a time. The
+// processor's own prefetching stops at each page, and asking for more at once fills its miss buffers. Measured on
+// AVX-512: 512 and 64 take 0.64 of the time of none, 1024 and 256 more than none.
 constexpr int64_t kAhead = 512;
 constexpr int64_t kStride = 64;
-// Partial sums side by side, and how many chained additions each gets a turn. Fixed, so that no sum
-// depends on the vector's length.
+// The number of partial sums side by side, and of chained additions that each gets a turn. Both are fixed, so that no
+// sum depends on the vector's length.
 constexpr int64_t kLanes = 64;
 constexpr int64_t kTurn = 4 * kLanes;
 static_assert(kChunk % kTurn == 0);

@@ -1,6 +1,6 @@
-// The restricted loss from logits that are there already: their candidates are gathered, and in the backward pass
-// scattered, one element each. That waits for memory, not for arithmetic, so nothing here is compiled for an
-// instruction set of its own: all give the same bits.
+// The restricted loss from given logits: their candidates are gathered, and in the backward pass scattered, one element
+// each. That waits for memory, not for arithmetic, so nothing here is compiled for an instruction set of its own. All
+// give the same bits.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace megatron_replay {
 namespace {
 
-constexpr int64_t kPositions = 32;  // one thread's share at a time
+constexpr int64_t kPositions = 32;  // one thread takes these at a time
 
 struct Sets {
   const int64_t* offsets;
@@ -22,7 +22,7 @@ struct Sets {
   int64_t positions;
 };
 
-// Of logits [N, vocab]; the gold entry of a position is one of its own.
+// The sets of logits [N, vocab], checked; the gold entry of a position is one of its own.
 Sets checked_sets(const at::Tensor& offsets, const at::Tensor& columns, const at::Tensor& gold, int64_t positions,
                   int64_t vocab, const char* op) {
   check_table(offsets, columns, vocab, op, "columns of the logits");
@@ -59,7 +59,7 @@ void gather(const Sets& s, const at::Tensor& logits, A* z, A* stats) {
   const T* x = static_cast<const T*>(logits.const_data_ptr());
   const int64_t row = logits.stride(0), column = logits.stride(1);
   for_each_share(s.positions, kPositions, [&](int64_t first, int64_t last) {
-    // all of the share before the first maximum, so that its cache misses overlap
+    // all of these positions before the first maximum, so that its cache misses overlap
     for (int64_t t = first; t < last; ++t) {
       for (int64_t i = s.offsets[t]; i < s.offsets[t + 1]; ++i) z[i] = load_one<A>(x + t * row + s.columns[i] * column);
     }

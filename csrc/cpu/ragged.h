@@ -1,5 +1,5 @@
-// What the kernels over ragged tables of candidates share: dtypes, checks, and dealing work
-// of uneven size to the threads.
+// The common parts of the kernels over ragged tables of candidates: dtypes, checks, and dealing work of uneven size to
+// the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,7 +24,7 @@ void for_each_share(int64_t count, int64_t grain, const Work& work) {
 
 inline bool known(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kDouble; }
 
-// What elements of a type are summed in.
+// The type in which elements of a type are summed.
 inline at::ScalarType accumulator(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // f(A{}, T{}) with the types of the accumulator and of the elements.
@@ -80,7 +80,7 @@ inline void check_gold(const at::Tensor& gold, int64_t positions, int64_t entrie
   }
 }
 
-// Of a table that was checked: the gold entry of each position is one of its own, or -1.
+// For a table that was checked: the gold entry of each position must be one of its own, or -1.
 inline void check_gold_of(const at::Tensor& offsets, const at::Tensor& gold, const char* op) {
   const int64_t n = offsets.size(0) - 1;
   const int64_t* o = offsets.const_data_ptr<int64_t>();

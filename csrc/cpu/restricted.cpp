@@ -1,7 +1,7 @@
-// The restricted loss. Forward by position: each candidate's weight row is read once, for its logit and for the mixture
-// that becomes the gradient of the hidden state (a softmax over the set in one pass, as in flash attention). The
-// weight's gradient by vocabulary row, from entries that lie by column, so that each row is written once, by one
-// thread, in the order of the positions: no result depends on their number.
+// The restricted loss. The forward pass goes by position. Each candidate's weight row is read once, for its logit and
+// for the mixture that becomes the gradient of the hidden state (a softmax over the set in one pass, as in flash
+// attention). The weight's gradient goes by vocabulary row, from entries that lie by column. So each row is written
+// once, by one thread, in the order of the positions, and no result depends on the number of threads.
 #include "restricted.h"
 
 #include <ATen/ops/empty.h>
@@ -22,7 +22,7 @@
 namespace megatron_replay {
 namespace {
 
-constexpr int64_t kPositions = 4, kColumns = 64;  // one thread's share at a time
+constexpr int64_t kPositions = 4, kColumns = 64;  // one thread takes these at a time
 
 struct Forward {
   const void* hidden;
@@ -36,7 +36,7 @@ struct Forward {
   void* mixture;  // [N, H], or null
 };
 
-// What a position knows of its candidates so far.
+// The statistics of a position over its candidates so far.
 template <class A>
 struct Softmax {
   A top = A(kEmpty);
@@ -221,7 +221,7 @@ void check_gradient(const at::Tensor& hidden, const at::Tensor& touched, const a
               op, ": coefficient must be [", entries, "] ", accumulator(hidden.scalar_type()));
 }
 
-// `out` has the touched rows alone where `compact`, or all rows of the weight.
+// `out` has only the touched rows where `compact`, or all rows of the weight.
 void add_gradient(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
                   const at::Tensor& tokens, const at::Tensor& coefficient, const at::Tensor& out, bool compact) {
   const at::Tensor h = with_rows(hidden), factors = coefficient.contiguous();

@@ -1,6 +1,6 @@
 // The most probable columns of each row, exactly, and the row's log-sum-exp in float64.
 // The k largest columns lie in the k blocks that come first by (maximum descending, block ascending), and none is below
-// the least of these maxima: so only a few of k blocks' columns are ever compared.
+// the least of these maxima. So only a few of k blocks' columns are ever compared.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -142,7 +142,7 @@ struct Top {
   double* lse;
 };
 
-// What is known of a row so far: its largest, the sums of exp(x - top), and whether it has neither NaN nor +inf.
+// The state of a row so far: its largest, the sums of exp(x - top), and whether it has neither NaN nor +inf.
 template <class A>
 struct Known {
   A top = -std::numeric_limits<A>::infinity();
@@ -150,8 +150,8 @@ struct Known {
   bool usable = true;
 };
 
-// The maxima of the blocks and what is to be known of the row, in one visit: a block is in the cache
-// when its exponentials are made.
+// The maxima of the blocks and the state of the row, in one visit: a block is in the cache when its exponentials are
+// made.
 template <int kBytes, class A>
 ALWAYS_INLINE void scan_body(const A* row, int64_t blocks, A* tops, Known<A>& known) {
   Vector<A, kBytes> check = {};

@@ -3,8 +3,8 @@
 **Which tokens are targets.** The tokens of each trained assistant turn are targets, up to and including its end-of-turn
 token. Many templates write a line break after that. It is never sampled, so it is no target. A turn starts where the
 template's generation prompt for the turns before it ends. So training sees exactly the text from which generation will
-start. Text is cut at those points and each part is encoded by itself, so the ids of a prompt are always a prefix of the
-sample's.
+start. Text is cut at those points and each part is encoded by itself. So the ids of a prompt are always a prefix of
+the sample's.
 
 **Templates that rewrite history.** Qwen3 shows reasoning in the last reply only, with an empty `<think>` block where
 there is none. Such a template may not show an earlier turn as `generation prompt + reply`. Then the turn is context,

@@ -91,7 +91,7 @@ class Seen(TorchDispatchMode):
 
 
 def runs_on(operator: str, device_type: str) -> str:
-    """The place where an operator called with tensors of a device type runs.
+    """The device on which an operator called with tensors of a device type runs.
 
     That is the device type, or "cpu instead of ..." where only torch's fallback answers.
     """

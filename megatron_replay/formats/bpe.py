@@ -16,7 +16,7 @@ PRE_TOKENIZERS: dict[str, tuple[pre_tokenizers.PreTokenizer, ...]] = {
     ),
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),),
 }
-"""How text is cut before merging, by llama.cpp's name for it."""
+"""The steps that cut text before merging, by llama.cpp's name for them."""
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """sentencepiece's visible space."""
 

@@ -78,7 +78,7 @@ class HFWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one Hugging Face tensor at its place."""
+        """Write one Hugging Face tensor at its offset."""
         if name not in self._shapes:
             raise CheckpointError(f"{self.path}: the model has no tensor {name!r}")
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self.dtype:

@@ -149,7 +149,7 @@ def write_model(
 
 
 class Reader:
-    """The model in a checkpoint, whatever layout wrote it, tensor by tensor; optimizer state is passed over.
+    """The model in a checkpoint, whatever layout wrote it, tensor by tensor; optimizer state is skipped.
 
     CheckpointError on opening: missing, unfinished, damaged, or holding a pickle that would run code.
     """

@@ -13,7 +13,7 @@ torch.ops.megatron_replay.adam_update(
     scalars [n, 11] float64 are the fields of `Scalars`. The twin is the update of `optim.adam.AdamFamily`.
 
 All tensors are contiguous. Neither result depends on the number of threads. A parameter's does not depend on where a
-shard was cut or on the instruction set. float64 parameters are left to the twin: the kernel's arctangent is one for
+shard was cut or on the instruction set. The twin updates float64 parameters, since the kernel's arctangent is one for
 float32.
 """
 

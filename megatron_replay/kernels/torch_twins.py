@@ -154,8 +154,8 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
 def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> Tensor:
     """factor_t exp(z_tj - peak_t) - [j is gold] grad_t for every candidate j of every position t: [m].
 
-    scalars [3, N] = (peak, factor, grad). Let peak be the maximum of the whole set, grad the gradient of the position's
-    loss, and factor that gradient divided by the whole sum of exponentials. Then this is (p~ - y) times that gradient.
+    scalars [3, N] = (peak, factor, grad). peak is the maximum of the whole set, and grad the gradient of the position's
+    loss. With factor = grad / (the whole sum of exponentials) this is (p~ - y) grad.
     """
     rows = row_of(offsets, z.shape[0])
     peak, factor, grad = scalars.unbind()

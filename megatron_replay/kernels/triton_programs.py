@@ -12,9 +12,9 @@ pass writes their gradient.
 
 There are no atomics and no collectives, so the same input gives the same bits.
 
-A run of more than SPLIT entries (a long set, a frequent id) is cut into pieces of SPLIT from its own beginning. The
-`further` kernels sum the pieces after the first into scratch rows, and the program of the run adds those in order.
-Piece starts of all runs are at least SPLIT apart, so at / SPLIT is a scratch row of their own. The grid is therefore
+A run of more than SPLIT entries (a long set, a frequent id) is cut into parts of SPLIT from its own beginning. The
+`further` kernels sum the parts after the first into scratch rows, and the program of the run adds those in order.
+The starts of all parts are at least SPLIT apart, so at / SPLIT is a scratch row of their own. The grid is therefore
 known without asking the device how long the runs are.
 
 A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H,
@@ -92,7 +92,7 @@ def restricted_fwd_further(
     hidden, hidden_row, weight, weight_row, offsets, columns, gold, z, scratch_stats, scratch, width, num,
     MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program p: the piece, not the first of its set, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
+    """Program p: the part, not the first of its set, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
     slot = tl.program_id(0).to(tl.int64)
     t = num_below(offsets, num + 1, slot * SPLIT + 1) - 1  # the set that has this entry
     first, last = tl.load(offsets + t), tl.load(offsets + t + 1)
@@ -118,7 +118,7 @@ def restricted_fwd(
     scratch_stats, scratch, width, num, slots,
     MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program t: the first SPLIT candidates of position t, then its further pieces in order."""
+    """Program t: the first SPLIT candidates of position t, then its further parts in order."""
     t = tl.program_id(0).to(tl.int64)
     begin, last = tl.load(offsets + t), tl.load(offsets + t + 1)
     top, total, target, mixture = softmax_piece(
@@ -191,7 +191,7 @@ def restricted_bwd_further(
     hidden, hidden_row, begins, tokens, coefficient, scratch, width, num,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program p: the piece, not the first of its column, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
+    """Program p: the part, not the first of its column, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
     slot = tl.program_id(0).to(tl.int64)
     u = num_below(begins, num + 1, slot * SPLIT + 1) - 1  # the column that has this entry
     first, last = tl.load(begins + u).to(tl.int64), tl.load(begins + u + 1).to(tl.int64)

@@ -113,7 +113,7 @@ def _stats(logits: Tensor, slot: Tensor) -> Tensor:
     if not logits.shape[1]:
         return logits.new_tensor([EMPTY, 0.0, 0.0])[:, None].expand(3, logits.shape[0])
     hit = torch.where(slot >= 0, logits.gather(1, slot.clamp(min=0)[:, None])[:, 0], 0.0)
-    top = logits.amax(1).clamp_(min=EMPTY)  # of padding alone it is -inf
+    top = logits.amax(1).clamp_(min=EMPTY)  # where all is padding it is -inf
     return torch.stack([top, logits.sub_(top[:, None]).exp_().sum(1), hit])
 
 

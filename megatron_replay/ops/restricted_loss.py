@@ -180,7 +180,7 @@ def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, total: Tensor, grad: 
     scalars = torch.stack([peak, grad / total, grad])
     if here.targets is None:
         return set_gradient(z, here.offsets, here.gold, scalars)
-    probability = set_gradient(z, here.offsets, torch.full_like(here.gold, -1), scalars)  # p~ alone
+    probability = set_gradient(z, here.offsets, torch.full_like(here.gold, -1), scalars)  # p~ only
     return probability.sub_(here.targets.to(z.dtype) * grad[row_of(here.offsets, z.shape[0])])
 
 

@@ -158,7 +158,7 @@ class AdamFamily(ReplayOptimizer):
         return self._walk(update)
 
     def advance(self, update: ParamUpdate) -> None:
-        """Do the first half of `update_param`: the moments alone."""
+        """Do the first half of `update_param`: advance the moments."""
         self._walk(update, descend=False)
 
     def descend(self, update: ParamUpdate) -> Tensor:

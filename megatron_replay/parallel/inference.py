@@ -159,8 +159,10 @@ def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) 
 def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, share_prefixes: bool) -> list[list[int]]:
     """This replica's rows for a single pass over all sequences.
 
-    They hold every `data_size`-th sequence, neighbours laid together up to `row_tokens`. share_prefixes: instead a
-    stretch of the sequences ordered by prefix, so that most of those that begin alike meet in a row.
+    They hold every `data_size`-th sequence, neighbours laid together up to `row_tokens`.
+
+    share_prefixes: instead, this replica takes a stretch of the sequences ordered by prefix. So most of those that begin alike
+    meet in a row.
     """
     if not share_prefixes:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder and a checkpoint are the same model: hash for hash, and logit for logit."""
+"""The check that a Hugging Face folder and a checkpoint are the same model: hash for hash, and logit for logit."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ from megatron_replay.parallel.ranks.world import World
 
 SAMPLES, TOKENS = 2, 32
 PADDED_TOLERANCE = 1e-4
-"""Of the largest logit: zero heads add exact zeros, but the longer sum may be added up in another order."""
+"""The tolerance for padded heads, as a fraction of the largest logit.
+
+Zero heads add exact zeros, but the longer sum may be added up in another order.
+"""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two forms of a model that `convert` leaves; the weights are equal once both are cast to `dtype`, that of the
-    form it made."""
+    """The two forms of a model that `convert` leaves.
+
+    The weights are equal once both are cast to `dtype`, that of the form it made.
+    """
 
     table: WeightTable
-    """Of the checkpoint; the folder holds its adapter merged."""
+    """The table of the checkpoint; the folder holds its adapter merged."""
     folder: HFFolder
     reader: Reader
     dtype: torch.dtype
@@ -51,8 +56,10 @@ class Pair:
 
 
 def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
-    """Compare the sha256 of every Hugging Face tensor; returns how many. CheckpointError names the first that
-    differs."""
+    """Compare the sha256 of every Hugging Face tensor; returns their number.
+
+    CheckpointError names the first tensor that differs.
+    """
     count = 0
     for weight in pair.table.base:
         for name, tensor in split(weight, pair.read(weight)).items():
@@ -66,10 +73,10 @@ def compare_tensors(pair: Pair, advance: Callable[[int], None]) -> int:
 
 
 def compare_logits(pair: Pair) -> tuple[float, int]:
-    """(largest difference of the logits of both forms, positions compared), in fp32; the whole model is in memory, one
-    form at a time.
+    """(largest difference of the logits of both forms, positions compared), in fp32.
 
-    CheckpointError when they differ at all, or where heads are padded by more than rounding.
+    The whole model is in memory, one form at a time. CheckpointError when the logits differ at all, or where heads are
+    padded by more than rounding.
     """
     generator = np.random.default_rng(0)
     spec = pair.table.spec

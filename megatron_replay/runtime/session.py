@@ -66,7 +66,7 @@ def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     template = load_template(config.data.template, tokenizer)
     device = choose(config.device)
     weights_dtype = dtype(config.precision, device)
-    check_mode(config.kernels)  # an unknown mode is told before the ranks start
+    check_mode(config.kernels)  # an unknown mode is reported before the ranks start
     torch.manual_seed(config.seed)
     with worlds.running(layout, device, seed=config.seed) as world:
         model = build(source.spec, layout, world, weights_dtype, seq_length=seq_length)

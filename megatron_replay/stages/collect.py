@@ -1,9 +1,8 @@
-"""Stage 0: run the base model once, forward only, and store the candidate set of each chosen position (arXiv
-2510.09152, section 2).
+"""Stage 0: run the base model once, forward only, and store the candidate set of each chosen position.
 
-Each data-parallel replica takes every so-manieth sample (with `data.share_prefixes` those that begin alike) and writes
-its own segment files. A run that was stopped goes on where it was, and with the same rows: one that was half done is
-computed again as a whole.
+The source is arXiv 2510.09152, section 2. Each data-parallel replica takes every `data_size`-th sample and writes its
+own segment files; with `data.share_prefixes` it takes those that begin alike. A run that was stopped goes on where it
+was, and with the same rows. A row that was half done is computed again as a whole.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from megatron_replay.store import (
 
 
 def run(config: RunConfig, *, dry_run: bool = False) -> None:
-    """Collect into `collect.store`; with dry_run say what that would take, from a small sample, and write nothing."""
+    """Collect into `collect.store`; with dry_run predict its size and time from a small sample, and write nothing."""
     if not config.collect.store:
         raise ConfigError("collect.store is not set; give the folder the candidate store goes to: collect.store=PATH")
     with open_session(config, seq_length=config.data.seq_length) as session:
@@ -64,7 +63,7 @@ class Collection:
     samples: list[Sample]
     rule: CandidateRule = field(init=False)
     shared: int = 0
-    """Tokens of this replica's samples that were computed with another sample's."""
+    """Tokens of this replica's samples that were computed together with another sample's."""
 
     def __post_init__(self) -> None:
         self.rule = self.session.config.collect.rule(self._always())
@@ -146,7 +145,10 @@ class Collection:
         return ids
 
     def _plan(self, path: str) -> Manifest:
-        """What this store is; bucket edges come from an earlier start of the same collection, or from a first pass."""
+        """The settings of this store.
+
+        Its bucket edges come from an earlier start of the same collection, or from a first pass.
+        """
         manifest = self._manifest()
         if has_plan(path):
             known = load_plan(path)
@@ -286,9 +288,11 @@ def _bucket_chooser(rule: BucketRule) -> Chooser:
 
 
 def _per_sample(batch: MicroBatch, chosen: np.ndarray, sets: CandidateSets) -> list[tuple[Sample, SampleSets]]:
-    """Cut a micro-batch's sets into its samples'; a sample none of whose positions was chosen is stored empty, so that
-    it counts as done."""
-    assert sets.logits is not None  # the writer tells from them which gold tokens were appended
+    """Cut a micro-batch's sets into its samples'.
+
+    A sample none of whose positions was chosen is stored empty, so that it counts as done.
+    """
+    assert sets.logits is not None  # they show the writer which gold tokens were appended
     sets = sets.to("cpu")
     found, begin_row, begin_flag = [], 0, 0
     for sample, positions in zip(batch.samples, batch.positions, strict=True):

@@ -37,8 +37,7 @@ SOURCE_NOTE = "source.json"
 
 
 def run(config: RunConfig, source: str, target: str, *, verify: bool = False) -> None:
-    """Convert `source` to `target`; with `verify` read it back and compare it tensor by tensor, and the logits of a few
-    rows.
+    """Convert `source` to `target`; with `verify` read it back and compare the tensors, and the logits of a few rows.
 
     The weights keep their dtype unless `precision` names another; `layout.head_multiple` pads the heads of a checkpoint
     that is made. Raises CheckpointError for a source that is no model or damaged, a target that is not empty, or a
@@ -97,8 +96,10 @@ def _import(config: RunConfig, given: Path, made: Path) -> Pair:
 
 
 def _export(config: RunConfig, given: Path, made: Path) -> Pair:
-    """Checkpoint -> Hugging Face folder, with the configuration and tokenizer files that lie in the checkpoint's hf
-    folder."""
+    """Checkpoint -> Hugging Face folder.
+
+    Its configuration and tokenizer files are those in the checkpoint's hf folder.
+    """
     source = Source.open(str(given))
     reader, table = torch_dist.Reader(given), source.table
     reader.check(table)

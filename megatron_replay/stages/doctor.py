@@ -73,8 +73,10 @@ def examine(config: RunConfig, *, ops: bool = False) -> dict[str, Any]:
 
 
 def _versions() -> tuple[dict[str, str | None], list[str]]:
-    """Package -> version, None where it is not installed; and a problem, with its way out, for each missing or unfit
-    one."""
+    """(package -> version, None where it is not installed; problems).
+
+    There is a problem, with its way out, for each missing or unfit package.
+    """
     found: dict[str, str | None] = {"megatron-replay": __version__, "python": platform.python_version()}
     problems = []
     if not PYTHON[0] <= sys.version_info[:2] < PYTHON[1]:

@@ -1,5 +1,7 @@
-"""The gains and losses of a model: perplexity, target NLL, SQL that runs, multiple choice, distance from the base
-model."""
+"""The gains and losses of a model, measured.
+
+The measures are perplexity, target NLL, SQL that runs, multiple choice, and distance from the base model.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _check_logits(config: RunConfig, kind: type[Loss], logits: str) -> None:
 
 
 def _check_adapter(config: RunConfig) -> None:
-    """A folder of checkpoints is of one adapter, or of none: source.json in it says which, for all of them."""
+    """Check that all checkpoints of the folder are of this run's adapter, or of none; its source.json holds for all."""
     root = Path(config.train.save)
     if is_checkpoint(root) and (root / "hf").is_dir():
         theirs = Source(root).facts.get("adapter")

@@ -34,7 +34,7 @@ class SampleBlock:
     num_positions: Array
     """[S] int64."""
     sets: SampleSets
-    """Of P positions; `positions` begin anew with each sample."""
+    """The sets of P positions; `positions` begin anew with each sample."""
 
     @cached_property
     def sample_starts(self) -> Array:
@@ -70,7 +70,7 @@ def join(samples: Sequence[tuple[bytes, SampleSets]]) -> SampleBlock:
 
 
 def encode(block: SampleBlock, schema: Schema, offset: int) -> bytes:
-    """The bytes of the block as it stands at `offset` of its file; a function of its content alone."""
+    """The bytes of the block at `offset` of its file; a function of its content alone."""
     sizes = block.sets.sizes()
     runs = _runs(block.num_positions, sizes, block.sets.offsets)
     values = {**block.sets.columns(), "num_positions": block.num_positions, "sizes": sizes}

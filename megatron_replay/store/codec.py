@@ -1,7 +1,7 @@
 """Columns of integers to bytes and back, without a Python loop over values.
 
-A column is n unsigned integers of `width` bytes (float columns come as their bit patterns). n is always known to the
-reader from the block's counts, so a stored length never decides how much is allocated.
+A column is n unsigned integers of `width` bytes; float columns come as their bit patterns. The reader always knows n
+from the block's counts, so a stored length never decides how much is allocated.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ def _plain(frame: Buffer, count: int) -> Buffer:
 
 
 def to_steps(values: Array, starts: Array) -> Array:
-    """Ascending runs -> the first of a run as it is, then differences less 1. values [n], starts: index of each
-    (non-empty) run's first."""
+    """Ascending runs [n] -> the first value of each run unchanged, then differences less 1.
+
+    starts: index of each (non-empty) run's first value.
+    """
     steps = np.diff(values.astype(np.int64), prepend=0) - 1
     steps[starts] = values[starts]
     return steps
@@ -81,8 +83,10 @@ def from_steps(steps: Array, starts: Array, sizes: Array) -> Array:
 
 
 def pack_logits(values: Array, kind: Logits) -> Array:
-    """float32 [n] -> bit patterns [n] uint32, rounded to nearest even. Raises StoreError for a value the type cannot
-    hold."""
+    """float32 [n] -> bit patterns [n] uint32, rounded to nearest even.
+
+    Raises StoreError for a value the type cannot hold.
+    """
     exact = np.ascontiguousarray(values, np.float32)
     if not np.isfinite(exact).all():
         raise StoreError("a logit is not finite; the base model's forward pass failed on this sample")

@@ -26,12 +26,12 @@ class Range(NamedTuple):
     low: float
     high: float
     problem: str
-    """Says of a sample that is refused how a value outside is wrong."""
+    """The error message's words for a value outside, in a sample that is refused."""
     slack: float = 0.0
     """A value outside by at most this is taken as the nearest one inside."""
 
     def holds(self, values: Array, slack: float = 0.0) -> Array:
-        """[n] bool: which values are inside, or outside by at most `slack`."""
+        """[n] bool: true for values that are inside, or outside by at most `slack`."""
         inside: Array = (values >= self.low - slack) & (values <= self.high + slack)
         return inside
 
@@ -48,8 +48,12 @@ class Column(NamedTuple):
     width: int
     """Bytes of each value."""
     kind: Literal["integer", "ascending", "flag", "float", "logit"] = "integer"
-    """ascending: strictly, within a sample (per position) or a set (per id); float: IEEE, of the width; logit: as the
-    schema says."""
+    """The kind of values.
+
+    - ascending: strictly, within a sample (per position) or a set (per id).
+    - float: IEEE, of the width.
+    - logit: as the schema says.
+    """
     range: Range | None = None
     since: int = 1
     """The format version that brought the column."""
@@ -57,8 +61,11 @@ class Column(NamedTuple):
 
 @cache
 def columns(schema: Schema) -> tuple[Column, ...]:
-    """The columns of a block in file order. With codec `zd` an ascending value is stored as its difference to the one
-    before, less 1, and the first of a run as it is."""
+    """The columns of a block in file order.
+
+    With codec `zd` an ascending value is stored as its difference to the one before, less 1. The first of a run is
+    stored unchanged.
+    """
     table = [
         Column("num_positions", "sample", 4),
         Column("positions", "position", 4, "ascending"),
@@ -80,8 +87,10 @@ def record_columns(schema: Schema) -> tuple[Column, ...]:
 
 
 def pack(column: Column, values: Array, schema: Schema) -> Array:
-    """Values [n] -> unsigned integers [n] of the column's width, as `codec` stores them. Raises StoreError for a logit
-    that the schema's type cannot hold."""
+    """Values [n] -> unsigned integers [n] of the column's width, as `codec` stores them.
+
+    Raises StoreError for a logit that the schema's type cannot hold.
+    """
     if column.kind == "logit":
         return codec.pack_logits(values, schema.logits)
     if column.kind == "flag":
@@ -110,8 +119,10 @@ def _type(column: Column, schema: Schema) -> Any:
 
 
 def as_stored(sets: SampleSets, schema: Schema) -> SampleSets:
-    """The sets as a reader will find them: rounded as the store rounds, without what it does not keep, in arrays of
-    their own."""
+    """The sets as a reader will find them, in arrays of their own.
+
+    They are rounded as the store rounds, and lack what it does not keep.
+    """
     kept = {c.name: unpack(c, pack(c, getattr(sets, c.name), schema), schema) for c in record_columns(schema)}
     return SampleSets(offsets=sets.offsets.astype(np.int64), **kept)
 

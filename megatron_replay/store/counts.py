@@ -25,8 +25,10 @@ class Stats:
     positions: int = 0
     ids: int = 0
     capped: int = 0
-    """Positions whose set stopped at k_max before reaching tau: at least k_max ids, and rho above 1 - tau (where
-    Corollary 1 fails)."""
+    """Positions whose set stopped at k_max before reaching tau, where Corollary 1 fails.
+
+    They have at least k_max ids, and rho above 1 - tau.
+    """
     gold_appended: int = 0
     sizes: Array = field(default_factory=lambda: np.zeros(2, np.int64))
     """[largest size + 1]: positions with a set of that size."""
@@ -52,7 +54,7 @@ class Stats:
         return {"samples": self.samples, "positions": self.positions, "ids": self.ids}
 
     def summary(self) -> dict[str, Any]:
-        """Histograms and shares as the manifest has them; shares are of positions."""
+        """Histograms and fractions as the manifest has them; fractions are of positions."""
         share = (lambda n: n / self.positions) if self.positions else (lambda n: 0.0)
         return {
             "set_size": {"edges": list(SIZE_EDGES), "counts": self._binned()},
@@ -83,12 +85,12 @@ def _sum(a: Array, b: Array) -> Array:
 
 
 def gold_appended(sets: SampleSets, rule: CandidateRule) -> Array:
-    """[P] bool: was the gold token added to a set that did not have it?
+    """[P] bool: true where the gold token was added to a set that did not have it.
 
-    A set of more than k_max + `always` ids says so by its size. With logits also a smaller one does: gold is its least
-    likely token, and the others, at least min_set_size of them, reach tau without it (arXiv 2510.09152 section 2).
-    Without logits a smaller set cannot say, and counts as no. A full set that had some ids of `always` anyway counts as
-    no.
+    A set of more than k_max + `always` ids shows it by its size. With logits a smaller one shows it too: gold is its
+    least likely token, and the others reach tau without it. They must be at least min_set_size (arXiv 2510.09152,
+    section 2). Without logits a smaller set cannot show it, and counts as false. A full set that had some ids of
+    `always` anyway counts as false.
     """
     sizes = sets.sizes()
     full = sizes > rule.k_max + len(rule.always)

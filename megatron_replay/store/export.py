@@ -1,5 +1,7 @@
-"""A store as one row per position, for other programs: JSON lines, or Parquet where pyarrow is there. For exchange, not
-training."""
+"""A store as one row per position, for other programs: JSON lines, or Parquet where pyarrow is there.
+
+It is for exchange, not training.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ ROWS = 4096
 def export(store: CandidateStore, target: str | Path) -> int:
     """Write every position of the store to `target` (.jsonl or .parquet); returns the number of rows.
 
-    The file appears under its name only when it is whole.
-    Raises StoreError for another suffix, a missing pyarrow, a disk that refuses, or damage.
+    The file appears under its name only when it is whole. Raises StoreError for another suffix, a missing pyarrow, a
+    disk that refuses, or damage.
     """
     path = Path(target)
     kinds = {".jsonl": _jsonl, ".parquet": _parquet}
@@ -36,14 +38,16 @@ def export(store: CandidateStore, target: str | Path) -> int:
             num_rows = kinds[path.suffix](store, fresh)
             os.replace(fresh, path)
         finally:
-            with suppress(OSError):  # what stopped it is told
+            with suppress(OSError):  # the error that stopped it is the one to report
                 fresh.unlink(missing_ok=True)
     return num_rows
 
 
 def rows(store: CandidateStore) -> Iterator[dict[str, Any]]:
-    """uid (hex), position, ids, gold (an id), lse, outside_mass, and logits where they are stored; one dict per
-    position."""
+    """One dict per position.
+
+    It has uid (hex), position, ids, gold (an id), lse, outside_mass, and logits where they are stored.
+    """
     further = _further(store)
     for uid in store:
         sets = store[uid]

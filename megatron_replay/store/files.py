@@ -1,5 +1,4 @@
-"""The store's few ways of touching a disk, one method per system call, and the one line a user reads when the disk says
-no."""
+"""The store's few ways of touching a disk, one method per system call, and the error line when the disk refuses."""
 
 from __future__ import annotations
 
@@ -46,8 +45,10 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 def lock(fd: int, path: Path) -> None:
-    """Keep the open journal `path` for this process until it is closed. Raises StoreError where another process has
-    it."""
+    """Keep the open journal `path` for this process until it is closed.
+
+    Raises StoreError where another process has it.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
@@ -61,8 +62,10 @@ def lock(fd: int, path: Path) -> None:
 
 
 class Disk:
-    """Writing system calls; every byte of a store goes through here, so that a test can end the process at any one of
-    them."""
+    """Writing system calls: every byte of a store goes through here.
+
+    So a test can end the process at any one of them.
+    """
 
     def create(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

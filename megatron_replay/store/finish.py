@@ -20,11 +20,13 @@ from megatron_replay.store.writer import Writer
 
 
 def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Manifest:
-    """Make the store complete: called by one rank after all writers closed; returns the manifest as written.
+    """Make the store complete; returns the manifest as written.
 
-    Segments that a writer of an earlier run left open are sealed. May be repeated; a kill at any point leaves an
-    unfinished store or a complete one. Raises StoreError: other settings than the store was begun with, damage, a
-    sample stored twice, or a writer still at work.
+    It is called by one rank after all writers closed. Segments that a writer of an earlier run left open are sealed. It
+    may be repeated; a kill at any point leaves an unfinished store or a complete one.
+
+    Raises StoreError: other settings than the store was begun with, damage, a sample stored twice, or a writer still at
+    work.
     """
     root, disk = Path(path), disk or Disk()
     plan = agree(root, manifest)
@@ -60,7 +62,7 @@ def finish(path: str | Path, manifest: Manifest, disk: Disk | None = None) -> Ma
 
 
 def segment_files(root: Path) -> list[Path]:
-    """The store's segment files by name. Raises StoreError for a file that is none."""
+    """The store's segment files by name. Raises StoreError for a file that is not one."""
     files = sorted((root / SEGMENTS).glob("*.mrs"))
     for file in files:
         parse_name(file)

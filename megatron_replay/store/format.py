@@ -46,7 +46,7 @@ from megatron_replay.store.sample_sets import MAX_IDS, MAX_POSITIONS, MAX_VOCAB
 VERSION = 1
 """The version that is written."""
 VERSIONS = range(1, VERSION + 1)
-"""Those that are read."""
+"""The versions that are read."""
 ALIGN = 64
 UID_BYTES = 16
 

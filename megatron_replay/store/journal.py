@@ -1,8 +1,8 @@
 """The journal: up to which byte each segment is known to be on the disk, one JSON line after each fsync.
 
 While a store grows every writer has a file of its own (`journal-<writer>.jsonl`); `finish` leaves one `journal.jsonl`.
-Bytes after the last line of a segment may be torn by a kill and are cut off on resuming; bytes before it were durable,
-so anything wrong there is damage and is said so.
+Bytes after the last line of a segment may be torn by a kill and are cut off on resuming. Bytes before it were durable,
+so anything wrong there is damage and is reported as damage.
 """
 
 from __future__ import annotations

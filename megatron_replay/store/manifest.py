@@ -1,7 +1,7 @@
-"""A store describes itself: `plan.json` from its first moment (the settings every resumed run must share),
-`manifest.json` once it is complete.
+"""The description that a store carries: `plan.json` from its first moment, `manifest.json` once it is complete.
 
-Both are written atomically and end in a checksum of their own text.
+The plan holds the settings that every resumed run must have too. Both are written atomically and end in a checksum of
+their own text.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ MANIFEST, PLAN, JOURNAL, SEGMENTS = "manifest.json", "plan.json", "journal.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything a later run must know of how a store was collected. The fields up to `bucket_edges` are its
-    identity."""
+    """Everything a later run must know of how a store was collected.
+
+    The fields up to `bucket_edges` are its identity.
+    """
 
     model: str
     """sha256 over the base model's safetensors files."""
@@ -44,7 +46,7 @@ class Manifest:
     buckets: int
     seed: int
     dtype: str
-    """Of the base model's forward pass: fp32, bf16, ..."""
+    """Type of the base model's forward pass: fp32, bf16, ..."""
     always: tuple[int, ...] = ()
     """Ids that are in every set, beside the gold one; not written where there are none."""
     codec: Codec = "zd"
@@ -52,17 +54,16 @@ class Manifest:
     bucket_edges: tuple[float, ...] = ()
     """Upper confidence edges of all buckets but the last."""
     bucket_counts: tuple[int, ...] = ()
-    """Positions of each bucket among those the edges were drawn from; they set the rate at which each bucket is
-    kept."""
+    """Positions of each bucket among those that gave the edges; they set the rate at which each bucket is kept."""
     layout: dict[str, Any] = field(default_factory=dict)
-    """Ranks and batch the store was collected with; any other may read it or go on with it."""
+    """Ranks and batch the store was collected with; a run of any other layout may read it or go on with it."""
     versions: dict[str, str] = field(default_factory=dict)
     state: str = "unfinished"
     format_version: int = VERSION
     counts: dict[str, int] = field(default_factory=dict)
     """samples, positions, ids."""
     histograms: dict[str, Any] = field(default_factory=dict)
-    """Set sizes, rho, and the capped, gold-appended and size-one shares (`counts.Stats.summary`)."""
+    """Set sizes, rho, and the capped, gold-appended and size-one fractions (`counts.Stats.summary`)."""
     segments: tuple[dict[str, Any], ...] = ()
     """name, bytes, check (of the seal) and samples of each segment file, by name."""
 
@@ -114,12 +115,12 @@ def agree(root: Path, manifest: Manifest) -> Manifest:
 
 
 def has_plan(path: str | Path) -> bool:
-    """Whether a store was begun here."""
+    """True where a store was begun."""
     return (Path(path) / PLAN).exists()
 
 
 def is_complete(path: str | Path) -> bool:
-    """Whether a collection was finished here."""
+    """True where a collection was finished."""
     return (Path(path) / MANIFEST).exists()
 
 
@@ -166,8 +167,10 @@ def _tail(plain: bytes) -> bytes:
 
 
 def load(path: Path) -> Manifest:
-    """The Manifest in a file written by `pack`; Damage unless every byte is as written, StoreError for another format
-    version."""
+    """The Manifest in a file written by `pack`.
+
+    Raises Damage unless every byte is as written, StoreError for another format version.
+    """
     with disk_errors(path, "read"):
         text = path.read_bytes()
     body = text[: -len(_tail(b""))]

@@ -23,8 +23,10 @@ CACHED_BLOCKS = 16
 
 
 class CandidateStore:
-    """A mapping from sample uid (16 bytes) to SampleSets, memory-mapped; not for several threads at once, but a fork
-    may inherit it."""
+    """A mapping from sample uid (16 bytes) to SampleSets, memory-mapped.
+
+    It is not for several threads at once, but a fork may inherit it.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, segments: list[Segment], indexes: list[Index]) -> None:
         self.path, self.manifest = path, manifest
@@ -68,8 +70,10 @@ class CandidateStore:
         return isinstance(uid, bytes) and self._find(uid) is not None
 
     def __getitem__(self, uid: bytes) -> SampleSets:
-        """The sample's sets, in arrays of its own. Raises StoreError for an unknown uid, or naming file and byte of
-        damage."""
+        """The sample's sets, in arrays of its own.
+
+        Raises StoreError for an unknown uid, or for damage, naming file and byte.
+        """
         at = self._find(uid)
         if at is None:
             raise StoreError(

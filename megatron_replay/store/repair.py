@@ -1,4 +1,4 @@
-"""Keep what is whole, so that collecting again only adds what is not."""
+"""The repair of a store: what is whole is kept, so that collecting again only adds what is not."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Repaired:
 
 
 def repair(path: str | Path, disk: Disk | None = None) -> Repaired:
-    """Rewrite each damaged segment from its whole blocks and make the store unfinished; `collect` then adds the samples
-    that were lost.
+    """Rewrite each damaged segment from its whole blocks and make the store unfinished.
 
-    What is not damaged is left as it is, also the torn tail of an unfinished store, which `collect` cuts off by itself.
-    Raises StoreError where neither plan nor manifest can be read, or a writer is at work.
+    `collect` then adds the samples that were lost. Everything undamaged is left unchanged, also the torn tail of an
+    unfinished store, which `collect` cuts off by itself. Raises StoreError where neither plan nor manifest can be read,
+    or a writer is at work.
     """
     root, disk, done = Path(path), disk or Disk(), Repaired()
     plan = _plan(root, disk)
@@ -61,7 +61,7 @@ def _plan(root: Path, disk: Disk) -> Manifest:
 
 
 def _agrees(root: Path) -> bool:
-    """Whether the manifest is readable, and every segment it lists is there."""
+    """True where the manifest is readable, and every segment it lists is there."""
     if not (root / MANIFEST).exists():
         return True
     try:
@@ -83,7 +83,7 @@ def _whole(file: Path, plan: Manifest) -> bool:
 
 
 def _resumable(root: Path, file: Path, plan: Manifest) -> bool:
-    """Whether every byte that was durable is whole, and only the tail torn."""
+    """True where every byte that was durable is whole, and only the tail torn."""
     mark = journal.durable(journal.path_of(root, parse_name(file)[0])).get(file.name, 0)
     growing, wrong = Segment(file, plan).scan()
     return growing.end >= mark and (wrong is None or wrong.offset > 0 or not mark)
@@ -96,8 +96,10 @@ def _alone(root: Path) -> None:
 
 
 def salvage(segment: Segment) -> Iterator[blocks.SampleBlock]:
-    """Every whole block of a file, whatever is wrong around it; blocks begin at multiples of 64 and prove
-    themselves."""
+    """Every whole block of a file, whatever is wrong around it.
+
+    Blocks begin at multiples of 64 and prove themselves.
+    """
     offset = ALIGN
     while offset + ALIGN <= segment.bytes:
         size = ALIGN

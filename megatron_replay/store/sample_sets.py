@@ -17,11 +17,11 @@ from megatron_replay.errors import StoreError
 from megatron_replay.ragged import per_entry, per_position
 
 MAX_SET = 65_535
-"""Ids in one position's set."""
+"""Most ids in one position's set."""
 MAX_IDS = 1 << 28
-"""Ids in one sample. A block may hold twice as many: that is what a reader is ready to allocate for."""
+"""Most ids in one sample. A block may hold twice as many; a reader is ready to allocate for that."""
 MAX_POSITIONS = 1 << 26
-"""Positions in one sample; a block may hold twice as many."""
+"""Most positions in one sample; a block may hold twice as many."""
 MAX_VOCAB = 1 << 32
 
 Array = NDArray[Any]
@@ -40,8 +40,10 @@ class SampleSets(SetRecord[Array]):
     logits: Array | None = field(default=None, metadata=per_entry("float32"))
     """[nnz] float32 in the order of `ids` (stored as the manifest says), or None."""
     gold_appended: Array | None = field(default=None, metadata=per_position("bool"))
-    """[P] bool: the gold token was not among the kept top tokens. None on writing: the writer works it out where it
-    can."""
+    """[P] bool: true where the gold token was not among the kept top tokens.
+
+    None on writing: the writer works it out where it can.
+    """
 
     @property
     def num_positions(self) -> int:

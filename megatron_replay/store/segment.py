@@ -53,7 +53,7 @@ class Index:
         return int(self.blocks["offset"][-1] + self.blocks["bytes"][-1]) if len(self.blocks) else ALIGN
 
     def same(self, other: Index) -> bool:
-        """Whether both say the same, byte for byte."""
+        """True where both say the same, byte for byte."""
         return pack_footer(self) == pack_footer(other)
 
     def uids(self) -> list[bytes]:
@@ -121,8 +121,10 @@ def pack_seal(header: bytes, footer: bytes, offset: int) -> bytes:
 
 
 class Segment:
-    """A segment file, memory-mapped, or with `copy` read into memory: for a file that another process may be cutting
-    short meanwhile."""
+    """A segment file, memory-mapped, or read into memory with `copy`.
+
+    The copy is for a file that another process may be cutting short meanwhile.
+    """
 
     def __init__(self, path: Path, plan: Manifest, *, copy: bool = False) -> None:
         """Open the file. Raises StoreError where it cannot be opened; its contents are checked by what reads them."""
@@ -144,8 +146,10 @@ class Segment:
         return part, blocks.decode(self.path, part, offset, self.schema)
 
     def walk(self) -> Iterator[tuple[memoryview, blocks.SampleBlock]]:
-        """(bytes, contents) of each block from the first on. Raises Damage where the next one is not whole, or does not
-        begin."""
+        """(bytes, contents) of each block from the first on.
+
+        Raises Damage where the next one is not whole, or does not begin.
+        """
         self.header()
         offset = ALIGN
         while offset < self.bytes:

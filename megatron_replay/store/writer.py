@@ -1,9 +1,8 @@
-"""Writing a store: one Writer for each data-parallel rank, each with segment files of its own, so that no two ranks
-write one file.
+"""Writing a store: one Writer for each data-parallel rank, each with segment files of its own.
 
-What is written depends on the sequence of `add` calls alone, never on time or on where an earlier run was ended: a
-block closes when its samples are large enough, a segment when its blocks are. So a run that was killed and resumed
-leaves the same bytes as one that was not.
+So no two ranks write one file. The bytes written depend on the sequence of `add` calls alone, never on time or on where
+an earlier run was ended. A block closes when its samples are large enough, a segment when its blocks are. So a run that
+was killed and resumed leaves the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -27,17 +26,21 @@ from megatron_replay.store.sample_sets import MAX_IDS, SampleSets
 from megatron_replay.store.segment import Growing, Index, Segment, is_seal, pack_footer, pack_seal
 
 BLOCK_BYTES = 64 << 10
-"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids; a shuffled reader
-decodes whole blocks."""
+"""A block closes at this many bytes of plain content: two samples of 128 positions with 100 ids.
+
+A shuffled reader decodes whole blocks.
+"""
 SEGMENT_BYTES = 1 << 30
 
 
 class Writer:
     """Appends samples to a store that `begin` made, and goes on where an earlier run of the same rank ended.
 
-    `done`: uids already stored, in the files of every writer (so that a run with another number of ranks can go on
-    too). `recovered`: one line for each torn tail that was cut off on opening; what it held is collected again. Leaving
-    a `with` block by an exception keeps whole blocks and leaves the segment open for the next run (`suspend`).
+    - `done`: uids already stored, in the files of every writer, so that a run with another number of ranks can go on
+      too.
+    - `recovered`: one line for each torn tail that was cut off on opening; its contents are collected again.
+
+    Leaving a `with` block by an exception keeps whole blocks and leaves the segment open for the next run (`suspend`).
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Writer:
         segment_bytes: int = SEGMENT_BYTES,
         disk: Disk | None = None,
     ) -> None:
-        """Open or resume. Raises StoreError: no plan, no permission, another process writing as this rank, or damage in
-        durable data."""
+        """Open or resume.
+
+        Raises StoreError: no plan, no permission, another process writing as this rank, or damage in durable data.
+        """
         if not 0 <= rank <= 99_999:
             raise StoreError(f"rank must lie in 0..99999, got {rank}")
         if not 1 <= block_bytes <= MAX_IDS:
@@ -80,8 +85,10 @@ class Writer:
             raise
 
     def add(self, uid: bytes, sets: SampleSets) -> None:
-        """Store one sample. Raises StoreError for a uid stored before, sets that break a rule, or a disk that
-        refuses."""
+        """Store one sample.
+
+        Raises StoreError for a uid stored before, sets that break a rule, or a disk that refuses.
+        """
         self._usable()
         name = f"sample {uid.hex()}"
         if len(uid) != UID_BYTES:
@@ -103,8 +110,10 @@ class Writer:
             self._write_block()
 
     def flush(self) -> None:
-        """Make every closed block durable (fsync, then a journal line). Samples of the block still open stay in memory:
-        its end may not depend on when this is called."""
+        """Make every closed block durable (fsync, then a journal line).
+
+        Samples of the block still open stay in memory: its end may not depend on when this is called.
+        """
         self._usable()
         if self._fd is not None:
             with self._writing():
@@ -124,8 +133,10 @@ class Writer:
         self._state = "closed"
 
     def suspend(self) -> None:
-        """Stop without sealing: closed blocks are made durable, the open one is dropped and collected by the next
-        run."""
+        """Stop without sealing.
+
+        Closed blocks are made durable; the open one is dropped and collected by the next run.
+        """
         if self._state == "open":
             try:
                 self.flush()

@@ -41,8 +41,10 @@ class Sets:
 def sets(
     sizes: Sequence[int], vocab: int, width: int, dtype: torch.dtype, *, tied: bool = False, seed: int = 0
 ) -> Sets:
-    """Random sets of these sizes; gold at the first, the last or a middle candidate, or on another rank (-1) at every
-    fourth position."""
+    """Random sets of these sizes.
+
+    gold is the first, the last or a middle candidate, or on another rank (-1) at every fourth position.
+    """
     gen = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(sizes), width, generator=gen)
     weight = torch.randn(vocab, width, generator=gen) / width**0.5
@@ -98,7 +100,7 @@ class Scenario:
 
 
 def outcome(library: Library, variant: str, scenarios: Sequence[Scenario]) -> str:
-    """What becomes of a variant: the rule it breaks first, "wrong" where a result is, or "passes"."""
+    """The outcome of a variant: the rule it breaks first, "wrong" where a result is, or "passes"."""
     for scenario in scenarios:
         try:
             found = scenario.run(library, variant=variant, **scenario.how)

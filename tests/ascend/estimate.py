@@ -2,7 +2,7 @@
 
     python tests/ascend/estimate.py      prints the table of docs/ascend-kernels.md
 
-The pipes of a core work side by side, so a core takes as long as its slowest pipe, and a kernel as long as its slowest
+The pipes of a core work side by side. So a core takes as long as its slowest pipe, and a kernel as long as its slowest
 core:
 
     HBM          bytes in and out / (bandwidth / cores)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""What is broken in each kernel, and what must stop it: a rule of the stand-in, or a result that is wrong."""
+"""Broken variants of each kernel, and what must stop each: a rule of the stand-in, or a result that is wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Builds the AscendC kernels for the host stand-in and calls them on torch tensors; also a kernel's broken variants, in
-one library."""
+"""Builds the AscendC kernels for the host stand-in and calls them on torch tensors.
+
+It also builds a kernel's broken variants, in one library.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,10 @@ COUNTERS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """What a launcher takes after stream and blocks: element types, then pointers (p), 32-bit (u) and 64-bit (U)
-    numbers, scalars (S)."""
+    """The arguments of a launcher after stream and blocks.
+
+    They are element types, then pointers (p), 32-bit (u) and 64-bit (U) numbers, scalars (S).
+    """
 
     elements: int
     arguments: str
@@ -82,8 +86,10 @@ class StandInError(Exception):
 
 
 class Library:
-    """A compiled library; `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it
-    broke."""
+    """A compiled library.
+
+    `call("restricted_fwd", ...)` runs a kernel and raises StandInError with the rule it broke.
+    """
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -110,7 +116,7 @@ class Library:
         return self.counters()
 
     def counters(self, block: int = -1, kernel: int = 0) -> dict[str, int]:
-        """Of the last call: of one block, or of all; restricted_bwd_dw is two kernels."""
+        """Counters of the last call: of one block, or of all; restricted_bwd_dw is two kernels."""
         out = (ctypes.c_uint64 * len(COUNTERS))()
         self._library.sim_counters(kernel, block, out)
         return dict(zip(COUNTERS, out, strict=True))
@@ -162,8 +168,10 @@ def build(folder: Path, core: Sequence[Path]) -> Path:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A broken variant: `old` must occur exactly once in the file and becomes `new`; `says` is part of the error, or
-    "wrong" result."""
+    """A broken variant: `old` must occur exactly once in the file and becomes `new`.
+
+    `says` is part of the error, or "wrong" result.
+    """
 
     name: str
     file: str

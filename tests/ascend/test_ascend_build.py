@@ -1,5 +1,7 @@
-"""What can be said of the device's build without CANN: its launchers are well typed, and the kernels include nothing
-but AscendC."""
+"""Checks of the device's build that need no CANN.
+
+Its launchers are well typed, and the kernels include nothing but AscendC.
+"""
 
 from __future__ import annotations
 

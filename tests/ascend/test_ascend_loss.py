@@ -15,8 +15,10 @@ VOCAB, CUT, WIDTH = 300, 130, 96
 
 
 def ranks(hidden: torch.Tensor, weight: torch.Tensor, sets: CandidateSets) -> list[Sets]:
-    """What each of two ranks holds; the third position has candidates on the second only, the fourth on the first
-    only."""
+    """The part of the problem that each of two ranks holds.
+
+    The third position has candidates on the second rank only, the fourth on the first only.
+    """
     parts = []
     for start, stop in ((0, CUT), (CUT, VOCAB)):
         here = sets.local(VocabShard(start, stop, group=object()))  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ LOW = torch.bfloat16
 
 
 def correct(library: Library, run: Callable[..., tuple[torch.Tensor, ...]], **how: object) -> Scenario:
-    """What the unbroken kernel gives is what the other tests compare with plain torch."""
+    """The results of the unbroken kernel, which the other tests compare with plain torch."""
     return Scenario(run, run(library, **how), 1e-6, how)
 
 

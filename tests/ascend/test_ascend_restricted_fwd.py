@@ -90,7 +90,7 @@ def test_the_tiling_is_what_the_kernel_allocates(kernels: Library, width: int, d
 
 
 def budget(x: Sets, blocks: int) -> dict[str, float]:
-    """What a run may move and issue: the formulas of docs/ascend-kernels.md."""
+    """The traffic and instructions that a run may take: the formulas of docs/ascend-kernels.md."""
     n, width, m, _ = x.sizes
     size = x.hidden.element_size()
     rows_read = (m + int((x.offsets.diff() > 0).sum())) * width * size

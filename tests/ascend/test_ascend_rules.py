@@ -1,9 +1,11 @@
 # ruff: noqa: E501
 """Each rule of the host stand-in is broken once, and obeyed once: docs/ascend-kernels.md lists them with their sources.
 
-The snippets run on one core with `in` (float, 1,024 elements, read only) and `out` (float, 1,024 elements), a pipe,
-queues `q` (VECIN, two buffers of 256 bytes) and `r` (VECOUT, two of 256), a VECCALC buffer `b` of 4,096 bytes and a
-VECIN buffer `d` of 1,024.
+The snippets run on one core with:
+- `in` and `out`: float, 1,024 elements each; `in` is read only;
+- a pipe;
+- queues `q` (VECIN, two buffers of 256 bytes) and `r` (VECOUT, two of 256);
+- a VECCALC buffer `b` of 4,096 bytes and a VECIN buffer `d` of 1,024.
 """
 
 from __future__ import annotations

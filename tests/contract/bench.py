@@ -41,8 +41,10 @@ class Bench:
         self.data = Path(shutil.copy(self.tiny.data, self.folder / "data.jsonl"))
 
     def refused(self, verb: str, *argv: str, out: bool = False) -> str:
-        """Run what must be refused; returns its one line. Nothing in the folder may change, and (without `out`) nothing
-        be printed."""
+        """Run what must be refused; returns its one line.
+
+        Nothing in the folder may change, and (without `out`) nothing be printed.
+        """
         before = snapshot(self.folder)
         done = self.served(*self.command(verb, *argv), cwd=self.folder)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err

@@ -1,8 +1,6 @@
-"""Command lines in processes of their own, forked from one that imported torch and megatron once: a tenth of the time,
-the same program.
+"""Command lines in processes of their own, forked from one that imported torch and megatron once.
 
-`Served` is the test's side; run as a script this file is the other one. Each child leads a session of its own, so that
-it and its ranks can be killed together.
+It is the same program in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -60,8 +58,10 @@ class Job:
 
 
 class Served:
-    """`served("collect", "model=x", cwd=folder)` runs one command line; `start` lets the test do something
-    meanwhile."""
+    """`served("collect", "model=x", cwd=folder)` runs one command line.
+
+    `start` lets the test do something meanwhile.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count, self._said = folder, 0, b""

@@ -226,8 +226,10 @@ def full_disk(bench: Bench, size: int, verb: str, *argv: str) -> str:
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_what_is_there(bench: Bench) -> None:
-    """A checkpoint that cannot be written leaves the one before it the latest; resuming from that ends where an
-    undisturbed run does."""
+    """A checkpoint that cannot be written leaves the one before it the latest.
+
+    Resuming from that ends where an undisturbed run does.
+    """
     done = bench.served(*bench.command("train", "train.save=saved", "train.iters=1"), cwd=bench.folder)
     assert done.code == 0, done.err
     before = snapshot(bench.folder / "saved")

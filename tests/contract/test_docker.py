@@ -29,8 +29,10 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def offences(text: str) -> Iterator[str]:
-    """What breaks a rule: a pinned base that is not `latest`, a user other than root at the end, every package of pip
-    pinned."""
+    """The rules that a Dockerfile breaks.
+
+    The base is pinned and not `latest`, the user at the end is not root, and every package of pip is pinned.
+    """
     found = instructions(text)
     defaults = dict(rest.split("=", 1) for word, rest in found if word == "ARG" and "=" in rest)
     for word, rest in found:

@@ -279,8 +279,10 @@ TINY = {
 
 @pytest.mark.slow
 def test_the_whole_way_on_two_nodes(place: Path, served: Served) -> None:
-    """Convert, data, collect, train on two nodes that differ in NODE_RANK alone, evaluate, convert back; trained as
-    with --ranks 2."""
+    """The whole way on two nodes that differ only in NODE_RANK; trained as with --ranks 2.
+
+    It converts, makes data, collects, trains on both, evaluates and converts back.
+    """
     one = {**TINY, "MASTER_PORT": str(free_port())}
     two = {**TINY, "MASTER_PORT": str(free_port()), "NODES": "2", "DEVICES": "1"}
     assert "models/Qwen3-0.6B -> runs/qwen3-0.6b/base" in script("1_convert.sh", place, TINY)

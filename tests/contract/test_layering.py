@@ -1,5 +1,7 @@
-"""Who may import whom, and what may happen at import: read from the source, so that nothing has to be imported to know
-it."""
+"""The rules of who may import whom, and of what may happen at import.
+
+They are read from the source, so that nothing has to be imported to know it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ISLANDS = LAYERS[2]
 ROOMS = ("shims", "ranks", "mcore", "", "checkpoints")
-"""Of `parallel`, lowest first; "": the modules of the package itself."""
+"""The rooms of `parallel`, lowest first; "": the modules of the package itself."""
 WITHOUT_TORCH = LAYERS[0] | {"data", "store", "scoring"} | LAYERS[-1]
 DEVICE_WORDS = ("torch.cuda", "torch_npu", "torch.npu", "torch.ops.npu", "nccl", "hccl")
 NAMES_DEVICES = {"device.py", *(f"parallel/shims/{name}.py" for name in ("adapters", "entries", "patches"))}
@@ -87,7 +89,7 @@ def import_offences(root: Path) -> Iterator[Offence]:
 
 
 def room(parts: list[str]) -> int:
-    """Where in ROOMS a module of `parallel` stands, by its path or dotted name below that."""
+    """The index in ROOMS of a module of `parallel`, by its path or dotted name below that."""
     return ROOMS.index(parts[0] if parts and parts[0] in ROOMS else "")
 
 

@@ -29,8 +29,10 @@ print("held at most", CPU.peak_memory())
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
 """Freed memory goes back to the system, so that resident memory is what is held."""
 COMPILED = 40e6
-"""What oneDNN keeps for the bfloat16 products that it compiled, one for every shape: much beside a model as small as
-this one."""
+"""Memory that oneDNN keeps for the bfloat16 products that it compiled, one for every shape.
+
+It is much beside a model as small as this one.
+"""
 ROW = re.compile(r"^ +(\d+)((?: +[\d,]+){8})  (\w+)$", re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""What a run says of its time: the phases of each step, and the trace that `--profile` writes."""
+"""A run's account of its time: the phases of each step, and the trace that `--profile` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of compiled code share: they are skipped, with the reason, where the extension is not built."""
+"""Fixtures of the tests of compiled code, which are skipped, with the reason, where the extension is not built."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The kernel's arctangent against float64, seen through an update that leaves nothing but the direction: theta 0, lr 1,
-m = g, v = w^2."""
+"""The kernel's arctangent against float64.
+
+It is seen through an update that leaves nothing but the direction: theta 0, lr 1, m = g, v = w^2.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The compiled loss from logits against the plain one, at its edges; and what must not change a bit: threads and
-instruction sets."""
+"""The compiled loss from logits against the plain one, at its edges.
+
+Threads and instruction sets must not change a bit.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float64: 1e-13}
-"""Of a gradient, which is rounded to the logits' dtype."""
+"""Tolerance of a gradient, which is rounded to the logits' dtype."""
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 OURS, PLAIN = choose("auto"), choose("reference")
 ELSEWHERE = object()

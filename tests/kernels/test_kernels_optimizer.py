@@ -43,7 +43,7 @@ Make = Callable[..., ReplayOptimizer]
 
 
 def with_arctangent(case: Case) -> bool | None:
-    """Whether the direction of the kernel that updates every tensor of this case is an arctangent; None without one."""
+    """True where the kernel that updates every tensor of this case takes an arctangent; None without a kernel."""
     if not issubclass(case.kind, AdamFamily) or case.name in BY_MATRIX or not kernel_knows(case.kind):
         return None
     made = case([torch.nn.Parameter(torch.ones(1))])

@@ -1,7 +1,6 @@
-"""What the compiled operators refuse with an error, whoever calls them: wrong dtypes, shapes, bounds and strides, never
-a crash.
+"""The compiled operators refuse wrong arguments with an error, whoever calls them, and never crash.
 
-`restricted_fwd` and `topk_rows` have theirs beside their other tests.
+Such arguments have a wrong dtype, shape, bound or stride.
 """
 
 from __future__ import annotations

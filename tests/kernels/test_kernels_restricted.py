@@ -1,5 +1,7 @@
-"""The compiled restricted loss against the plain one, at its edges; and what must not change a bit: threads and
-instruction sets."""
+"""The compiled restricted loss against the plain one, at its edges.
+
+Threads and instruction sets must not change a bit.
+"""
 
 from __future__ import annotations
 

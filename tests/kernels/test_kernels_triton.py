@@ -1,5 +1,7 @@
-"""Triton's kernels without a GPU: their results under its interpreter, that they compile for one, and what happens
-where Triton is not."""
+"""Triton's kernels without a GPU.
+
+Tested are their results under its interpreter, that they compile for a GPU, and what happens where Triton is missing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(*command: str, **variables: str) -> str:
-    """What a Python process of its own says; it must succeed."""
+    """The output of a Python process of its own; it must succeed."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # 3.9 warns that its default for fused multiply-add will change; and with one thread the children of two workers fit
     # two cores
@@ -68,7 +70,7 @@ def test_importing_the_operators_leaves_triton_alone() -> None:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    """What became of Triton is found out once a process; these tests let it be found out again."""
+    """Forget what is known of Triton, so that these tests let it be looked up again; a process looks once."""
     for known in (on_cuda.triton, on_cuda._source):
         known.cache_clear()
     yield

@@ -1,5 +1,7 @@
-"""Compile every Triton kernel to machine code for two generations of GPUs, having none; `test_kernels_triton.py` runs
-it by itself."""
+"""Compile every Triton kernel to machine code for two generations of GPUs, without a GPU.
+
+`test_kernels_triton.py` runs it by itself.
+"""
 
 from __future__ import annotations
 

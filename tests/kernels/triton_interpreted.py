@@ -1,8 +1,8 @@
-"""Triton's kernels against plain torch, under Triton's interpreter on CPU tensors; `test_kernels_triton.py` runs this
-by itself.
+"""Triton's kernels against plain torch, under Triton's interpreter on CPU tensors.
 
-Triton reads TRITON_INTERPRET when it is imported, so that has to be set before. A program takes about 10 ms here: there
-are few positions and ids, and the pieces into which long runs are cut are made small instead.
+`test_kernels_triton.py` runs this by itself. Triton reads TRITON_INTERPRET when it is imported, so that has to be set
+before. A program takes about 10 ms here. So there are few positions and ids, and the parts into which long runs are cut
+are made small instead.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sets_of(sizes: Sequence[int], vocab: int, zipf: bool = False) -> CandidateSets:
-    """Sets of these sizes; by Zipf's law the low ids are in most of them. Golds stand at their beginning, middle and
-    end."""
+    """Sets of these sizes; by Zipf's law the low ids are in most of them.
+
+    Golds stand at their beginning, middle and end.
+    """
     gen = torch.Generator().manual_seed(0)
     odds = 1 / torch.arange(1.0, vocab + 1) if zipf else torch.ones(vocab)
     rows = [sorted(torch.multinomial(odds, size, generator=gen).tolist()) for size in sizes]
@@ -67,8 +69,7 @@ CASES = {
 
 @pytest.fixture(params=[256, 8], ids=["uncut", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with the pieces as they are, and once with runs cut into pieces of 8 whose rows a program holds 4 at a
-    time."""
+    """Once with the program's own sizes, and once with runs cut into parts of 8, of whose rows a program holds 4."""
     monkeypatch.setattr(triton_launch, "SPLIT", request.param)
     if request.param == 8:
         tile = triton_launch._tile

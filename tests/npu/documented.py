@@ -1,5 +1,6 @@
-"""Plain-torch forms of the NPU's fused operators, written from torch-npu's documentation. NOT the operators: no test
-here runs those.
+"""Plain-torch forms of the NPU's fused operators, written from torch-npu's documentation.
+
+NOT the operators: no test here runs those.
 
 They answer whether our arguments say what we mean; that the device does what its documentation says can only be seen on
 a device. What the documentation leaves out (the order of roundings) is done in float32.
@@ -23,12 +24,14 @@ def npu_fusion_attention(
     atten_mask: Tensor, scale: float, sparse_mode: int, actual_seq_qlen: Ends = None, actual_seq_kvlen: Ends = None,
     **others: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Groups of query heads share a key head. TND layout: [T, heads, D], samples after each other up to the cumulative
-    lengths; BSND: [B, S, heads, D].
+    """Attention as the operator's page describes it; groups of query heads have a common key head.
 
-    True is masked. sparse_mode 1 (allMask): the mask is [Sq, Sk], for the whole batch; a row that is all True loses
-    precision. sparse_mode 3 (rightDownCausal): it is the compressed 2048 x 2048 upper triangle and stands for the one
-    that ends at the lower right corner. Both ignore pre_tockens and next_tockens.
+    - TND layout: [T, heads, D], samples after each other up to the cumulative lengths. BSND: [B, S, heads, D].
+    - True is masked.
+    - sparse_mode 1 (allMask): the mask is [Sq, Sk], for the whole batch. A row that is all True loses precision.
+    - sparse_mode 3 (rightDownCausal): the mask is the compressed 2048 x 2048 upper triangle. It stands for the one that
+      ends at the lower right corner.
+    - Both modes ignore pre_tockens and next_tockens.
     """
     assert all(_is_default(name, value) for name, value in others.items()), others
     cut = partial(_samples, layout=input_layout, heads=head_num)
@@ -102,8 +105,10 @@ def npu_rms_norm_backward(dy: Tensor, input: Tensor, gamma: Tensor, rstd: Tensor
 
 
 def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: None = None) -> Tensor:
-    """x1, x2 = halves of the last dimension: r1 x + r2 (-x2, x1). SBND: r1 and r2 are [S, 1, 1, D]; D is even and below
-    896."""
+    """x1, x2 = halves of the last dimension: r1 x + r2 (-x2, x1).
+
+    SBND: r1 and r2 are [S, 1, 1, D]; D is even and below 896.
+    """
     assert (
         rotary_mode == "half"
         and rotate is None

@@ -1,10 +1,12 @@
-"""torch's operators on npu:0 tensors of the memory-only runtime, computed by torch's own CPU kernels on the same
-memory.
+"""torch's operators on npu:0 tensors of the memory-only runtime, computed by torch's own CPU kernels.
 
-CANN's operators (aclnn) are not here, and our kernels stand between ordinary torch operators. Inside `HostMath` those
-are run by the CPU on a view of the same bytes, and torch-npu's fused operators by their plain forms (documented.py).
-Nothing else changes: tensors are npu:0 tensors of the real torch-npu; views, autograd and dispatch are its own; our
-operators go to what is registered for the NPU, or where nothing is, to plain torch operators that are seen here again.
+The kernels use the same memory. CANN's operators (aclnn) are not here, and our kernels stand between ordinary torch
+operators. Inside `HostMath` the CPU runs those on a view of the same bytes, and torch-npu's fused operators by their
+plain forms (documented.py).
+
+Nothing else changes. Tensors are npu:0 tensors of the real torch-npu; views, autograd and dispatch are its own. Our
+operators go to what is registered for the NPU. Where nothing is, they go to plain torch operators that are seen here
+again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MAKES_TENSORS = (
     "aten::set_.source_Storage_storage_offset",
     "aten::detach",
 )
-"""What torch-npu does without CANN's operators, besides views."""
+"""Operators that torch-npu does without CANN's operators, besides views."""
 FOR_THE_BINDING = (
     "clone",
     "sort.stable", "sort", "unique_consecutive", "diff", "repeat_interleave.Tensor", "cat", "cumsum", "index_select",
@@ -86,8 +88,10 @@ def host_view(x: Tensor) -> Tensor:
 
 
 def serve_the_binding() -> torch.library.Library:
-    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++; they last as long as what is
-    returned."""
+    """Register the host's operators for the NPU in torch's dispatcher, for calls from C++.
+
+    They last as long as the object returned.
+    """
     library = torch.library.Library("aten", "IMPL")
     for name in FOR_THE_BINDING:
         base, _, overload = name.partition(".")

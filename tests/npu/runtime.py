@@ -1,8 +1,8 @@
-"""A child process with the real torch-npu wheel and no CANN: the memory-only runtime stands for every CANN library the
-wheel links to.
+"""A child process with the real torch-npu wheel and no CANN.
 
-The wheel lies in a folder of its own, where `make test-npu` puts it, or where MEGATRON_REPLAY_TORCH_NPU says: with it
-on the path a plain `import torch` fails on a machine without CANN.
+The memory-only runtime stands for every CANN library the wheel links to. The wheel lies in a folder of its own, where
+`make test-npu` puts it, or where MEGATRON_REPLAY_TORCH_NPU says. With it on the path a plain `import torch` fails on a
+machine without CANN.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ ASCEND = ROOT / "csrc" / "ascend"
 VERSION = "2.13.0"
 WHEEL = Path(os.environ.get("MEGATRON_REPLAY_TORCH_NPU", Path(sys.prefix) / f"torch-npu-{VERSION}"))
 CANN = ("hccl", "ascendcl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
-"""What the wheel's libraries are linked to (readelf -d)."""
+"""The CANN libraries that the wheel's libraries are linked to (readelf -d)."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a child needs to find."""
+    """The files that a child needs to find."""
 
     libraries: Path
     """The memory-only runtime under CANN's names."""
 
     def run(self, child: str, *words: str, path: Sequence[Path] = (), **variables: str) -> Any:
-        """What children/`child`.py prints last, read as JSON; AssertionError with its output when it fails."""
+        """The last line that children/`child`.py prints, read as JSON; AssertionError with its output when it fails."""
         places = [*path, HERE, WHEEL, ROOT]
         env = {
             **os.environ,
@@ -72,8 +72,10 @@ def make(folder: Path) -> Runtime:
 
 
 def make_binding(runtime: Runtime, folder: Path) -> Path:
-    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in; returns the module's
-    file."""
+    """Build megatron_replay._npu in a folder as setup.py does, the kernels on the host stand-in.
+
+    Returns the module's file.
+    """
     if shutil.which("cmake") is None:
         pytest.skip("no cmake here")
     settings = {

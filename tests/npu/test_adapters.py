@@ -1,6 +1,7 @@
-"""The adapter between megatron-core and the NPU is chosen by probing. FAKE packages stand for MindSpeed,
-MegatronAdaptor and torch-npu: they only note how they were imported. Nothing of the real ones is run (they need CANN);
-what they ask of a trainer was read in their sources (docs/ascend.md).
+"""The adapter between megatron-core and the NPU is chosen by probing.
+
+FAKE packages stand for MindSpeed, MegatronAdaptor and torch-npu: they only note how they were imported. Nothing of the
+real ones is run (they need CANN); what they ask of a trainer was read in their sources (docs/ascend.md).
 """
 
 from __future__ import annotations

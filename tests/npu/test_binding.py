@@ -33,15 +33,17 @@ def test_every_operator_is_served(found: Any) -> None:
 @pytest.mark.parametrize("how", ["loss", "into main_grad"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: str, tolerance: float) -> None:
-    """Loss, gradient of the hidden states, gradient of the weight; a bfloat16 gradient is rounded once more than its
-    tolerance."""
+    """Loss, gradient of the hidden states, gradient of the weight.
+
+    A bfloat16 gradient is rounded once more than its tolerance.
+    """
     loss, *gradients = found[how][precision]
     assert loss <= 2e-6 and all(far <= tolerance for far in gradients), found[how][precision]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_loss_from_logits_and_its_gradient(found: Any, precision: str, tolerance: float) -> None:
-    """Of logits side by side, of a part of wider rows, and of every other column."""
+    """Logits side by side, a part of wider rows, and every other column."""
     assert len(found["from logits"][precision]) == 3
     for loss, gradient in found["from logits"][precision]:
         assert loss <= 2e-6 and gradient <= tolerance

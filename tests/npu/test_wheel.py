@@ -22,7 +22,7 @@ def modules() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def operators() -> set[str]:
-    """Whatever looks like the name of one of torch-npu's operators, in code and docstrings alike."""
+    """All names that look like one of torch-npu's operators, in code and docstrings alike."""
     found = {name for path, _ in modules() for name in OPERATOR.findall(path.read_text(encoding="utf-8"))}
     return found - NOT_OPERATORS
 

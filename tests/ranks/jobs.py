@@ -1,5 +1,7 @@
-"""What the rank tests have their forked ranks do: build, fill and train a model; and how the ranks' answers are joined
-and compared."""
+"""The work of the rank tests' forked ranks: build, fill and train a model.
+
+The ranks' answers are joined and compared here.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Whole:
-    """What all ranks together computed."""
+    """The joined result of all ranks."""
 
     steps: list[StepResult]
     weights: dict[str, Tensor]
@@ -98,8 +100,8 @@ class Whole:
 def batch_of(model: Model, step: int, micro: int) -> list[MicroBatch]:
     """This replica's micro-batches of a step: two samples a row, other lengths and numbers of positions in each.
 
-    Every other row is the same in all steps, so that gradients stand at some 60 degrees to the momentum: cut by the
-    cap, but not all away.
+    Every other row is the same in all steps. So gradients stand at some 60 degrees to the momentum: cut by the cap, but
+    not all away.
     """
     vocab, ours = model.spec.vocab_size, model.world
     rows = [_row(step * (index % 2), index, vocab) for index in range(ROWS)]

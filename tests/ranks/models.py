@@ -55,8 +55,10 @@ def draw(count: int, below: int, *words: int | str) -> np.ndarray:
 
 
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A weight that depends on its name: vectors (norms) in 0.5..1.5, matrices uniform with standard deviation 0.1;
-    exact in fp32."""
+    """A weight that depends on its name, exact in fp32.
+
+    Vectors (norms) are in 0.5..1.5, matrices uniform with standard deviation 0.1.
+    """
     unit = torch.from_numpy((raw(math.prod(shape), name) >> np.uint64(40)).astype(np.float64) / 2**24).view(shape)
     return (0.5 + unit if len(shape) == 1 else (unit - 0.5) * 0.34375).float()
 
@@ -71,15 +73,17 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def tied_and_untied(root: Path, config: dict[str, Any]) -> dict[bool, str]:
-    """Whether the output layer is the embedding -> a folder of such a model."""
+    """True where the output layer is the embedding -> a folder of such a model."""
     return {
         tied: str(write_folder(root / str(tied), {**config, "tie_word_embeddings": tied})) for tied in (True, False)
     }
 
 
 def with_transformers(folder: Path, config: dict[str, Any]) -> Any:
-    """transformers' own model of a configuration, filled by name and saved; the test is skipped where transformers is
-    missing."""
+    """transformers' own model of a configuration, filled by name and saved.
+
+    The test is skipped where transformers is missing.
+    """
     transformers = pytest.importorskip("transformers")
     name = config["architectures"][0]
     settings = getattr(transformers, name.replace("ForCausalLM", "Config"))(

@@ -60,8 +60,10 @@ def _once(
 
 
 def fresh(size: int, function: Callable[..., Any], *args: Any, within: float = 120.0, quiet: bool = True) -> list[Any]:
-    """Fork `size` ranks for one call of `function`; their results in rank order. AssertionError names the ranks that
-    failed."""
+    """Fork `size` ranks for one call of `function`; their results in rank order.
+
+    AssertionError names the ranks that failed.
+    """
     shims.import_megatron()
     importlib.import_module("torch._dynamo")  # torch's optimizers import it when made: a second in every rank
     context = mp.get_context("fork")

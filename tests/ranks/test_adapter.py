@@ -239,7 +239,7 @@ def test_another_adapter_is_refused(folders: dict[Any, str], saved: Path, other:
 
 
 def logits(model: Model) -> np.ndarray:
-    """Of a batch, [N, V]: only without tensor parallelism."""
+    """Logits of a batch, [N, V]: only without tensor parallelism."""
     (batch,) = batch_of(model, 0, 4)
     found: list[Tensor] = []
     forward(model, [batch], lambda _, hidden, weight: hidden @ weight.t(), consume=lambda _, out: found.append(out))
@@ -255,8 +255,7 @@ def unmerged(job: Job, adapter: Adapter, root: str) -> tuple[np.ndarray, tuple[f
 
 
 def filled(path: str, base: str, layout: Layout) -> tuple[np.ndarray | None, tuple[float, float], int]:
-    """On a rank: logits of what `evaluate` would see of a model, its distance from the base, and how many parameters it
-    has."""
+    """On a rank: (logits, distance from the base, number of parameters) of a model as `evaluate` would see it."""
     with world.running(layout, CPU) as ours:
         source = Source.open(path)
         model = build(source.spec, source.layout(layout), ours, torch.float32, seq_length=128)
@@ -268,7 +267,7 @@ def filled(path: str, base: str, layout: Layout) -> tuple[np.ndarray | None, tup
 @pytest.mark.matrix(1)
 @pytest.mark.parametrize("model", [True, "llama"], ids=["qwen3", "llama, padded heads"])
 def test_merged_it_is_the_model_that_was_trained(folders: dict[Any, str], tmp_path: Path, model: Any) -> None:
-    """As `evaluate` fills it, on one rank and four, and as `convert` exports it."""
+    """The model is filled as `evaluate` fills it, on one rank and four, and as `convert` exports it."""
     layout = {"tensor": 2, "pipeline": 2, "head_multiple": 2}
     root, exported = tmp_path / "root", tmp_path / "hf"
     job = Job(folder=folders[model], steps=HALF)

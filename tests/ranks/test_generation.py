@@ -67,8 +67,10 @@ def test_greedy_tokens_are_those_of_transformers(qwen3: tuple[str, Any], layout:
 
 
 def test_unknown_ids_are_never_generated(qwen3: tuple[str, Any]) -> None:
-    """Rows beyond the tokenizer's ids have logits like any other; on the second tensor rank they are all there is of
-    some shards."""
+    """Rows beyond the tokenizer's ids have logits like any other.
+
+    On the second tensor rank some shards have no other rows.
+    """
     folder, model = qwen3
     expected = [greedy(model, prompt, (), vocab=100) for prompt in PROMPTS]
     assert expected != [greedy(model, prompt, ()) for prompt in PROMPTS]

@@ -1,8 +1,8 @@
-"""Ten steps of a tiny Qwen3 against numbers kept as text, so that a change of the maths is seen even where all layouts
-change alike.
+"""Ten steps of a tiny Qwen3 against numbers kept as text.
 
-Weights, tokens and candidate sets come from PCG64 (models.py), so the numbers depend on neither torch's nor
-transformers' random streams. When they are meant to change, make the file again and say in the commit why:
+So a change of the maths is seen even where all layouts change alike. Weights, tokens and candidate sets come from PCG64
+(models.py), so the numbers depend on neither torch's nor transformers' random streams. When they are meant to change,
+make the file again and say in the commit why:
 
     python tests/ranks/test_golden.py > tests/golden/qwen3_tiny.txt
 """

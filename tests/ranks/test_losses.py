@@ -58,7 +58,7 @@ def stored(batch: MicroBatch) -> list[SampleSets]:
 
 
 def by_hand(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
-    """What `Mixed` says, from the logits of one process."""
+    """The values of `Mixed`, from the logits of one process."""
     logits = hidden @ weight.t()
     losses = []
     for (gold, ids), row in zip(((g, ids) for sets in stored(batch) for g, ids in each(sets)), logits, strict=True):

@@ -33,8 +33,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def kept(job: Job, counted: int | None) -> int:
-    """On a rank: bytes of the distinct tensors that autograd keeps of the first layer, or of the last one with so many
-    rows that count; its parameters aside."""
+    """On a rank: bytes of the distinct tensors that autograd keeps of one layer, its parameters aside.
+
+    It is the first layer, or with `counted` the last one with so many rows that count.
+    """
     with opened(job.folder, job.layout, job.dtype) as model:
         layer = model.module.decoder.layers[0 if counted is None else -1]
         own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}

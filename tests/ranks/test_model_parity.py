@@ -46,8 +46,10 @@ ROPE = {
 def logits(
     folder: str, layout: Layout, rows: list[list[np.ndarray]], dtype: torch.dtype = torch.float32
 ) -> list[np.ndarray] | None:
-    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row; None before the last
-    stage."""
+    """On a rank: its columns of the logits of all tokens but each sample's last, one tensor a row.
+
+    None before the last stage.
+    """
     with opened(folder, layout, dtype) as model:
         length = row_length([sum(map(len, row)) for row in rows], layout.tensor)
         batches = [
@@ -76,7 +78,7 @@ def sharded(
 
 @torch.no_grad()
 def reference(model: Any, row: list[np.ndarray]) -> Tensor:
-    """What transformers says of each sample alone."""
+    """transformers' logits of each sample, computed one sample at a time."""
     return torch.cat([model(torch.from_numpy(ids)[None]).logits[0, :-1] for ids in row])
 
 

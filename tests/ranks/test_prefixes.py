@@ -43,8 +43,11 @@ Truth = dict[str, Whole]
 
 
 def family(index: int, vocab: int) -> list[np.ndarray]:
-    """Samples of one row: two prefixes with three branches each, one of which goes on as two; one sample ends with the
-    prefix, one is there twice, one stands alone, and one goes on with the token that another one has there."""
+    """Samples of one row: two prefixes with three branches each, one of which goes on as two.
+
+    One sample ends with the prefix, one is there twice, and one has no beginning in common with others. One goes on
+    with the token that another one has there.
+    """
     first, second, middle = (
         draw(length, vocab, "prefix", index, name) for name, length in (("a", 30), ("b", 20), ("c", 17))
     )

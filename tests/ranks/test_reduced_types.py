@@ -1,5 +1,7 @@
-"""No rank asks for a sum or a maximum in float64: HCCL has none on Atlas A2, where HcclAllReduce takes int8 to int64,
-fp16, bf16, fp32."""
+"""No rank asks for a sum or a maximum in float64.
+
+HCCL has none on Atlas A2, where HcclAllReduce takes int8 to int64, fp16, bf16, fp32.
+"""
 
 from __future__ import annotations
 

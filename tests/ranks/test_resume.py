@@ -1,5 +1,4 @@
-"""A run that stops and goes on is the run that never stopped; whatever is wrong with a checkpoint is told in one
-line."""
+"""A run that stops and goes on is the run that never stopped; a faulty checkpoint is reported in one line."""
 
 from __future__ import annotations
 
@@ -134,8 +133,10 @@ def test_their_states_reshard(job: Job, tmp_path: Path, case: Case, after: dict[
 
 
 def test_checkpoints_move_between_adamw_and_moclip(job: Job, tmp_path: Path) -> None:
-    """The state is Adam's: what MoClip goes on from is AdamW's, to the bit, as at 90 degrees it goes on as Adam-atan2
-    does."""
+    """The state is Adam's: MoClip goes on from AdamW's state to the bit.
+
+    At 90 degrees it goes on as Adam-atan2 does.
+    """
     adamw, atan2 = (dataclasses.replace(job, optimizer=other(name)) for name in ("adamw", "adam_atan2"))
     moclip = dataclasses.replace(job, optimizer=other("moclip", max_angle=90.0))
     run(dataclasses.replace(adamw, steps=HALF).on(**FOUR), stop, str(tmp_path))
@@ -264,8 +265,10 @@ def train_command(folder: Path, *options: str) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """Iteration, loss, gradient norm and learning rate of each line of metrics.jsonl; a line still being written is
-    left out."""
+    """Iteration, loss, gradient norm and learning rate of each line of metrics.jsonl.
+
+    A line still being written is left out.
+    """
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     kept = ("iteration", "lm loss", "grad-norm", "learning-rate", "moclip/angle_mean")

@@ -1,9 +1,8 @@
-"""Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind. One
-test a shim.
+"""Every change to megatron's surroundings is still needed: without it a short job fails or leaves something behind.
 
-When a test here says that a shim is not needed any more, delete the shim, or restrict it to the versions that need it.
-A shim that names other versions than the installed one is not applied, so the jobs that run with all shims show that
-this version does not need it.
+There is one test a shim. When a test here says that a shim is not needed any more, delete the shim, or restrict it to
+the versions that need it. A shim that names other versions than the installed one is not applied. So the jobs that run
+with all shims show that this version does not need it.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ def forked_dropout(shimmed: bool) -> dict[str, Any]:
 
 
 def test_dropout_is_forked_and_recomputed() -> None:
-    """What the shim `rng` is for where nothing fails: dropout that would silently be another one."""
+    """The shim `rng` is needed where nothing fails: without it dropout would silently be another one."""
     ours, theirs = fresh(2, forked_dropout, True)
     assert ours["first"] != theirs["first"], "tensor ranks drop different units"
     assert ours["first"] != ours["second"]

@@ -154,8 +154,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 
 def found_sets(folder: str, layout: Layout) -> list[np.ndarray] | None:
-    """On a rank: the sets of a few samples, of a head whose rows have one number each, so that logits tie to the bit on
-    any layout."""
+    """On a rank: the sets of a few samples, of a head whose rows have one number each.
+
+    So logits tie to the bit on any layout.
+    """
     with opened(folder, layout) as model:
         samples = tokens((13, 21, 7), model.spec.vocab_size, "sets")
         length = row_length([sum(map(len, samples))], layout.tensor)
@@ -283,8 +285,10 @@ def test_bf16_and_its_main_weights_go_on_in_the_other_order(folders: dict[bool, 
 
 
 def there_and_back(job: Job) -> list[tuple[bool, bool]]:
-    """On a rank: for each vocabulary tensor of the optimizer, whether one restriping changes it, and a second undoes
-    that."""
+    """On a rank: (unchanged by a restriping, unchanged by a second one after it) of each vocabulary tensor.
+
+    The tensors are the optimizer's. The second restriping undoes the first.
+    """
     with opened(job.folder, job.layout, job.dtype) as model:
         trainer = make_trainer(model, job.optimizer)
         advance(job, trainer)

@@ -95,7 +95,7 @@ def test_eight_ranks(folders: dict[bool, str]) -> None:
 
 @pytest.mark.slow
 def test_in_double_precision_layouts_agree_to_rounding(folders: dict[bool, str]) -> None:
-    """What fp32 would hide in its rounding."""
+    """Double precision shows what fp32 would hide in its rounding."""
     job = Job(folder=folders[True], dtype=torch.float64, steps=4)
     same(run(job.on(tensor=2, pipeline=2, replicas=2, sequence_parallel=True, zero1=False)), run(job), tolerance=1e-12)
 
@@ -106,8 +106,10 @@ def test_micro_batches_do_not_change_a_step(folders: dict[bool, str], micro: int
 
 
 def test_stories_260k(shared_file: Callable[[str], Path], tmp_path: Path) -> None:
-    """A trained Llama: five layers, eight query and four key/value heads. Its weights alone count, so any tokenizer of
-    its size will do."""
+    """A trained Llama: five layers, eight query and four key/value heads.
+
+    Its weights alone count, so any tokenizer of its size will do.
+    """
     stand_in = [
         "<unk>",
         "<s>",
@@ -147,7 +149,7 @@ def test_bf16_with_fp32_main_weights(folders: dict[bool, str], layout: dict[str,
 
 @dataclasses.dataclass
 class Broken:
-    """What a rank saw of a run in which one loss on one rank was not a number."""
+    """A rank's view of a run in which one loss on one rank was not a number."""
 
     applied: list[bool]
     skipped: int

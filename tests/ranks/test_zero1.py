@@ -20,7 +20,7 @@ from megatron_replay.parallel.mcore import zero1
 
 CONFIG = {**QWEN3, "num_hidden_layers": 2, "tie_word_embeddings": True}
 OLD = Path(sys.prefix) / "megatron-0.12"
-"""Where `make test-megatron-0.12` puts the old version."""
+"""The folder where `make test-megatron-0.12` puts the old version."""
 BETWEEN: tuple[dict[str, Any], ...] = ({**FOUR, "replicas": 2}, {"pipeline": 2, "replicas": 2})
 
 

@@ -18,7 +18,7 @@ RIGHT = {
     "TASK_QUEUE_ENABLE": "2",
     "OMP_NUM_THREADS": "1",
 }
-"""What an NPU run of one node has."""
+"""The variables that an NPU run of one node has."""
 
 
 def states(kind: str, environ: dict[str, str], nodes: int = 1) -> dict[str, str]:

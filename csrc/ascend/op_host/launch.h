@@ -1,8 +1,8 @@
-// How the host starts the kernels: one function for each, implemented by op_kernel/launch_npu.cpp on a device and by
-// sim/launch.cpp on the host stand-in. N positions, H hidden, V vocabulary rows here, m candidates here. Matrices are
-// row-major with rows side by side, unless a stride is given; their rows begin at multiples of 32 bytes. Every launcher
-// computes its own tiling (tiling.h) and throws std::invalid_argument for shapes the kernel does not take. `blocks` is
-// the number of vector cores to use; no result depends on it.
+// The launchers, by which the host starts the kernels: one function for each. op_kernel/launch_npu.cpp implements them
+// on a device, sim/launch.cpp on the host stand-in. N positions, H hidden, V vocabulary rows here, m candidates here.
+// Matrices are row-major with rows side by side, unless a stride is given; their rows begin at multiples of 32 bytes.
+// Every launcher computes its own tiling (tiling.h) and throws std::invalid_argument for shapes the kernel does not
+// take. `blocks` is the number of vector cores to use; no result depends on it.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// How much of a problem fits the unified buffer of a vector core at a time. Plain C++, the same on a
-// device and on the host stand-in.
+// The tilings: the part of a problem that fits the unified buffer of a vector core at a time. Plain C++, the same on
+// a device and on the host stand-in.
 #pragma once
 
 #include <cstdint>

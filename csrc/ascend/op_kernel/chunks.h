@@ -1,5 +1,6 @@
-// How the optimizer's kernels cut a flat tensor: chunks of kChunk elements, whose sums are written each for itself so
-// that no result depends on the number of blocks; and tiles of a chunk, as much as the buffer holds.
+// The cuts of a flat tensor for the optimizer's kernels: chunks of kChunk elements, and tiles of a chunk, as much as
+// the buffer holds. The sums of each chunk are written for themselves, so that no result depends on the number of
+// blocks.
 #pragma once
 
 #include "rows.h"

@@ -1,5 +1,5 @@
-// The restricted loss from logits that are there already: picks the candidates' logits, one element each, and
-// takes their softmax statistics.
+// The restricted loss from given logits: the kernel picks the candidates' logits, one element each, and takes their
+// softmax statistics.
 #pragma once
 
 #include "softmax_state.h"

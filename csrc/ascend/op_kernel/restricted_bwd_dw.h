@@ -2,8 +2,8 @@
 // sum of its entries in that order, added to the gradient once.
 //
 // A column that is in most lists would keep one core busy while the others wait. So a row is summed in parts of kPart
-// entries, whatever the number of blocks; rows of more than one part go through a workspace, and
-// restricted_bwd_dw_merge adds their parts up. No atomics: the same bits every time.
+// entries, whatever the number of blocks. Rows of more than one part go through a workspace, and
+// restricted_bwd_dw_merge adds their parts up. There are no atomics, so the bits are the same every time.
 #pragma once
 
 #include "rows.h"
@@ -153,7 +153,7 @@ class RestrictedBwdDw {
     bool opens, closes, whole;
   };
 
-  // The first part whose place in the work, starts[row] + row + kPart part, is not before `work`.
+  // The first part whose beginning in the work, starts[row] + row + kPart part, is not before `work`.
   __aicore__ inline Part PartFrom(uint64_t work) {
     const uint32_t row = FirstFrom(starts_, num_touched_, work);
     if (row == 0) return {0, 0};

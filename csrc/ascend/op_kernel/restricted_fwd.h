@@ -1,9 +1,9 @@
 // z, softmax statistics and mixture of the restricted loss: one dot product for each
 // candidate, each weight row read once.
 //
-// The block walks over tiles of up to `rows` candidates of one position. While the vector pipe works on a tile,
-// the rows of the next one arrive (two buffers), and nothing the scalar pipe needs comes from the vector pipe, so
-// the program never waits for it.
+// The block walks over tiles of up to `rows` candidates of one position. While the vector pipe works on a tile, the
+// rows of the next one arrive (two buffers). Nothing that the scalar pipe needs comes from the vector pipe, so the
+// program never waits for it.
 #pragma once
 
 #include "rows.h"
@@ -123,7 +123,7 @@ class RestrictedFwd {
     z_out_.FreeTensor(z);
   }
 
-  // z[i] = row i . hidden. The order of the additions depends on the width alone.
+  // z[i] = row i . hidden. The order of the additions depends on the width only.
   __aicore__ inline void Dot(const LocalTensor<float>& z, const LocalTensor<float>& wide, uint32_t count) {
     const LocalTensor<float> products = products_.Get<float>(), sums = sums_.Get<float>(),
                              hidden = hidden_wide_.Get<float>();

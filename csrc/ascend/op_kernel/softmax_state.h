@@ -29,8 +29,7 @@ class SoftmaxState {
     PipeBarrier<PIPE_V>();
   }
 
-  // Takes in z [count]. Afterwards Shares() is exp(z - max) and Fade() what everything taken
-  // in before must be multiplied by.
+  // Takes in z [count]. Afterwards Shares() is exp(z - max), and Fade() is the factor of everything taken in before.
   __aicore__ inline void Add(const LocalTensor<float>& z, uint32_t count) {
     const LocalTensor<float> top = scratch_[kTop], tops = scratch_[kTops], peak = scratch_[kPeak], fade = Fade(),
                              shares = Shares(), sum = scratch_[kSum];

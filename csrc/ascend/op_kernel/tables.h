@@ -1,5 +1,5 @@
-// Tables in global memory that the scalar pipe reads: in stretches through the unified
-// buffer, and here and there directly.
+// Tables in global memory that the scalar pipe reads: in stretches through the unified buffer, or single entries
+// directly.
 #pragma once
 
 #include "kernel_operator.h"
@@ -65,8 +65,8 @@ struct Range {
 };
 
 // The lists of a ragged table that this block takes. The work of a list is its length and one more, so list t begins at
-// offsets[t] + t; every block takes the lists that begin within its share. So shares are equal up to one list, and the
-// host need not look at the offsets.
+// offsets[t] + t. Every block takes the lists that begin within its part of the work. So the parts are equal up to one
+// list, and the host need not look at the offsets.
 template <typename T>
 __aicore__ inline uint32_t FirstFrom(GlobalTensor<T>& offsets, uint32_t lists, uint64_t work) {
   uint32_t low = 0, high = lists;
@@ -89,7 +89,7 @@ __aicore__ inline Range ListsOfBlock(GM_ADDR table, uint32_t lists, uint64_t ent
   return {FirstFrom(offsets, lists, work * block / blocks), FirstFrom(offsets, lists, work * (block + 1) / blocks)};
 }
 
-// Equal shares of what is all alike.
+// The equal part of this block, for work whose items all cost the same.
 __aicore__ inline Range ShareOfBlock(uint64_t count) {
   const uint64_t block = GetBlockIdx(), blocks = GetBlockNum();
   return {static_cast<uint32_t>(count * block / blocks), static_cast<uint32_t>(count * (block + 1) / blocks)};

@@ -1,4 +1,4 @@
-// How the kernels of the loss walk over ragged lists, and how every kernel that cuts its work into tiles overlaps them.
+// The walk of the loss's kernels over ragged lists, and the overlap of tiles in every kernel that cuts its work so.
 #pragma once
 
 #include "tables.h"
@@ -57,7 +57,7 @@ class ListTiles {
   bool opens_ = true;
 };
 
-// Compute(tile) of every tile, while what the next one needs is on its way: Load runs one tile ahead.
+// Compute(tile) of every tile, while the next one's data are on their way: Load runs one tile ahead.
 template <typename Tile, typename Tiles, typename Kernel>
 __aicore__ inline void OneAhead(Tiles& tiles, Kernel& kernel) {
   if (!tiles.More()) return;

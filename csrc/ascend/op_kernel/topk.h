@@ -178,7 +178,7 @@ class Topk {
     held_ = end - rest + kBlock;
   }
 
-  // How many held elements compare so; they are left in the other buffer from `at` on.
+  // The number of held elements that compare so; they are left in the other buffer from `at` on.
   __aicore__ inline uint32_t Compress(CMPMODE mode, float bound, uint32_t at) {
     const LocalTensor<uint8_t> mask = mask_.Get<uint8_t>();
     uint64_t found = 0;

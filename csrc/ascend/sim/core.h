@@ -1,4 +1,4 @@
-// One vector core: its unified buffer, the pipes that work on it side by side, and what each pipe knows of the others.
+// One vector core: its unified buffer, the pipes that work on it side by side, and each pipe's knowledge of the others.
 //
 // A kernel runs in program order, but on the device its instructions go to pipes (scalar, vector, MTE2 into the
 // buffer, MTE3 out of it) that do not wait for one another. So every access is judged by a vector clock: pipe p may
@@ -38,7 +38,7 @@ struct Counters {
   uint64_t scalar_waits = 0;  // flags the scalar pipe waited for: the kernel's program stands still there
 };
 
-// Who touched a piece of memory last.
+// The pipes that touched a stretch of memory last.
 struct Touch {
   uint8_t writer = kPipes;
   uint32_t written = 0;

@@ -1,5 +1,5 @@
-// How a vector instruction walks through the buffer: repeats of eight blocks of 32 bytes, with strides and
-// a mask; and what it may not do.
+// The walk of a vector instruction through the buffer: repeats of eight blocks of 32 bytes, with strides and a mask.
+// Its rules are checked here.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,4 @@
-// The launchers of op_host/launch.h on the stand-in, for a given kernel function: what
-// the arguments are, and how large.
+// The launchers of op_host/launch.h on the stand-in, for a given kernel function: the arguments and their sizes.
 #pragma once
 
 #include "../op_host/tiling.h"

@@ -71,7 +71,7 @@ def _main_grad(weight: Tensor) -> Tensor | None:
     """The buffer in which megatron accumulates the gradient of a trained weight over the micro-batches of a step.
 
     The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight.
-    megatron's hook finds no `weight.grad`, or only that of a tied embedding, and adds nothing twice.
+    Then megatron's hook finds no `weight.grad`, or only that of a tied embedding, and adds nothing twice.
     """
     return getattr(weight, "main_grad", None) if weight.requires_grad and torch.is_grad_enabled() else None
 

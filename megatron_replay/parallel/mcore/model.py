@@ -200,9 +200,7 @@ def uneven_stages(split: list[int], config: Any) -> dict[str, Any]:
             "and the last alike; "
             f"use layout.split={near} or megatron-core>=0.13"
         )
-    last = (
-        {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}
-    )  # of two stages it wants the first only
+    last = {"num_layers_in_last_pipeline_stage": split[-1]} if len(split) > 2 else {}  # of two it wants the first
     return {"num_layers_in_first_pipeline_stage": split[0], **last}
 
 

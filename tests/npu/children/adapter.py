@@ -1,5 +1,7 @@
-"""Which adapter the probe chooses for the NPU, and what importing it saw. Arguments are left for the adapter to be kept
-away from."""
+"""The adapter that the probe chooses for the NPU, and what importing it saw.
+
+Arguments are left for the adapter to be kept away from.
+"""
 
 from __future__ import annotations
 

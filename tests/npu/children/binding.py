@@ -163,7 +163,7 @@ def moclip(dtype: torch.dtype, *, main_weights: bool = False) -> dict[str, Any]:
 
 
 def refusals() -> dict[str, str]:
-    """What the binding says of arguments it cannot take."""
+    """The binding's errors for arguments it cannot take."""
     h, w = torch.randn(2, HIDDEN, device="cpu"), torch.randn(VOCAB, HIDDEN)
     offsets, columns, gold = torch.tensor([0, 1, 2]), torch.tensor([1, 2], dtype=torch.int32), torch.tensor([0, 1])
     npu = [x.to(NPU) for x in (h, w, offsets, columns, gold)]

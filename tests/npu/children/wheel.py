@@ -1,4 +1,4 @@
-"""What the wheel has of the names in our code (given as JSON), and what our device seam makes of it."""
+"""The names in our code (given as JSON) that the wheel has, and our device seam's view of the wheel."""
 
 from __future__ import annotations
 

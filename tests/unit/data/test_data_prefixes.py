@@ -123,7 +123,7 @@ def test_a_short_beginning_is_not_worth_it() -> None:
 
 
 def test_samples_that_each_begin_the_next() -> None:
-    """As deep as it gets."""
+    """A forest as deep as it gets."""
     samples = [np.zeros(length, np.int32) for length in range(1, 3000, SHORTEST)]
     for some in (samples, samples[::-1]):
         tree = lay(some, share_prefixes=True)

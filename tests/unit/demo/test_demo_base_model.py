@@ -1,4 +1,4 @@
-"""Where the demo's model comes from: a package, the cache, a wheel put there by hand, or pip; and never unchecked."""
+"""The sources of the demo's model: a package, the cache, a wheel put there by hand, or pip; and never unchecked."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Versions:
 
 
 def report(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[str, Any]:
-    """What `doctor --json` prints, which is one line."""
+    """The output of `doctor --json`, which is one line."""
     assert cli.main(["doctor", "--json", *argv]) == code
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "Traceback" not in err

@@ -33,8 +33,10 @@ SCORED = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "▁a", "ab"]
 
 
 def write_gguf(path, *, architecture="llama", kind="gpt2", tied=True, drop=(), more=None, extra=(), pre="smollm"):
-    """A tiny llama: hidden 8, 2 heads, 1 key/value head, ffn 12, one layer, 9 tokens; returns its tensors by GGUF
-    name."""
+    """A tiny llama: hidden 8, 2 heads, 1 key/value head, ffn 12, one layer, 9 tokens.
+
+    Returns its tensors by GGUF name.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)

@@ -86,7 +86,7 @@ def test_qkv_rows_are_grouped_by_key_value_head():
 
 @pytest.mark.parametrize("vocab", [1, 7, 37, 128, 130])
 def test_a_striped_vocabulary_is_dealt_out_in_eights(vocab):
-    """Row of id v in a vocabulary of V rows: (v mod 8) (V / 8) + v div 8; the rows of no id are zero."""
+    """Row of id v in a vocabulary of V rows: (v mod 8) (V / 8) + v div 8. The rows of no id are zero."""
     spec = make_spec(hidden=1, vocab=vocab)
     plain, striped = (WeightTable(spec, striped=striped)["output_layer.weight"] for striped in (False, True))
     tensors = {"lm_head.weight": torch.arange(1.0, vocab + 1)[:, None]}

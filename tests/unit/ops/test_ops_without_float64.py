@@ -1,4 +1,4 @@
-"""What the operators do on a device without float64 (an NPU): the same, with float32 sums where the device adds up."""
+"""The operators on a device without float64 (an NPU): the same, with float32 sums where the device adds up."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def usable(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def degrees(m: Tensor, g: Tensor) -> float:
-    """By the arctangent, which is exact near 0 and 180 where the arccosine is not."""
+    """The angle by the arctangent, which is exact near 0 and 180 where the arccosine is not."""
     m, g = m / m.norm(), g / g.norm()
     return math.degrees(2 * math.atan2(float((m - g).norm()), float((m + g).norm())))
 

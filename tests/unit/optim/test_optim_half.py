@@ -17,7 +17,7 @@ MATRICES = {"self_attn": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate
 
 
 def names(layers: int) -> list[tuple[str, torch.Tensor]]:
-    """As `named_parameters` of a Hugging Face model gives them."""
+    """Names and parameters as `named_parameters` of a Hugging Face model gives them."""
     found = [("model.embed_tokens.weight", torch.empty(2, 2))]
     for layer in range(layers):
         of = f"model.layers.{layer}"
@@ -31,8 +31,10 @@ def names(layers: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def test_half_of_each_kind_in_each_layer() -> None:
-    """The paper's: two of four attention matrices, two of three MLP matrices in half of the layers and one in the
-    others, one norm."""
+    """The paper's fraction: two of four attention matrices, and one norm.
+
+    Of the three MLP matrices it is two in half of the layers and one in the others.
+    """
     frozen = half(names(10), 0.5, 1)
     counts = Counter(
         (name.split(".")[2], name.split(".")[3].removesuffix("_layernorm").replace("post_attention", "input"))

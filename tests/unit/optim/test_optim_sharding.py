@@ -1,10 +1,11 @@
-"""The whole model in one optimizer, and cut over pipeline, tensor and data ranks: the same bits. Ranks are threads that
-meet at a barrier.
+"""The whole model in one optimizer, and cut over pipeline, tensor and data ranks: the same bits.
 
-The model: an embedding tied to the output (held by both pipeline stages), and a norm weight and two matrices a layer.
-The tensor ranks split everything but the norm weights; the data ranks (ZeRO-1) cut the flat buffer of what a tensor
-rank holds anywhere. Float32 weights come out bit for bit the same since the sums are float64: the order of adding
-changes them by 1e-16, which the float32 update would only notice if a scalar lay that close to a rounding edge.
+Ranks are threads that meet at a barrier. The model has an embedding tied to the output (held by both pipeline stages),
+and a norm weight and two matrices a layer. The tensor ranks split everything but the norm weights. The data ranks
+(ZeRO-1) cut the flat buffer of what a tensor rank holds anywhere.
+
+Float32 weights come out bit for bit the same since the sums are float64. The order of adding changes them by 1e-16. The
+float32 update would only notice that if a scalar lay that close to a rounding edge.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Make = Callable[..., ReplayOptimizer]
 
 @dataclass
 class Meeting:
-    """Where the ranks' tables meet; added in rank order."""
+    """The meeting point of the ranks' tables, which are added in rank order."""
 
     num_ranks: int
 

@@ -305,7 +305,10 @@ def test_a_transposed_parameter_moves_like_any_other(make: Make) -> None:
 
 
 ELEMENTWISE = {name: case for name, case in ALL.items() if case.name not in BY_SHAPE and "pull" not in case.options}
-"""Those for which a flat view is as good as the matrix; a pull would want the base weights of the groups assigned."""
+"""The optimizers for which a flat view is as good as the matrix.
+
+A pull would want the base weights of the groups assigned.
+"""
 
 
 @pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())

@@ -35,7 +35,7 @@ PLAN = Manifest(
 
 
 class Kit:
-    """What the store's tests share."""
+    """The common parts of the store's tests."""
 
     plan = PLAN
 
@@ -75,7 +75,7 @@ class Kit:
         segment: int = 1500,
         **changes: Any,
     ) -> None:
-        """What `collect` does, with the same command whether the store is new or unfinished."""
+        """Do as `collect` does, with the same command whether the store is new or unfinished."""
         plan = dataclasses.replace(PLAN, **changes)
         begin(path, plan, disk)
         with Writer(path, block_bytes=block, segment_bytes=segment, disk=disk) as writer:

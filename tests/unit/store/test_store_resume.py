@@ -328,8 +328,10 @@ def test_block_boundaries_do_not_depend_on_logits_that_are_not_stored(kit, tmp_p
 
 
 def test_a_rank_may_cut_its_torn_tail_while_another_reads_it(kit, tmp_path, monkeypatch):
-    """Ranks resume at the same time: reading pages of a file that has just become shorter must not end the reader with
-    SIGBUS."""
+    """Ranks resume at the same time.
+
+    Reading pages of a file that has just become shorter must not end the reader with SIGBUS.
+    """
     begin(tmp_path, kit.plan)
     writer = Writer(tmp_path, rank=1, block_bytes=2000)
     for uid, sets in kit.samples(300):

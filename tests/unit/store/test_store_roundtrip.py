@@ -1,4 +1,4 @@
-"""What is written is what is read: every codec, every shape of sample, every type of logit."""
+"""A store is read as it was written: every codec, every shape of sample, every type of logit."""
 
 from __future__ import annotations
 
@@ -164,8 +164,10 @@ def test_counts_and_histograms(kit, build):
 
 
 def test_gold_appended_from_logits(kit, build):
-    """Two kept tokens reach tau; the third, least likely, is gold: appended. With gold among the two: not. Nothing else
-    differs."""
+    """Two kept tokens reach tau; the third, least likely, is gold: appended.
+
+    With gold among the two: not. Nothing else differs.
+    """
     p = np.array([0.6, 0.38, 0.01] * 2, np.float64)
     sets = SampleSets(
         positions=np.array([1, 2], np.int32),

@@ -1,4 +1,4 @@
-"""How many bits an id costs at the size of vocabulary and set the store is made for."""
+"""The bits that an id costs at the size of vocabulary and set the store is made for."""
 
 from __future__ import annotations
 
