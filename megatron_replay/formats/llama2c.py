@@ -47,7 +47,7 @@ def import_llama2c(bin_path: str | Path, tokenizer_bin: str | Path, folder: str 
     path = Path(bin_path)
     config = _config(path)
     spec = ModelSpec.from_hf(config)
-    places = _places(path, spec, config["max_position_embeddings"])
+    offsets = _offsets(path, spec, config["max_position_embeddings"])
     tokens, scores = read_tokenizer(tokenizer_bin)
     if len(tokens) != spec.vocab_size:
         raise CheckpointError(
@@ -57,7 +57,7 @@ def import_llama2c(bin_path: str | Path, tokenizer_bin: str | Path, folder: str 
     with HFWriter(folder, spec, dtype=torch.float32) as out:
         data = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
         for name, shape in WeightTable(spec).hf_shapes.items():
-            tensor = torch.from_numpy(data[places[name] : places[name] + math.prod(shape)].copy()).view(shape)
+            tensor = torch.from_numpy(data[offsets[name] : offsets[name] + math.prod(shape)].copy()).view(shape)
             out.add(name, _half_split(name, tensor, spec))
         out.write_side_file("config.json", config)
         out.write_side_file("tokenizer.json", scored_bpe(tokens, scores).to_str(pretty=True))
@@ -134,7 +134,7 @@ def _config(path: Path) -> dict[str, Any]:
     }
 
 
-def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
+def _offsets(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
     """Offset of every Hugging Face tensor, in float32 numbers after the header.
 
     CheckpointError when the file's length differs.
@@ -143,19 +143,19 @@ def _places(path: Path, spec: ModelSpec, positions: int) -> dict[str, int]:
     order = ["model.embed_tokens.weight"]
     order += [f"model.layers.{layer}.{part}.weight" for part in ORDER for layer in range(spec.num_layers)]
     order.append("model.norm.weight")
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     end = 0
     for name in order:
-        places[name], end = end, end + math.prod(shapes[name])
+        offsets[name], end = end, end + math.prod(shapes[name])
     end += positions * spec.head_dim  # two tables of rotary cosines and sines, half a head wide: computed, not read
     if not spec.tied:
-        places["lm_head.weight"], end = end, end + math.prod(shapes["lm_head.weight"])
+        offsets["lm_head.weight"], end = end, end + math.prod(shapes["lm_head.weight"])
     if path.stat().st_size != HEADER.size + 4 * end:
         raise CheckpointError(
             f"{path}: {path.stat().st_size} bytes, its header promises {HEADER.size + 4 * end}; truncated or not a "
             "llama2.c checkpoint"
         )
-    return places
+    return offsets
 
 
 def _half_split(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:

@@ -40,7 +40,7 @@ def restricted_fwd(
         and weight.dtype == hidden.dtype
         and weight.shape[1] == hidden.shape[1]
         and weight.device == hidden.device,
-        f"{op}: hidden is {_told(hidden)}, weight {_told(weight)}",
+        f"{op}: hidden is {_described(hidden)}, weight {_described(weight)}",
     )
     _check_table(op, hidden, offsets, columns, weight.shape[0], gold)
     (n, width), m, kind = hidden.shape, columns.shape[0], accumulator(hidden.dtype)
@@ -89,7 +89,7 @@ def restricted_bwd_dw(
     _check_gradient(op, hidden, touched, begins, tokens, coefficient, grad_weight.shape[0])
     _need(
         grad_weight.dim() == 2 and grad_weight.shape[1] == hidden.shape[1] and grad_weight.device == hidden.device,
-        f"{op}: grad_weight is {_told(grad_weight)}, hidden {_told(hidden)}",
+        f"{op}: grad_weight is {_described(grad_weight)}, hidden {_described(hidden)}",
     )
     if grad_weight.dtype in _KNOWN and _with_rows(grad_weight) is grad_weight:
         _sum_by_column(hidden, touched, begins, tokens, coefficient, grad_weight, add=True)
@@ -194,7 +194,7 @@ def _need(fits: bool, message: str) -> None:
         raise RuntimeError(message)  # as the compiled kernels do
 
 
-def _told(x: Tensor) -> str:
+def _described(x: Tensor) -> str:
     return f"{list(x.shape)} {x.dtype} on {x.device}"
 
 

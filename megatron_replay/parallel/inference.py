@@ -161,8 +161,8 @@ def deal(sequences: Sequence[np.ndarray], row_tokens: int, world: World, *, shar
 
     They hold every `data_size`-th sequence, neighbours laid together up to `row_tokens`.
 
-    share_prefixes: instead, this replica takes a stretch of the sequences ordered by prefix. So most of those that begin alike
-    meet in a row.
+    share_prefixes: instead, this replica takes a stretch of the sequences ordered by prefix. So most of those that
+    begin alike meet in a row.
     """
     if not share_prefixes:
         return fill(range(world.data_rank, len(sequences), world.data_size), [len(s) for s in sequences], row_tokens)

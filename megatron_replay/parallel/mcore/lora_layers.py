@@ -132,8 +132,8 @@ def _sharded(linear: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[s
 
     state = linear.state_dict(prefix="", keep_vars=True)
     # older versions know their groups
-    told = "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
-    groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]} if told else {}
+    takes_groups = "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
+    groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]} if takes_groups else {}
     found = make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
     if linear.halves:  # the weight's own halves are megatron's affair
         found[prefix + B] = apply_swiglu_sharded_factory(found[prefix + B], offsets)
