@@ -99,6 +99,7 @@ def _unpacked(cls: type) -> dict[str, bool]:
     rest = next((p for p in inspect.signature(cls).parameters.values() if p.kind is p.VAR_KEYWORD), None)
     if rest is None:
         return {}
-    hint = typing_extensions.get_type_hints(getattr(cls, "__init__")).get(rest.name)  # noqa: B009  (of the class, not of an instance)
+    # of the class, not of an instance
+    hint = typing_extensions.get_type_hints(getattr(cls, "__init__")).get(rest.name)  # noqa: B009
     unpacked = typing_extensions.get_args(hint)
     return dict.fromkeys(typing_extensions.get_type_hints(unpacked[0]), False) if unpacked else {}

@@ -351,7 +351,8 @@ def _load(file: Path, info: Any) -> Any:
         damaged = zipfile.ZipFile(_Section(stream, info.offset, info.length)).testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(_Section(stream, info.offset, info.length), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        section: Any = _Section(stream, info.offset, info.length)
+        return torch.load(section, map_location="cpu", weights_only=True)
 
 
 def _sync(out: Any) -> None:

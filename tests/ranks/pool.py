@@ -45,7 +45,8 @@ def _once(
     import torch
 
     world.set_rank(rank, size, port)
-    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # megatron's checkpoint writer forks a helper
+    # megatron's checkpoint writer forks a helper
+    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

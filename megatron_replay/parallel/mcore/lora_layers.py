@@ -46,8 +46,8 @@ def attach(model: Model, adapter: Adapter, seed: int) -> None:
         for word, factor in zip((A, B), factors, strict=True):
             whole = merge(factor, {factor.name: initial(factor, seed)})
             part = shard(whole, factor.axis, model.world.tensor_rank, model.world.tensor_size)
-            made = torch.nn.Parameter(part.to(parameter.device, parameter.dtype, copy=True))
-            made.sequence_parallel = model.config.sequence_parallel and factor.axis is None  # type: ignore[attr-defined]
+            made: Any = torch.nn.Parameter(part.to(parameter.device, parameter.dtype, copy=True))
+            made.sequence_parallel = model.config.sequence_parallel and factor.axis is None
             linear.register_parameter(word, made)
         linear.scale, linear.halves = scale(adapter), weight.axis == "gate_up"
         linear.__class__ = by_columns if weight.axis == 1 else by_rows

@@ -228,7 +228,8 @@ def test_a_rank_without_a_candidate_adds_nothing() -> None:
     assert z.shape == (0,)
     assert mixture.shape == (3, 4) and not mixture.any()
     assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
-    some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(VocabShard(0, 4, group=object()))  # type: ignore[arg-type]
+    shard = VocabShard(0, 4, group=object())  # type: ignore[arg-type]
+    some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(shard)
     _, stats, _ = torch_twins.restricted_fwd(
         hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False
     )
