@@ -80,10 +80,8 @@ def half(folder: str, root: str, first: str) -> None:
 def test_a_run_goes_on_with_another_version(job: Job, tmp_path: Path, old_first: bool) -> None:
     if not OLD.is_dir():
         pytest.skip("make test-megatron-0.12 installs the other version")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_zero1; "
-        "test_zero1.half(*sys.argv[1:])"
-    )
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_zero1; test_zero1.half(*sys.argv[1:])"
     said = []
     for first in (True, False):
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

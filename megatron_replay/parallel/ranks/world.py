@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from megatron_replay.config import Layout
 from megatron_replay.device import Device, launcher_ranks
 from megatron_replay.errors import LayoutError
 from megatron_replay.parallel import shims
+
+PORTS = range(20_000, 32_768)
+"""Ports for the ranks of this machine to meet at."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +188,16 @@ def set_rank(rank: int, size: int, port: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody listens on.
+
+    It lies below the range from which Linux takes the ports of outgoing connections, so that none of these takes it
+    before it is used.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LayoutError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free on this machine; end what listens there")
 
 
 @contextlib.contextmanager
