@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = 120
-WORDS = 32
+WORDS = 25
 """Write sentences of at most 25; this leaves room for a quotation or a list of names."""
 SKIPPED = {"build", "dist", "runs"}
 FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in SKIPPED and path.name[0] != "."]
