@@ -129,7 +129,8 @@ def test_every_optimizer_resumes_bit_for_bit(job: Job, tmp_path: Path, case: Cas
 def test_their_states_reshard(job: Job, tmp_path: Path, case: Case, after: dict[str, Any]) -> None:
     there = dataclasses.replace(job, optimizer=case.config)
     # a sign or a small singular value turns rounding into a visible step of few weights
-    same(halves(there.on(**FOUR), there.on(**after), tmp_path), run(there), 1e-5, strays=60)
+    resharded = halves(there.on(**FOUR), there.on(**after), tmp_path, spoil="pull" not in case.options)
+    same(resharded, run(there), 1e-5, strays=60)
 
 
 def test_checkpoints_move_between_adamw_and_moclip(job: Job, tmp_path: Path) -> None:
