@@ -6,4 +6,4 @@ TEST=${TEST:-120}
 
 python examples/nl2sql/make_task.py data --train "$TRAIN" --test "$TEST"
 # general text, of which nothing is to be forgotten
-python -c 'from megatron_replay.stages import demo_task; print(demo_task.GENERAL_TEXT.read_text(encoding="utf-8"), end="")' > data/general.txt
+python -c 'from megatron_replay.demo.task import GENERAL_TEXT; print(GENERAL_TEXT.read_text(encoding="utf-8"), end="")' > data/general.txt

@@ -3,8 +3,10 @@ torchruns on loopback."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -275,6 +277,15 @@ TINY = {
     "TEST": "2",
     "MASTER_ADDR": "127.0.0.1",
 }
+
+
+def test_the_scripts_import_names_that_are_there() -> None:
+    scripts = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("tools/*.sh"), *ROOT.glob("docker/*.sh")]
+    text = "\n".join(script.read_text(encoding="utf-8") for script in scripts)
+    found = re.findall(r"from (megatron_replay[\w.]*) import (\w+)", text)
+    assert found
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 @pytest.mark.slow
