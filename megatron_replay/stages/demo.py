@@ -53,8 +53,8 @@ FULL = Size(
     },
 )
 TINY = Size(
-    train=32,
-    questions=8,
+    train=24,
+    questions=4,
     settings={
         "output": "runs/demo-tiny",
         "device": "cpu",
@@ -64,7 +64,7 @@ TINY = Size(
         "schedule": {"warmup_iters": 1, "min_lr": 5e-6},
         "layout": {"zero1": False},  # gathering a sharded state to save it takes more memory than two ranks save
         "batch": {"total": 2},
-        "evaluate": {"max_new_tokens": 32, "batch": 4, "text_tokens": 1024},
+        "evaluate": {"max_new_tokens": 24, "batch": 4, "text_tokens": 512},
     },
 )
 
