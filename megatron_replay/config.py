@@ -23,6 +23,7 @@ __all__ = [
     "Generate",
     "Layout",
     "Optimizer",
+    "Rehearsal",
     "RunConfig",
     "Schedule",
     "Train",
@@ -114,6 +115,63 @@ class Collect:
     def rule(self, always: tuple[int, ...] = ()) -> CandidateRule:
         """The rule of these settings, and of the ids that are to be in every set."""
         return CandidateRule(tau=self.tau, k_max=self.k_max, min_set_size=self.min_set_size, always=always)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """Texts that the base model writes itself, whose stored distributions it is held to while it learns.
+
+    The loss of a step is the domain's mean plus `weight` times the mean of KL(base || model) over the texts' positions.
+    """
+
+    path: str = ""
+    """Folder of the texts and their sets: `collect` makes it and `train` mixes them in. Empty: no rehearsal."""
+    source: tuple[Literal["chat", "free", "prompts", "text"], ...] = ()
+    """How a text begins. chat: the model writes a request and its answer, in its chat template. free: it writes from
+    nothing. prompts: it answers those of `file`. text: the texts of `file` are taken as they are. Several take turns.
+    When unset: chat, or free for a model without a chat template."""
+    file: str = ""
+    """Data file of the prompts or texts (formats of `data`)."""
+    samples: int = 512
+    """Texts to write; `text` takes all of the file, up to this many."""
+    max_new_tokens: int = 128
+    """Most tokens of a text, and of the request in front of an answer."""
+    temperature: float = 1.0
+    """Temperature of sampling; 1 is the model's own distribution, which the loss is about."""
+    batch: int = 16
+    """Texts written at a time by a replica."""
+    tau: float = 0.99
+    k_max: int = 64
+    logits: Literal["fp16", "bf16"] = "fp16"
+    weight: float = 1.0
+    """Factor of the texts' loss."""
+    share: float = 0.2
+    """Tokens of rehearsal in a step, as a share of the domain's."""
+    every: int = 1
+    """Rehearse in every n-th step only."""
+    rest: bool = False
+    """Compare the probability outside each set too, as one more outcome. The full logits of the texts' positions are
+    then computed, some positions at a time."""
+    prompts: float = 0.0
+    """Factor of the same loss at the positions of the domain's own prompts; 0: none. They share the domain's forward
+    pass."""
+    fraction: float = 0.25
+    """Share of the prompts' positions that get a set."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "samples", "max_new_tokens", "batch", "every", "share", "temperature")
+        self.rule()
+        for name in ("weight", "prompts"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is a factor of a loss, at least 0, got {getattr(self, name)}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is a share in (0, 1], got {self.fraction}")
+        needing = [kind for kind in self.source if kind in ("prompts", "text")]
+        if needing and not self.file:
+            raise ConfigError(f"source={needing[0]} takes its {needing[0]} from file, which is not set")
+
+    def rule(self) -> CandidateRule:
+        return CandidateRule(tau=self.tau, k_max=self.k_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +372,7 @@ class RunConfig:
     kernels: Literal["auto", "reference"] = "auto"
     data: Data = field(default_factory=Data)
     collect: Collect = field(default_factory=Collect)
+    rehearsal: Rehearsal = field(default_factory=Rehearsal)
     train: Train = field(default_factory=Train)
     adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -157,7 +157,7 @@ class Stream:
         if len(lengths) == 0:
             raise DataError("there are no samples to make batches of; check data.path")
         self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._seed, self._capacity, self._packing, self._shuffle, self._total = seed, capacity, packing, shuffle, total
+        self._seed, self._capacity, self._packing, self._shuffle, self.total = seed, capacity, packing, shuffle, total
         self._grouping = grouping
         self._starts = [0]  # the row number at which each epoch begins, as far as known
         self.rows = lru_cache(maxsize=2)(self._rows)  # a batch spans two epochs at most, unless they are short
@@ -176,20 +176,20 @@ class Stream:
 
     def batch(self, step: int) -> list[Row]:
         """The `total` rows of step 0, 1, ...; a pure function of the step."""
-        first = step * self._total
+        first = step * self.total
         epoch = 0
         while self._start(epoch + 1) <= first:
             epoch += 1
         found: list[Row] = []
         skip = first - self._start(epoch)
-        while len(found) < self._total:
-            found += self.rows(epoch)[skip : skip + self._total - len(found)]
+        while len(found) < self.total:
+            found += self.rows(epoch)[skip : skip + self.total - len(found)]
             skip, epoch = 0, epoch + 1
         return found
 
     def epoch_of(self, step: int) -> float:
         """The passes over the data before this step."""
-        row, epoch = step * self._total, 0
+        row, epoch = step * self.total, 0
         while self._start(epoch + 1) <= row:
             epoch += 1
         return epoch + (row - self._start(epoch)) / len(self.rows(epoch))
@@ -201,4 +201,4 @@ class Stream:
         """
         whole = int(epochs)
         rows = self._start(whole) + (epochs - whole) * (len(self.rows(whole)) if epochs > whole else 0)
-        return max(1, math.ceil(rows / self._total))
+        return max(1, math.ceil(rows / self.total))

@@ -43,12 +43,27 @@ def linear_cross_entropy(
         DataError: a gold id outside the vocabulary, or not one for each row.
         LayoutError: the shard is not as wide as `weight`.
     """
+    return linear_terms(hidden, weight, gold, shard, vocab_size=vocab_size, chunk_rows=chunk_rows)[0]
+
+
+def linear_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    gold: Tensor,
+    shard: VocabShard | None = None,
+    *,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of `linear_cross_entropy` and the log-sum-exp over the vocabulary, each [N] and differentiable.
+
+    Arguments and errors are those of `linear_cross_entropy`.
+    """
     shard = shard_of(weight.shape[0], shard)
     _check_gold(hidden, gold, shard, vocab_size)
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, gold, shard, shard.padding(vocab_size, weight.device), chunk_rows or CHUNK_ROWS
-    )
-    return loss
+    padding = shard.padding(vocab_size, weight.device)
+    loss, lse = _LinearCrossEntropy.apply(hidden, weight, gold, shard, padding, chunk_rows or CHUNK_ROWS)
+    return loss, lse
 
 
 def target_logprobs(
@@ -72,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, gold: Tensor, shard: VocabShard, padding: Tensor, chunk_rows: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         slot = shard.columns(gold.long())
         stats = hidden.new_empty(3, hidden.shape[0], dtype=accumulator(hidden.dtype))
         for rows in _chunks(hidden.shape[0], chunk_rows):
@@ -82,20 +97,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, hit = shard.sum_(torch.stack([total * (top - peak).exp(), hit]))
         ctx.save_for_backward(hidden, weight, slot, peak, total, padding)
         ctx.chunk_rows = chunk_rows
-        loss: Tensor = total.log() + (peak - hit)
-        return loss
+        ctx.set_materialize_grads(False)
+        return total.log() + (peak - hit), peak + total.log()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_loss: Tensor | None, of_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, slot, peak, total, padding = ctx.saved_tensors
+        grad = torch.zeros_like(total) if of_loss is None else of_loss
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_rows):
             g = _logits(hidden[rows], weight, padding).sub_(peak[rows, None]).exp_().div_(total[rows, None])
             mine = (slot[rows] >= 0).nonzero()[:, 0]
-            g[mine, slot[rows][mine]] -= 1
-            g = g.mul_(grad[rows, None]).to(weight.dtype)
+            if of_lse is None:
+                g[mine, slot[rows][mine]] -= 1
+                g = g.mul_(grad[rows, None]).to(weight.dtype)
+            else:
+                g.mul_((grad + of_lse)[rows, None])
+                g[mine, slot[rows][mine]] -= grad[rows][mine]
+                g = g.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = g @ weight
             if grad_weight is not None:

@@ -1,4 +1,4 @@
-"""Evaluation of a sharded model: log-probabilities of given tokens, and greedy continuations.
+"""Evaluation of a sharded model: log-probabilities of given tokens, and continuations.
 
 Sequences are dealt out over the data-parallel replicas; every rank gets every result.
 """
@@ -6,6 +6,7 @@ Sequences are dealt out over the data-parallel replicas; every rank gets every r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from megatron_replay.data import prefixes
 from megatron_replay.ops import VocabShard, linear_cross_entropy
-from megatron_replay.parallel.batch import MicroBatch, flatten, micro_batches, row_length
+from megatron_replay.parallel.batch import MicroBatch, Task, flatten, micro_batches, row_length
 from megatron_replay.parallel.mcore.attention import Cache
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
 from megatron_replay.parallel.pipeline import forward
 from megatron_replay.parallel.ranks.world import World
+from megatron_replay.parallel.sampling import Sampling
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -75,19 +77,21 @@ def generate(
     stop_ids: Sequence[int],
     vocab_size: int,
     batch: int,
+    sampling: Sampling | None = None,
+    keep_stop: bool = False,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations, with a key/value cache, `batch` prompts at a time.
+    """Continuations, with a key/value cache, `batch` prompts at a time.
 
-    They are without the prompt; a stop id ends one and is left out.
+    They are without the prompt. A stop id ends one and is left out, unless `keep_stop`. They are greedy without
+    `sampling`.
     """
     world = model.world
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
     for chunk in in_groups(list(mine), batch):
-        for index, tokens in zip(
-            chunk, _continue(model, [prompts[i] for i in chunk], max_new_tokens, set(stop_ids), vocab_size), strict=True
-        ):
+        request = _Request(max_new_tokens, set(stop_ids), vocab_size, sampling, keep_stop)
+        for index, tokens in zip(chunk, _continue(model, chunk, [prompts[i] for i in chunk], request), strict=True):
             found[index] = tokens
         if progress is not None:
             progress(len(chunk) * world.data_size)
@@ -97,32 +101,54 @@ def generate(
     return [everyone[i] for i in range(len(prompts))]
 
 
-def _continue(
-    model: Model, prompts: list[Sequence[int]], max_new: int, stops: set[int], vocab_size: int
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Request:
+    max_new: int
+    stops: set[int]
+    vocab_size: int
+    sampling: Sampling | None
+    keep_stop: bool
+
+
+def _continue(model: Model, numbers: Sequence[int], prompts: list[Sequence[int]], request: _Request) -> list[list[int]]:
+    """The continuations of the prompts with these numbers, by which each has draws of its own."""
     out: list[list[int]] = [[] for _ in prompts]
-    cache = Cache(len(prompts), max(map(len, prompts)) + max_new)
+    cache = Cache(len(prompts), max(map(len, prompts)) + request.max_new)
     model.use_cache(cache)
     try:
         alive = list(range(len(prompts)))
         feed = [list(prompt) for prompt in prompts]
-        while alive and len(out[alive[0]]) < max_new:
+        while alive and (length := len(out[alive[0]])) < request.max_new:
             cache.rows = alive
-            following = _next_tokens(model, feed, cache, vocab_size)
+            pick = _picker(model, request, [numbers[row] for row in alive], length)
+            following = _next_tokens(model, feed, cache, pick)
             cache.advance([len(tokens) for tokens in feed])
-            kept = [(row, token) for row, token in zip(alive, following, strict=True) if token not in stops]
-            for row, token in kept:
-                out[row].append(token)
+            for row, token in zip(alive, following, strict=True):
+                if token not in request.stops or request.keep_stop:
+                    out[row].append(token)
+            kept = [(row, token) for row, token in zip(alive, following, strict=True) if token not in request.stops]
             alive, feed = [row for row, _ in kept], [[token] for _, token in kept]
     finally:
         model.use_cache(None)
     return out
 
 
-def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: int) -> list[int]:
-    """The likeliest next token of each sequence, known on every rank of the replica."""
+def _picker(model: Model, request: _Request, numbers: Sequence[int], length: int) -> Task:
+    """The task that picks token number `length` of each of the texts `numbers`."""
+    shard, size, sampling = vocab_shard(model), request.vocab_size, request.sampling
+    if sampling is None:
+        return lambda _, hidden, weight: _argmax(hidden, weight, shard, size)
+
+    def draw(_: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        noise = sampling.noise(numbers, length, size)
+        return _argmax(hidden, weight, shard, size, noise.to(hidden.device), sampling.temperature)
+
+    return draw
+
+
+def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, pick: Task) -> list[int]:
+    """The next token of each sequence as `pick` chooses it, known on every rank of the replica."""
     world = model.world
-    shard = vocab_shard(model)
     length = row_length([sum(map(len, feed))], world.tensor_size)
     # flatten asks for the token after each position: the last one has none yet
     ids = [np.array([*tokens, 0]) for tokens in feed]
@@ -137,16 +163,28 @@ def _next_tokens(model: Model, feed: list[list[int]], cache: Cache, vocab_size: 
     def keep(_: MicroBatch, tokens: Tensor) -> None:
         result.copy_(tokens)
 
-    forward(model, [batch], lambda _, hidden, weight: _argmax(hidden, weight, shard, vocab_size), consume=keep)
+    forward(model, [batch], pick, consume=keep)
     if world.pipeline_size > 1:
         dist.broadcast(result, src=dist.get_process_group_ranks(world.pipeline_group)[-1], group=world.pipeline_group)
     return [int(token) for token in result.tolist()]
 
 
-def _argmax(hidden: Tensor, weight: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
-    """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank."""
+def _argmax(
+    hidden: Tensor,
+    weight: Tensor,
+    shard: VocabShard,
+    vocab_size: int,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank.
+
+    With Gumbel noise [N, vocab_size] it is a draw from the softmax of logits / temperature.
+    """
     logits = (hidden @ weight.t()).float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     real, ids = shard.by_id(logits, vocab_size)
+    if noise is not None:
+        real = real / temperature + noise[:, ids]
     if len(ids):
         value, column = real.max(1)  # of equal ones the first, which is the lowest id
         id = ids[column]

@@ -33,14 +33,14 @@ def forward(
 
 def forward_backward(
     model: Model, wrapped: Any, batches: Sequence[MicroBatch], task: Task, timers: Timers
-) -> tuple[float, int]:
-    """Forward and backward of this replica's micro-batches; the task returns the losses [N].
+) -> dict[str, tuple[float, int]]:
+    """Forward and backward of this replica's micro-batches; the task returns the losses [N], each times its scale.
 
     Gradients end up in the wrapped model's buffers, divided by the number of positions in the whole global batch.
-    Returns (sum of losses, positions) of this replica; zeros before the last stage.
+    Returns (sum of losses, positions) of this replica for each name among the terms; zeros before the last stage.
     """
     wrapped.train()
-    sums: list[tuple[Tensor, int]] = []
+    sums: dict[str, list[tuple[Tensor, int]]] = {part.name: [] for batch in batches for part in batch.parts()}
 
     def timed(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         with timers.phase("head"):
@@ -49,12 +49,19 @@ def forward_backward(
     def finish(batch: MicroBatch, out: Tensor) -> Any:
         with timers.phase("loss"):
             total = out.sum()
-            sums.append((total.detach().clone(), out.numel()))  # megatron divides the tensor it gets in place
+            for part in batch.parts():
+                losses = out[part.rows]
+                # a tensor of its own, because megatron divides the one it gets in place
+                own = total.detach().clone() if losses.numel() == out.numel() else losses.detach().sum()
+                sums[part.name].append((own / part.scale, losses.numel()))
             count = torch.tensor(out.numel(), dtype=torch.int, device=out.device)
         return total, count, {}
 
     _schedule(model, wrapped, batches, timed, finish, forward_only=False)
-    return float(sum(float(total) for total, _ in sums)), sum(count for _, count in sums)
+    return {
+        name: (float(sum(float(total) for total, _ in parts)), sum(count for _, count in parts))
+        for name, parts in sums.items()
+    }
 
 
 def _schedule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from megatron_replay.config import Optimizer as OptimizerConfig
 from megatron_replay.optim import ReplayOptimizer
-from megatron_replay.parallel.batch import MicroBatch, Task
+from megatron_replay.parallel.batch import DOMAIN, MicroBatch, Task
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.mcore.optimizer import set_rates, wrap
 from megatron_replay.parallel.pipeline import forward_backward
@@ -22,7 +22,7 @@ class StepResult:
     """The result of a step, the same on every rank."""
 
     loss: float
-    """Mean loss over the positions of the global batch."""
+    """Mean loss over the domain's positions of the global batch."""
     positions: int
     grad_norm: float
     """The gradient norm before clipping."""
@@ -49,28 +49,38 @@ class Trainer:
         with self.timers.phase("optimizer"):
             self.wrapped.zero_grad_buffer()
             self.outer.zero_grad()
-        loss, positions = forward_backward(self.model, self.wrapped, batches, task, self.timers)
+        sums = forward_backward(self.model, self.wrapped, batches, task, self.timers)
         with self.timers.phase("optimizer"):
             set_rates(self.inner, lr, self.weight_decay)
             self.outer.step()
-        total, count, seconds = self._exchanged(loss, positions)
+        means, seconds = self._exchanged(sums)
+        loss, positions = means.pop(DOMAIN, (0.0, 0))
         return StepResult(
-            loss=total / count if count else 0.0,
-            positions=count,
+            loss=loss,
+            positions=positions,
             grad_norm=self.inner.grad_norm,
             applied=self.inner.last_step_ok,
-            metrics=self.inner.metrics,
+            metrics={**self.inner.metrics, **{name: mean for name, (mean, _) in means.items()}},
             seconds=seconds,
         )
 
-    def _exchanged(self, loss: float, positions: int) -> tuple[float, int, dict[str, float]]:
-        """Loss and positions of all replicas, and each phase's seconds on its slowest rank, in one gather."""
+    def _exchanged(
+        self, sums: Mapping[str, tuple[float, int]]
+    ) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
+        """(mean loss, positions) of each term over all replicas, and each phase's seconds on its slowest rank.
+
+        It takes one gather; every rank has terms of the same names.
+        """
         world = self.model.world
-        ours = [loss, positions] if world.speaks else [0.0, 0.0]
+        ours = [value if world.speaks else 0.0 for name in sorted(sums) for value in sums[name]]
         table = torch.stack(world.gather(torch.tensor([*ours, *self.timers.take()], dtype=torch.float64)))
-        total, count = table[:, :2].sum(0).tolist()
-        slowest = zip(PHASES, table[:, 2:].amax(0).tolist(), strict=True)
-        return total, int(count), {name: seconds for name, seconds in slowest if seconds}
+        totals = table[:, : len(ours)].sum(0).view(-1, 2).tolist()
+        means = {
+            name: (total / count if count else 0.0, int(count))
+            for name, (total, count) in zip(sorted(sums), totals, strict=True)
+        }
+        slowest = zip(PHASES, table[:, len(ours) :].amax(0).tolist(), strict=True)
+        return means, {name: seconds for name, seconds in slowest if seconds}
 
 
 def make_trainer(model: Model, settings: OptimizerConfig, kernels: str = "auto") -> Trainer:

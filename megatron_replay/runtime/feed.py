@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,9 +12,12 @@ from megatron_replay.data.samples import Sample
 from megatron_replay.errors import DataError
 from megatron_replay.optim import learning_rate
 from megatron_replay.parallel.activations import LargestMicroBatch
-from megatron_replay.parallel.batch import MicroBatch, micro_batches, row_length
+from megatron_replay.parallel.batch import DOMAIN, MicroBatch, Task, micro_batches, row_length
 from megatron_replay.parallel.losses import Loss
 from megatron_replay.parallel.memory import num_micro_batches
+from megatron_replay.parallel.mixture import Mixture
+from megatron_replay.runtime.draws import Draw, Part
+from megatron_replay.runtime.rehearsal import Rehearsal
 from megatron_replay.runtime.session import Session
 from megatron_replay.store import CandidateStore
 
@@ -26,6 +30,7 @@ class Feed:
     samples: list[Sample]
     store: CandidateStore | None
     loss: Loss
+    rehearsal: Rehearsal | None = None
 
     def __post_init__(self) -> None:
         data, batch = self.session.config.data, self.session.config.batch
@@ -42,6 +47,16 @@ class Feed:
         self.stream = Stream(
             lengths, self.session.config.seed, data.seq_length, data.packing, data.shuffle, batch.total, grouping
         )
+        if self.rehearsal is not None:
+            row = min(data.seq_length, sum(lengths) / len(self.stream.rows(0)))  # shared tokens count once
+            self.rehearsal.plan(row * batch.total)
+
+    @property
+    def task(self) -> Task:
+        """The task of the micro-batches."""
+        if self.rehearsal is None:
+            return self.loss
+        return Mixture({DOMAIN: self.loss, **dict.fromkeys(self.rehearsal.weights, self.rehearsal.loss)})
 
     @cached_property
     def steps(self) -> int:
@@ -62,20 +77,43 @@ class Feed:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         world, config = self.session.world, self.session.config
-        rows = rank_micro_batches(self.stream.batch(step), world.data_rank, world.data_size, config.batch.micro)
-        chosen = [[self.samples[i] for row in micro for i in row] for micro in rows]
-        stored = None if self.store is None else [[self.store[sample.uid] for sample in some] for some in chosen]
+        rows = self.stream.batch(step)
+        dealt = rank_micro_batches(rows, world.data_rank, world.data_size, config.batch.micro)
+        draws = [self._draw([self.samples[i] for row in micro for i in row]) for micro in dealt]
+        scales = {}
+        if self.rehearsal is not None:
+            draws = self.rehearsal.mixed(step, draws, world, capacity=config.data.seq_length * config.batch.micro)
+            scales = self._scales(step, [self.samples[i] for row in rows for i in row])
         batches = micro_batches(
-            [[s.ids for s in some] for some in chosen],
-            [[s.positions for s in some] for some in (stored or chosen)],
+            [[s.ids for s in draw.samples] for draw in draws],
+            [draw.parts[0].positions for draw in draws],
             world.torch_device,
             multiple=world.tensor_size,
             share_prefixes=config.data.share_prefixes,
+            further=[[p for part in draw.parts[1:] for p in part.positions] for draw in draws],
         )
-        batches = [replace(batch, samples=some) for batch, some in zip(batches, chosen, strict=True)]
-        if stored is None or self.session.model.head is None:
-            return batches
-        return [replace(batch, sets=self.loss.sets(some)) for batch, some in zip(batches, stored, strict=True)]
+        batches = [replace(batch, samples=draw.samples) for batch, draw in zip(batches, draws, strict=True)]
+        has_head = self.session.model.head is not None
+        terms = [tuple(draw.terms(scales, has_head=has_head)) for draw in draws]
+        if self.rehearsal is None:
+            return [replace(batch, sets=term.sets) for batch, (term,) in zip(batches, terms, strict=True)]
+        return [replace(batch, terms=some) for batch, some in zip(batches, terms, strict=True)]
+
+    def _draw(self, some: list[Sample]) -> Draw:
+        """A micro-batch of the domain."""
+        stored = None if self.store is None else [self.store[sample.uid] for sample in some]
+        return Draw(some, (Part(DOMAIN, self.loss, [s.positions for s in stored or some], stored),))
+
+    def _scales(self, step: int, drawn: Sequence[Sample]) -> dict[str, float]:
+        """The factor of each term's losses, for their mean over all positions of the step to be the loss.
+
+        The loss is the sum of each term's mean times its weight.
+        """
+        assert self.rehearsal is not None
+        counts = {DOMAIN: sum(map(self._num_positions, drawn)), **self.rehearsal.counts(step, drawn)}
+        weights = {DOMAIN: 1.0, **self.rehearsal.weights}
+        total = sum(counts.values())
+        return {name: weights[name] * total / count for name, count in counts.items() if count}
 
     def largest(self) -> LargestMicroBatch:
         """Sizes that no micro-batch of the first epoch exceeds."""
@@ -87,12 +125,13 @@ class Feed:
         candidates = math.ceil(positions * counts["ids"] / max(1, counts["positions"])) if counts else 0
         # shared tokens count once
         length = row_length([min(tokens, config.data.seq_length * config.batch.micro)], world.tensor_size)
-        return LargestMicroBatch(
+        largest = LargestMicroBatch(
             tokens=length,
             positions=positions,
             candidates=candidates,
             micro_batches=num_micro_batches(config, world.size),
         )
+        return largest if self.rehearsal is None else self.rehearsal.largest(largest, world.data_size)
 
     def describe(self) -> str:
         positions = sum(map(self._num_positions, self.samples))
@@ -101,6 +140,7 @@ class Feed:
             f"{len(self.samples)} samples in {rows} rows of up to {self.session.config.data.seq_length} tokens, "
             f"{positions} positions an epoch; {self.steps} steps of {self.session.config.batch.total} rows"
             + (f"; {self.left_out} more samples have no position to train on and are left out" if self.left_out else "")
+            + (f"; {self.rehearsal.describe()}" if self.rehearsal else "")
         )
 
     def _num_positions(self, sample: Sample) -> int:

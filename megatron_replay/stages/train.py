@@ -25,6 +25,7 @@ from megatron_replay.runtime.feed import Feed
 from megatron_replay.runtime.identity import check_store
 from megatron_replay.runtime.logs import Logs
 from megatron_replay.runtime.output_paths import check_folder
+from megatron_replay.runtime.rehearsal import loss_of, open_rehearsal
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.signals import StopRequest
 from megatron_replay.runtime.trace import Trace
@@ -40,7 +41,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         if store is not None:
             _check_logits(config, kind, store.manifest.logits)
         loss = kind(session.model, session.vocab_size, config.kernels)
-        feed = Feed(session, samples, store, loss)
+        rehearsal = open_rehearsal(session, loss_of(config.rehearsal), samples)
+        feed = Feed(session, samples, store, loss, rehearsal)
         feed.rate(0)  # a schedule that cannot be is refused before anything is built
         if dry_run:
             session.say(feed.describe())
@@ -118,7 +120,7 @@ def _loop(session: Session, feed: Feed) -> int:
             with trainer.timers.phase("data"):  # the wait for it
                 batches = next(feeding)
             lr = feed.rate(step)
-            result = trainer.step(batches, loss, lr)
+            result = trainer.step(batches, feed.task, lr)
             result = dataclasses.replace(result, metrics={**result.metrics, **loss.metrics(batches)})
             failures = 0 if result.applied else failures + 1
             logs.step(step + 1, result, lr, time.perf_counter() - began, batches, trainer.inner.skipped)

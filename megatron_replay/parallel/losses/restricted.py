@@ -48,7 +48,7 @@ class Restricted(Loss):
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert batch.sets is not None
         return restricted_linear_cross_entropy(
-            hidden, weight, batch.sets, self.shard, main_grad=_main_grad(weight), kernels=self.kernels
+            hidden, weight, batch.sets, self.shard, main_grad=main_grad(weight), kernels=self.kernels
         )
 
     def metrics(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Restricted(Loss):
         return head_states(spec, largest, itemsize) + mixture + 40 * largest.candidates
 
 
-def _main_grad(weight: Tensor) -> Tensor | None:
+def main_grad(weight: Tensor) -> Tensor | None:
     """The buffer in which megatron accumulates the gradient of a trained weight over the micro-batches of a step.
 
     The few rows that the loss touches are added there at once: a gradient of its own would be as large as the weight.
@@ -83,6 +83,8 @@ def imbalance(model: Model, batches: Sequence[MicroBatch]) -> float:
     """
     here = torch.zeros(model.world.tensor_size, dtype=torch.int64)
     if model.head is not None:
-        here[model.world.tensor_rank] = sum(len(batch.sets.columns) for batch in batches if batch.sets is not None)
+        here[model.world.tensor_rank] = sum(
+            len(part.sets.columns) for batch in batches for part in batch.parts() if part.sets is not None
+        )
     counts = torch.stack(model.world.gather(here)).sum(0).double()
     return float(counts.max() / counts.mean()) if counts.any() else 1.0
