@@ -91,6 +91,12 @@ def _store(given: Arguments) -> tuple[Any, ...]:
     return action, paths
 
 
+def _compare(given: Arguments) -> tuple[Any, ...]:
+    if len(given.words) != 2:
+        raise ConfigError(f"needs two results that evaluate.output wrote, got {len(given.words)}")
+    return tuple(given.words)
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag of one verb. `value` is the name of its value in the help, empty when it takes none."""
@@ -163,6 +169,14 @@ VERBS = {
     ),
     "evaluate": Verb(
         "evaluate:run", "Measure what was learnt and what was forgotten.", ("evaluate", "data", "layout"), flags=RANKS
+    ),
+    "compare": Verb(
+        "compare:run",
+        "Compare two results of evaluate question by question: differences, intervals and p values.",
+        words="FIRST.json SECOND.json",
+        flags={"json": JSON},
+        arguments=_compare,
+        keys=False,
     ),
     "generate": Verb(
         "generate:run",

@@ -320,16 +320,21 @@ class Evaluate:
 
     base: str = ""
     """Hugging Face folder of the base model, for the relative L2 distance."""
-    text: str = ""
-    """Plain text for perplexity."""
+    text: str | dict[str, str] = ""
+    """Plain text for perplexity: a file, or jsonl with a document in each line's `text`. Several, separated by commas,
+    are measured each apart under the file's name; `text.NAME=FILE` chooses the names."""
     text_chars: int | None = None
-    """Read only this many characters of the text."""
+    """Read only this many characters of each text."""
     text_tokens: int | None = None
+    """Read only this many tokens of each document."""
     window: int = 512
     """Perplexity windows of this many tokens, each predicting all but its first."""
-    targets: str = ""
-    """A data set (formats of `data`) whose target tokens' NLL is measured."""
-    choice: str = ""
+    stride: int | None = None
+    """Sliding windows: each begins this many tokens after the one before and predicts only what that did not; unset:
+    windows do not overlap, and the first token of each is not predicted."""
+    targets: str | dict[str, str] = ""
+    """Data sets (formats of `data`) whose target tokens' NLL is measured; several as in `text`."""
+    choice: str | dict[str, str] = ""
     """Multiple choice: jsonl with question, choices, answer (index)."""
     nl2sql: str = ""
     """jsonl with db_id, query and a prompt in any data format."""
@@ -345,6 +350,8 @@ class Evaluate:
         _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch")
         if self.window < 2:
             raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
+        if self.stride is not None and not 1 <= self.stride < self.window:
+            raise ConfigError(f"stride lies in 1..{self.window - 1}, below window={self.window}, got {self.stride}")
 
 
 @dataclass(frozen=True, kw_only=True)

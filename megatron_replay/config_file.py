@@ -127,7 +127,12 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(a for a in args if a is not type(None)), value, where)
+        kinds = [a for a in args if a is not type(None)]
+        return _build(next((a for a in kinds if typing.get_origin(a) is type(value)), kinds[0]), value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected names and values, got {value!r}")
+        return {str(name): _build(args[1], inner, _join(where, name)) for name, inner in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, got {value!r}")

@@ -137,6 +137,26 @@ def windows(
     return [part for part in parts if len(part) > 1]
 
 
+def sliding_windows(
+    ids: Sequence[int] | NDArray[np.integer], window: int, stride: int, tokens: int | None = None
+) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    """(ids, positions) of windows of `window` ids that overlap: each predicts what the ones before did not.
+
+    Ends lie `stride` ids apart, the last one at the text's end. So every id but the first is predicted exactly once,
+    with at least window - stride ids of context where the text has as many. Position p predicts the window's id p + 1.
+    A text of fewer than 2 ids has no window.
+    """
+    kept = np.asarray(ids, dtype=np.int32)[:tokens]
+    if len(kept) < 2:
+        return []
+    parts, predicted = [], 1
+    for end in [*range(min(window, len(kept)), len(kept), stride), len(kept)]:
+        first = max(0, end - window)
+        parts.append((kept[first:end], np.arange(predicted - 1, end - 1) - first))
+        predicted = end
+    return parts
+
+
 class Stream:
     """The rows of all epochs one after another, cut into global batches of `total` rows.
 

@@ -10,53 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay import config as configs
-from megatron_replay.data.packing import windows
 from megatron_replay.data.records import Message, Record, read_records
-from megatron_replay.data.samples import load_samples
 from megatron_replay.errors import DataError
 from megatron_replay.formats.hf_folder import HFFolder
-from megatron_replay.parallel.inference import generate, token_nll
+from megatron_replay.parallel.inference import generate
 from megatron_replay.parallel.mcore.model import squared_distance
+from megatron_replay.runtime.likelihood import sequence_nll
 from megatron_replay.runtime.session import Session
 from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion, score_choices
 
 SQLITE = b"SQLite format 3\0"
 """The first bytes of an SQLite database file."""
-
-
-def perplexity(session: Session) -> dict[str, Any]:
-    """exp of the mean NLL over windows that do not overlap, each predicting all but its first token."""
-    asked = session.config.evaluate
-    text = _read_text(Path(asked.text))[: asked.text_chars]
-    try:
-        parts = windows(session.tokenizer.encode(text), asked.window, asked.text_tokens)
-    except DataError as err:
-        raise DataError(f"{asked.text}: {err}") from err
-    nll = _nll(session, parts, [np.arange(len(part) - 1) for part in parts], "perplexity")
-    total = np.concatenate(nll)
-    mean = float(total.mean(dtype=np.float64))
-    return {"perplexity": math.exp(mean), "nll": mean, "tokens": len(total), "windows": len(parts)}
-
-
-def target_nll(session: Session) -> dict[str, Any]:
-    """Mean NLL of the target tokens of a data set, per token and per sample."""
-    asked = session.config.evaluate
-    data = configs.Data(
-        path=asked.targets,
-        template=session.config.data.template,
-        seq_length=session.config.data.seq_length,
-        limit=asked.limit,
-    )
-    samples = load_samples(data, session.tokenizer, template=session.template)
-    nll = _nll(session, [s.ids for s in samples], [s.positions for s in samples], "targets")
-    total = np.concatenate(nll)
-    return {
-        "nll": float(total.mean(dtype=np.float64)),
-        "nll_per_sample": float(np.mean([part.sum(dtype=np.float64) for part in nll])),
-        "tokens": len(total),
-        "samples": len(samples),
-    }
 
 
 def multiple_choice(session: Session) -> dict[str, Any]:
@@ -72,7 +36,7 @@ def multiple_choice(session: Session) -> dict[str, Any]:
             answer = session.tokenizer.encode(choice, continues=True)
             sequences.append(np.asarray([*prompt, *answer]))
             positions.append(np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    nll = iter(_nll(session, sequences, positions, "choice"))
+    nll = iter(sequence_nll(session, sequences, positions, "choice"))
     rows = [[next(nll) for _ in choices] for _, choices, _ in questions]
     return dict(
         score_choices(
@@ -117,21 +81,6 @@ def distance(session: Session) -> dict[str, Any]:
     """|theta - theta_0| / |theta_0| over all parameters, theta_0 the base model's."""
     moved, size = squared_distance(session.model, HFFolder(session.config.evaluate.base))
     return {"relative_l2": math.sqrt(moved / size)}
-
-
-def _nll(
-    session: Session, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], what: str
-) -> list[np.ndarray]:
-    with session.progress(what, len(sequences), "sequences") as advance:
-        return token_nll(
-            session.model,
-            sequences,
-            positions,
-            vocab_size=session.vocab_size,
-            row_tokens=max(session.config.data.seq_length, 1) * session.config.batch.micro,
-            share_prefixes=session.config.data.share_prefixes,
-            progress=advance,
-        )
 
 
 def _executed(session: Session, databases: Sequence[Path], predicted: Sequence[str], gold: Sequence[str]) -> list[bool]:

@@ -40,6 +40,11 @@ def compare(
     _print(title, ("metric", *labels, "change"), rows, file or sys.stdout)
 
 
+def show_rows(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO | None = None) -> None:
+    """Print cells that are texts already, under their heads."""
+    _print(title, heads, rows, file or sys.stdout)
+
+
 def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level with dotted names."""
     level: dict[str, Any] = {}

@@ -14,14 +14,16 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import measures
+from megatron_replay.runtime import likelihood, measures
 from megatron_replay.runtime.output_paths import check_file
+from megatron_replay.runtime.questions import lines, questions_path, take_rows
 from megatron_replay.runtime.session import Session, open_session
+from megatron_replay.runtime.sources import named
 from megatron_replay.scoring.table import show
 
 PARTS = {
-    "text": measures.perplexity,
-    "targets": measures.target_nll,
+    "text": likelihood.perplexity,
+    "targets": likelihood.target_nll,
     "choice": measures.multiple_choice,
     "nl2sql": measures.nl2sql,
     "base": measures.distance,
@@ -30,7 +32,10 @@ PARTS = {
 
 
 def run(config: RunConfig) -> None:
-    """Run the measures whose files are given, print a table, and write `evaluate.output` as JSON."""
+    """Run the measures whose files are given, print a table, and write `evaluate.output` as JSON.
+
+    The questions one by one go into a file beside it, which `compare` reads.
+    """
     _check(config)
     with open_session(config, seq_length=config.data.seq_length) as session:
         evaluate(session)
@@ -42,10 +47,13 @@ def evaluate(session: Session) -> dict[str, Any]:
     result: dict[str, Any] = {"model": session.config.model, "version": __version__}
     for key, part in wanted.items():
         result[key] = part(session)
+    rows = take_rows(result)
     if session.world.is_main:
         show(_numbers(result), f"evaluate {session.config.model}")
         if session.config.evaluate.output:
-            _write(Path(session.config.evaluate.output), result)
+            output = Path(session.config.evaluate.output)
+            _write(output, json.dumps(_plain(result), indent=1) + "\n")
+            _write(questions_path(output), lines(rows))
     session.world.barrier()
     return result
 
@@ -64,15 +72,16 @@ def _check(config: RunConfig) -> None:
     if not any(getattr(asked, key) for key in PARTS):
         raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")
     for key in PARTS:
-        path = getattr(asked, key)
-        if path and not Path(path).exists():
-            raise DataError(f"evaluate.{key}={path}: no such file or folder")
+        for path in named(getattr(asked, key), f"evaluate.{key}").values():
+            if not path.exists():
+                raise DataError(f"evaluate.{key}={path}: no such file or folder")
     if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
         raise DataError(
             f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files"
         )
     if asked.output:
         check_file(asked.output, "evaluate.output")
+        check_file(questions_path(asked.output), "evaluate.output")
 
 
 def _plain(value: Any) -> Any:
@@ -82,11 +91,11 @@ def _plain(value: Any) -> Any:
     return value._asdict() if hasattr(value, "_asdict") else value
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as err:
         with suppress(OSError):

@@ -251,7 +251,7 @@ EVALUATIONS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
         "asked.jsonl:1: answer 2 is not the index of one of the 2 choices",
     ),
     "no choice": ("choice", [], "asked.jsonl: empty; expected lines of {question, choices, answer}"),
-    "no text": ("text", [], "asked.jsonl: perplexity needs at least 2 tokens in the text and in a window, got 0"),
+    "no text": ("text", [], "asked.jsonl: empty; expected at least one record"),
     "no targets": ("targets", [], "asked.jsonl: empty; expected at least one record"),
     "no db_id": ("nl2sql", [question(db_id=None)], "asked.jsonl:1: an nl2sql line needs the keys db_id and query"),
     "no database": (

@@ -16,7 +16,7 @@ from megatron_replay import cli, cli_args
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import DataError
 
-VERBS = ["doctor", "convert", "collect", "store", "train", "evaluate", "generate", "launch", "demo"]
+VERBS = ["doctor", "convert", "collect", "store", "train", "evaluate", "compare", "generate", "launch", "demo"]
 
 
 class Stage:

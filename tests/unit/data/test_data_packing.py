@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.data.packing import OPEN_ROWS, Stream, batches, order, pack, rank_micro_batches, windows
+from megatron_replay.data.packing import (
+    OPEN_ROWS,
+    Stream,
+    batches,
+    order,
+    pack,
+    rank_micro_batches,
+    sliding_windows,
+    windows,
+)
 from megatron_replay.errors import DataError, LayoutError
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=120)
@@ -139,3 +148,23 @@ def test_windows() -> None:
 def test_windows_that_predict_nothing(n: int, window: int, tokens: int | None) -> None:
     with pytest.raises(DataError, match="at least 2 tokens"):
         windows(range(n), window, tokens)
+
+
+@pytest.mark.parametrize("size", [2, 5, 8, 9, 23, 24])
+@pytest.mark.parametrize(("window", "stride"), [(8, 1), (8, 3), (8, 7), (2, 1)])
+def test_sliding_windows_predict_every_id_once_with_all_the_context_there_is(
+    size: int, window: int, stride: int
+) -> None:
+    ids = np.arange(100, 100 + size)
+    parts = sliding_windows(ids, window, stride)
+    assert [int(part[p + 1]) for part, positions in parts for p in positions] == ids[1:].tolist()
+    assert all(len(part) == min(window, size) for part, _ in parts)
+    for _, positions in parts[1:]:
+        assert len(positions) <= stride and positions[0] >= window - stride - 1
+    assert [len(positions) for _, positions in parts[1:-1]] == [stride] * (len(parts) - 2)
+
+
+def test_sliding_windows_of_part_of_a_text_or_of_none() -> None:
+    ((part, positions),) = sliding_windows(range(9), 8, 4, tokens=3)
+    assert part.tolist() == [0, 1, 2] and positions.tolist() == [0, 1]
+    assert sliding_windows([1], 8, 4) == []
