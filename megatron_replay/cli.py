@@ -77,6 +77,15 @@ def _launch(given: Arguments) -> tuple[Any, ...]:
     return config, given.command, given.words[0] if given.words else None, given.overrides
 
 
+def _ablate(given: Arguments) -> tuple[Any, ...]:
+    from megatron_replay.ablation import Ablation
+    from megatron_replay.config_file import load
+
+    if len(given.words) != 1:
+        raise ConfigError(f"needs one file that names the recipes, got {len(given.words)}")
+    return load(Ablation, given.words[0], given.overrides), given.words[0], given.overrides
+
+
 def _store(given: Arguments) -> tuple[Any, ...]:
     action, *paths = given.words or [""]
     if action not in STORE_ACTIONS:
@@ -125,6 +134,8 @@ class Verb:
     """The positional arguments of the function, from the arguments given."""
     keys: bool = True
     """True for a verb that reads a configuration."""
+    settings: bool = False
+    """True for a verb that reads a file of its own kind, whose keys can be given as key=value too."""
     runs: bool = False
     """True for a verb that another verb's command line follows.
 
@@ -177,6 +188,20 @@ VERBS = {
         flags={"json": JSON},
         arguments=_compare,
         keys=False,
+    ),
+    "ablate": Verb(
+        "ablate:run",
+        "Compare recipes: train each at several rates and seeds, and show gain against forgetting.",
+        words="ABLATION.yaml [key=value ...]",
+        flags={
+            "dry-run": DRY_RUN,
+            "workers": Flag("Runs at a time; one a core when it is not given, one on accelerators.", "N"),
+            "arm": Flag("Do this run only, in this process; or `base`, the untrained model.", "NAME", argument="name"),
+            "report": Flag("Write the report of the runs that are done, and start none."),
+        },
+        arguments=_ablate,
+        keys=False,
+        settings=True,
     ),
     "generate": Verb(
         "generate:run",
@@ -242,6 +267,10 @@ def verb_usage(name: str) -> str:
         from megatron_replay.cluster import Cluster
 
         text += ["", "Keys of the cluster (YAML, or key=value before VERB)", *fields_help(Cluster)]
+    if verb.settings:
+        from megatron_replay.ablation import Ablation
+
+        text += ["", "Keys of the file", *fields_help(Ablation)]
     if verb.keys:
         spelled = [entry(f"--{flag}" + (" VALUE" if "=" not in key else ""), key) for flag, key in ALIASES.items()]
         text += ["", keys_help(verb.sections), "", "The same keys in Megatron's spelling", *spelled]
@@ -256,7 +285,7 @@ def call(name: str, tokens: Sequence[str]) -> int:
     given = read(
         tokens[:at],
         {flag: bool(its.value) for flag, its in verb.flags.items()},
-        keys=verb.keys or verb.runs,
+        keys=verb.keys or verb.runs or verb.settings,
         spellings=spellings,
     )
     given.command = list(tokens[at:])

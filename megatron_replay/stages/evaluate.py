@@ -36,7 +36,7 @@ def run(config: RunConfig) -> None:
 
     The questions one by one go into a file beside it, which `compare` reads.
     """
-    _check(config)
+    check(config)
     with open_session(config, seq_length=config.data.seq_length) as session:
         evaluate(session)
 
@@ -67,7 +67,8 @@ def _numbers(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(config: RunConfig) -> None:
+def check(config: RunConfig) -> None:
+    """Check what needs no ranks: that something is asked for, and that its files are there."""
     asked = config.evaluate
     if not any(getattr(asked, key) for key in PARTS):
         raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_replay"
 
 LAYERS = [
-    {"errors", "config", "config_file", "environment", "registry", "cluster", "ragged", "candidates"},
+    {"errors", "config", "config_file", "environment", "registry", "cluster", "ablation", "ragged", "candidates"},
     {"kernels"},
     {"ops", "optim", "models", "data", "store", "scoring"},
     {"formats"},

@@ -1,0 +1,65 @@
+"""One run of a comparison: train in a session, measure in the same one, and keep the numbers, not the weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_replay import __version__
+from megatron_replay.ablation import Arm, flat
+from megatron_replay.runtime.output_paths import replace_file
+from megatron_replay.runtime.session import Session
+from megatron_replay.runtime.training import prepare, train
+
+ROW = "row.json"
+
+
+def trained(session: Session) -> dict[str, float]:
+    """Train as the configuration says; returns the numbers of the run's last step and its costs."""
+    feed = prepare(session)
+    began = time.perf_counter()
+    train(session, feed)
+    log = Path(session.config.output) / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()][-feed.steps :]
+    last = lines[-1]
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "steps": feed.steps,
+        "tokens": sum(line["replay/tokens"] - line["replay/shared_tokens"] for line in lines),
+        "loss": last[feed.loss.log_name],
+        **{name: last[name] for name in ("rehearsal/kl", "prompts/kl") if name in last},
+    }
+
+
+def write_row(folder: Path, arm: Arm, identity: str, costs: dict[str, float], result: dict[str, Any]) -> None:
+    """Write the numbers of a run into its folder."""
+    row = {
+        "recipe": arm.recipe,
+        "rate": arm.rate,
+        "seed": arm.seed,
+        "identity": identity,
+        "version": __version__,
+        "costs": costs,
+        "measures": dict(flat(result)),
+    }
+    replace_file(folder / ROW, json.dumps(row, indent=1) + "\n")
+
+
+def read_row(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The numbers of a run that is done with this identity; None where it is not."""
+    try:
+        row = json.loads((folder / ROW).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return dict(row) if row.get("identity") == identity else None
+
+
+def configured(arm: Arm, folder: Path) -> Arm:
+    """The run with its outputs in its own folder, and none that it does not need."""
+    config = arm.config
+    evaluate = replace(config.evaluate, output=str(folder / "result.json"))
+    train = replace(config.train, save="", load="", tensorboard=False)
+    return replace(arm, config=replace(config, output=str(folder), train=train, evaluate=evaluate))

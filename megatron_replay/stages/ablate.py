@@ -1,0 +1,188 @@
+"""A comparison of recipes: each is trained at several rates with several seeds, measured, and set beside the others.
+
+Every run is a process of its own, and one that is done is never repeated. So a comparison that was stopped goes on, and
+one that has grown runs what is new. Stores and texts are collected once for all runs whose settings agree.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_replay import config as configs
+from megatron_replay.ablation import BASE, Ablation, Arm, digest
+from megatron_replay.config import RunConfig, dump
+from megatron_replay.device import choose
+from megatron_replay.errors import ConfigError, ReplayError
+from megatron_replay.parallel.losses import LOSSES
+from megatron_replay.runtime.arms import configured, read_row, trained, write_row
+from megatron_replay.runtime.output_paths import check_folder
+from megatron_replay.runtime.session import open_session
+from megatron_replay.runtime.training import check_run
+from megatron_replay.scoring.ablation_report import write_report
+from megatron_replay.stages.evaluate import check, evaluate
+
+LOG = "log.txt"
+
+
+def run(
+    ablation: Ablation,
+    file: str,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool = False,
+    workers: str | None = None,
+    name: str | None = None,
+    report: bool = False,
+) -> int:
+    """Do the runs that are missing, and write the report; returns the exit code, 1 when a run failed.
+
+    - file, overrides: the ablation's own, for the processes of its runs.
+    - name: do this run only, here.
+
+    Raises ConfigError for a recipe that cannot run, before anything is started.
+    """
+    check_folder(ablation.output, "output")
+    arms = [_placed(ablation, arm) for arm in (ablation.arm(BASE), *ablation.arms())]
+    if name is not None:
+        _do(_placed(ablation, ablation.arm(name)))
+        return 0
+    for arm in arms:
+        check(arm.config)
+        if arm.recipe != BASE:
+            check_run(arm.config)
+    missing = [arm for arm in arms if read_row(_folder(arm), _identity(arm)) is None]
+    print(f"{len(arms)} runs, {len(arms) - len(missing)} done, {len(missing)} to do")
+    if dry_run:
+        print("\n".join(arm.name for arm in missing))
+        return 0
+    failed: list[str] = []
+    if not report:
+        _collect(missing)
+        failed = _start(missing, file, overrides, _workers(workers, ablation))
+    rows = [row for arm in arms if (row := read_row(_folder(arm), _identity(arm))) is not None]
+    if rows:
+        print(write_report(ablation, rows, Path(ablation.output)))
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _workers(asked: str | None, ablation: Ablation) -> int:
+    if asked is None:
+        config = ablation.arm(BASE).config
+        return (os.cpu_count() or 1) if choose(config.device).name == "cpu" else 1
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(f"--workers is a number of runs at a time, at least 1, got {asked!r}")
+    return int(asked)
+
+
+def _placed(ablation: Ablation, arm: Arm) -> Arm:
+    """The run with its outputs, its store and its texts in the comparison's folder."""
+    root = Path(ablation.output)
+    config = configured(arm, root / "runs" / arm.name).config
+    trains = arm.recipe != BASE
+    collecting, rehearsal = config.collect, config.rehearsal
+    shared = {"model": config.model, "tokenizer": config.tokenizer, "data": _tree(config)["data"]}
+    if not collecting.store:
+        made = digest([shared, _tree(config)["collect"]])
+        collecting = replace(collecting, store=str(root / "stores" / made))
+    rehearses = trains and bool(rehearsal.weight or rehearsal.prompts) and rehearsal.samples > 0
+    if not rehearsal.path and rehearsal != configs.Rehearsal():
+        names = ("source", "file", "samples", "max_new_tokens", "temperature", "tau", "k_max", "logits", "fraction")
+        asked = {name: _tree(config)["rehearsal"][name] for name in names}
+        rehearsal = replace(rehearsal, path=str(root / "texts" / digest([shared, asked])) if rehearses else "")
+    store = collecting.store if trains and LOSSES.get(config.train.loss).needs_sets else ""
+    train = replace(config.train, store=config.train.store or store)
+    return replace(arm, config=replace(config, collect=collecting, rehearsal=rehearsal, train=train))
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    return dict(yaml.safe_load(dump(config)))
+
+
+def _folder(arm: Arm) -> Path:
+    return Path(arm.config.output)
+
+
+def _identity(arm: Arm) -> str:
+    """The settings of a run without the folder of its outputs: a run with another one must be done again."""
+    tree = _tree(arm.config)
+    tree["output"] = tree["evaluate"]["output"] = ""
+    return digest(tree)
+
+
+def _collect(arms: Sequence[Arm]) -> None:
+    """Make the stores and texts that runs need, each once, one after the other."""
+    wanted: dict[tuple[str, str], RunConfig] = {}
+    for arm in arms:
+        config = arm.config
+        if config.train.store:
+            alone = replace(config, rehearsal=configs.Rehearsal(), seed=_seed(arms))
+            wanted.setdefault(("store", config.collect.store), alone)
+        if config.rehearsal.path and arm.recipe != BASE:
+            key = ("texts", config.rehearsal.path)
+            prompts = max(config.rehearsal.prompts, wanted[key].rehearsal.prompts if key in wanted else 0.0)
+            texts = replace(config.rehearsal, prompts=prompts)
+            wanted[key] = replace(config, collect=configs.Collect(), rehearsal=texts, seed=_seed(arms))
+    for config in wanted.values():
+        _child(["-c", _COLLECT, dump(config)], None)
+
+
+_COLLECT = (
+    "import sys, yaml; from megatron_replay.config import RunConfig, build; "
+    "from megatron_replay.stages.collect import run; run(build(RunConfig, yaml.safe_load(sys.argv[1])))"
+)
+
+
+def _seed(arms: Sequence[Arm]) -> int:
+    """The seed of all collections: that of the untrained model's configuration."""
+    return arms[0].config.seed
+
+
+def _start(arms: Sequence[Arm], file: str, overrides: Sequence[str], workers: int) -> list[str]:
+    """Start the runs, some at a time; returns a line for each that failed."""
+    failed = []
+    with ThreadPoolExecutor(workers) as pool:
+        started = {pool.submit(_process, arm, file, overrides): arm for arm in arms}
+        for done, future in enumerate(as_completed(started), 1):
+            arm, code = started[future], future.result()
+            print(f"{done} of {len(arms)}: {arm.name}{f': failed ({code})' if code else ''}", flush=True)
+            if code:
+                failed.append(f"{arm.name} failed with exit code {code}; see {_folder(arm) / LOG}")
+    return failed
+
+
+def _process(arm: Arm, file: str, overrides: Sequence[str]) -> int:
+    folder = _folder(arm)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that was stopped
+    with open(folder / LOG, "w", encoding="utf-8") as log:
+        return _child(["-m", "megatron_replay", "ablate", file, *overrides, "--arm", arm.name], log)
+
+
+def _child(words: Sequence[str], log: Any) -> int:
+    """Run this interpreter; a collection that fails ends the comparison, a run that fails does not."""
+    done = subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT if log else None, check=False)
+    if log is None and done.returncode:
+        raise ReplayError(
+            f"the collection for these runs failed with exit code {done.returncode}; its message is above"
+        )
+    return done.returncode
+
+
+def _do(arm: Arm) -> None:
+    """One run: train, unless it is the untrained model, and measure."""
+    with open_session(arm.config, seq_length=arm.config.data.seq_length) as session:
+        costs = {} if arm.recipe == BASE else trained(session)
+        result = evaluate(session)
+        if session.world.is_main:
+            write_row(_folder(arm), arm, _identity(arm), costs, result)
