@@ -333,7 +333,8 @@ class Evaluate:
     """Sliding windows: each begins this many tokens after the one before and predicts only what that did not; unset:
     windows do not overlap, and the first token of each is not predicted."""
     targets: str | dict[str, str] = ""
-    """Data sets (formats of `data`) whose target tokens' NLL is measured; several as in `text`."""
+    """Data sets (formats of `data`) whose target tokens' NLL is measured; several as in `text`. A folder of rehearsal
+    texts is the base model's own kind of text."""
     choice: str | dict[str, str] = ""
     """Multiple choice: jsonl with question, choices, answer (index)."""
     nl2sql: str = ""

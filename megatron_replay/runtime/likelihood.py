@@ -12,7 +12,8 @@ import numpy as np
 from megatron_replay import config as configs
 from megatron_replay.data.packing import sliding_windows, windows
 from megatron_replay.data.records import read_records
-from megatron_replay.data.samples import load_samples
+from megatron_replay.data.samples import Sample, load_samples
+from megatron_replay.data.texts import load_texts
 from megatron_replay.errors import DataError
 from megatron_replay.parallel.inference import token_nll
 from megatron_replay.runtime.questions import question_id
@@ -62,13 +63,7 @@ def _perplexity(session: Session, path: Path) -> dict[str, Any]:
 
 
 def _target_nll(session: Session, path: Path) -> dict[str, Any]:
-    data = configs.Data(
-        path=str(path),
-        template=session.config.data.template,
-        seq_length=session.config.data.seq_length,
-        limit=session.config.evaluate.limit,
-    )
-    samples = load_samples(data, session.tokenizer, template=session.template)
+    samples = _samples(session, path)
     nll = sequence_nll(session, [s.ids for s in samples], [s.positions for s in samples], "targets")
     total = np.concatenate(nll)
     rows = [_row(sample.ids, own) for sample, own in zip(samples, nll, strict=True)]
@@ -80,6 +75,20 @@ def _target_nll(session: Session, path: Path) -> dict[str, Any]:
         "samples": len(samples),
         "rows": rows,
     }
+
+
+def _samples(session: Session, path: Path) -> list[Sample]:
+    """The samples of a data set, or the texts of a rehearsal folder with the tokens that the base model wrote."""
+    limit = session.config.evaluate.limit
+    if path.is_dir():
+        return [text for text in load_texts(path) if len(text.positions)][:limit]
+    data = configs.Data(
+        path=str(path),
+        template=session.config.data.template,
+        seq_length=session.config.data.seq_length,
+        limit=limit,
+    )
+    return load_samples(data, session.tokenizer, template=session.template)
 
 
 def _row(ids: np.ndarray, nll: np.ndarray) -> Row:

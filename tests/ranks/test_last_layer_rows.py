@@ -17,7 +17,7 @@ from pool import fresh
 from torch import Tensor
 
 from megatron_replay.config import Optimizer
-from megatron_replay.parallel.batch import MicroBatch, Task, flatten, micro_batches
+from megatron_replay.parallel.batch import DOMAIN, MicroBatch, Task, flatten, micro_batches
 from megatron_replay.parallel.mcore.model import Model
 from megatron_replay.parallel.pipeline import forward, forward_backward
 from megatron_replay.parallel.trainer import StepResult, make_trainer
@@ -81,8 +81,8 @@ def gradients(job: Job, select: bool) -> Outcome:
         else:
             counts = whole_batches(model, job.micro)
             batches, loss = list(counts), masked(loss, counts)
-        local, positions = forward_backward(model, trainer.wrapped, batches, loss, trainer.timers)
-        total, count = model.world.total(local, positions)
+        sums = forward_backward(model, trainer.wrapped, batches, loss, trainer.timers)
+        total, count = model.world.total(*sums[DOMAIN])
         assert int(count) == 12
         grads = {
             name: (weight, parameter.main_grad.detach().double().numpy())
