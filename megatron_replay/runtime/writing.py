@@ -35,7 +35,8 @@ def write_texts(session: Session) -> list[Sample]:
     asked, world = session.config.rehearsal, session.world
     folder = Path(asked.path)
     author = _Author(session)
-    file = TextFile(folder, author.about()) if world.is_main else None
+    about = author.about()  # by all ranks
+    file = TextFile(folder, about) if world.is_main else None
     done, number = world.gather_objects((file.complete, _following(file)) if file else None)[0]
     step = asked.batch * world.data_size
     with session.progress("rehearsal texts", 0 if done else asked.samples, "texts") as advance:
@@ -66,6 +67,9 @@ class _Author:
         self.session, self.asked = session, session.config.rehearsal
         chat = isinstance(session.template, ChatTemplate)
         self.sources = self.asked.source or (("chat",) if chat else ("free",))
+        # a file that cannot be used is refused before anything is written
+        _ = "prompts" in self.sources and self._prompts
+        _ = "text" in self.sources and self._samples
         if "chat" in self.sources and not chat:
             raise ConfigError(
                 "rehearsal.source=chat needs a chat template, and this model has none; use rehearsal.source=free"
