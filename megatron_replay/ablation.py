@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,13 +121,3 @@ def over(tree: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 def digest(values: Any) -> str:
     """The first 12 hex digits of the sha256 of some plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted name, number) of every number in a nested result."""
-    for key, value in result.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, float(value)

@@ -77,6 +77,13 @@ def _launch(given: Arguments) -> tuple[Any, ...]:
     return config, given.command, given.words[0] if given.words else None, given.overrides
 
 
+def _average(given: Arguments) -> tuple[Any, ...]:
+    models = [word for word in given.words if not is_file(word)]
+    if len(models) < 2:
+        raise ConfigError("needs BASE and MODEL: the base model, and one or more trained from it")
+    return _config([word for word in given.words if is_file(word)], given.overrides), models[0], tuple(models[1:])
+
+
 def _ablate(given: Arguments) -> tuple[Any, ...]:
     from megatron_replay.ablation import Ablation
     from megatron_replay.config_file import load
@@ -188,6 +195,14 @@ VERBS = {
         flags={"json": JSON},
         arguments=_compare,
         keys=False,
+    ),
+    "average": Verb(
+        "average:run",
+        "Go part of the way back to the base model, and average checkpoints.",
+        ("average", "evaluate", "layout"),
+        words="BASE MODEL [MODEL ...] [RUN.yaml] [section.key=value ...]",
+        flags=RANKS,
+        arguments=_average,
     ),
     "ablate": Verb(
         "ablate:run",

@@ -16,6 +16,7 @@ from megatron_replay.errors import ConfigError
 
 __all__ = [
     "Adapter",
+    "Average",
     "Batch",
     "Collect",
     "Data",
@@ -364,6 +365,24 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Average:
+    """Weights between a base model and the mean of models trained from it: base + alpha (mean - base)."""
+
+    alpha: float = 0.85
+    """1 is the trained model, 0 the base; 0.85 takes 15 % of the way back."""
+    output: str = ""
+    """Write a Hugging Face folder here."""
+    sweep: tuple[float, ...] = ()
+    """Evaluate at each of these alphas by the `evaluate` section and show them side by side; `evaluate.output` takes
+    the results."""
+
+    def __post_init__(self) -> None:
+        for alpha in (self.alpha, *self.sweep):
+            if not math.isfinite(alpha):
+                raise ConfigError(f"alpha must be a finite number, got {alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     model: str = ""
     """A Hugging Face folder (config.json, safetensors, tokenizer) or a checkpoint folder written by `train` or
@@ -388,6 +407,7 @@ class RunConfig:
     layout: Layout = field(default_factory=Layout)
     batch: Batch = field(default_factory=Batch)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    average: Average = field(default_factory=Average)
     generate: Generate = field(default_factory=Generate)
 
     def __post_init__(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_replay import __version__
-from megatron_replay.ablation import Arm, flat
+from megatron_replay.ablation import Arm
 from megatron_replay.runtime.output_paths import replace_file
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.training import prepare, train
+from megatron_replay.scoring.table import flat
 
 ROW = "row.json"
 
@@ -43,9 +45,18 @@ def write_row(folder: Path, arm: Arm, identity: str, costs: dict[str, float], re
         "identity": identity,
         "version": __version__,
         "costs": costs,
-        "measures": dict(flat(result)),
+        "measures": dict(numbers(result)),
     }
     replace_file(folder / ROW, json.dumps(row, indent=1) + "\n")
+
+
+def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(dotted name, value) of every number of a result; those of an interval are its own."""
+    for name, value in flat(result).items():
+        parts = value._asdict() if hasattr(value, "_asdict") else {"": value}
+        for part, number in parts.items():
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                yield f"{name}.{part}".rstrip("."), float(number)
 
 
 def read_row(folder: Path, identity: str) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def evaluate(session: Session) -> dict[str, Any]:
         show(_numbers(result), f"evaluate {session.config.model}")
         if session.config.evaluate.output:
             output = Path(session.config.evaluate.output)
-            _write(output, json.dumps(_plain(result), indent=1) + "\n")
+            _write(output, json.dumps(plain(result), indent=1) + "\n")
             _write(questions_path(output), lines(rows))
     session.world.barrier()
     return result
@@ -85,10 +85,10 @@ def check(config: RunConfig) -> None:
         check_file(questions_path(asked.output), "evaluate.output")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The result with named tuples as objects, because json would make them lists."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     return value._asdict() if hasattr(value, "_asdict") else value
 
 

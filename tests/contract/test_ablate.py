@@ -1,0 +1,104 @@
+"""A comparison of recipes from the command line: resumable, one store for all, one line a run, and a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from bench import Bench
+from served import Served
+from tinymodel import Tiny
+
+
+def study(tiny: Tiny, **changes: Any) -> dict[str, Any]:
+    """Three recipes, two rates: full, restricted, and rehearsed."""
+    return {
+        "output": "out",
+        "rates": [1e-3, 1e-2],
+        "seeds": [1],
+        "gain": "targets.data.nll",
+        "forgetting": ["targets.own.nll"],
+        "run": {
+            "model": str(tiny.model),
+            "device": "cpu",
+            "data": {"path": str(tiny.data), "seq_length": 128},
+            "collect": {"k_max": 20, "strategy": "all"},
+            "rehearsal": {"samples": 6, "max_new_tokens": 10, "weight": 0.0},
+            "train": {"loss": "full", "iters": 3},
+            "optimizer.name": "adamw",
+            "batch.total": 2,
+            "evaluate": {"targets": {"data": str(tiny.data), "own": str(tiny.data)}},
+        },
+        "recipes": {
+            "plain": {},
+            "restricted": {"train.loss": "restricted", "rates": [1e-3]},
+            "rehearsed": {"rehearsal.weight": 1.0},
+        },
+        **changes,
+    }
+
+
+def test_all_runs_once_and_a_report(served: Served, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(tiny)))
+    dry = served("ablate", "study.yaml", "--dry-run", cwd=tmp_path)
+    assert dry.code == 0 and "6 runs, 0 done, 6 to do" in dry.out and "rehearsed/lr0.01/seed1" in dry.out
+    done = served("ablate", "study.yaml", "--workers", "2", cwd=tmp_path)
+    assert done.code == 0, done.out + done.err
+    assert len(list((tmp_path / "out" / "stores").iterdir())) == len(list((tmp_path / "out" / "texts").iterdir())) == 1
+    with (tmp_path / "out" / "rows.csv").open(newline="") as file:
+        rows = {(row["recipe"], row["rate"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {
+        ("base", "0"),
+        *((recipe, rate) for recipe in ("plain", "rehearsed") for rate in ("0.001", "0.01")),
+        ("restricted", "0.001"),
+    }
+    before = float(rows["base", "0"]["targets.data.nll"])
+    assert all(float(row["targets.data.nll"]) < before for key, row in rows.items() if key[0] != "base")
+    assert rows["rehearsed", "0.01"]["rehearsal/kl"] and not rows["plain", "0.01"]["rehearsal/kl"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## All runs" in report and "## Forgetting at equal targets.data.nll" in report and report in done.out
+    # again: nothing is left; another seed: only what is new
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("row.json")}
+    assert "6 runs, 6 done, 0 to do" in served("ablate", "study.yaml", cwd=tmp_path).out
+    more = served("ablate", "study.yaml", "seeds=[1, 2]", "--workers", "2", cwd=tmp_path)
+    assert more.code == 0 and "11 runs, 6 done, 5 to do" in more.out
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    assert "11 runs, 11 done" in served("ablate", "study.yaml", "seeds=[1, 2]", "--report", cwd=tmp_path).out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(served: Served, tiny: Tiny, tmp_path: Path) -> None:
+    recipes = {"plain": {"rates": [1e-3]}, "wild": {"rates": [1e30], "train.max_skipped": 1}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(tiny, recipes=recipes)))
+    done = served("ablate", "study.yaml", "--workers", "1", cwd=tmp_path)
+    assert done.code == 1 and "wild/lr1e+30/seed1 failed with exit code 2; see out/runs/wild" in done.err
+    row = json.loads((tmp_path / "out" / "runs" / "plain" / "lr0.001" / "seed1" / "row.json").read_text())
+    assert row["recipe"] == "plain" and row["costs"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipes": {}}, "recipes is empty; name at least one"),
+        ({"recipes": {"base": {}}}, "recipes.base: this name is the untrained model's"),
+        ({"recipes": {"a": {}}, "rates": []}, "recipes.a: no rates; set rates=[1e-5, ...]"),
+        ({"recipes": {"a": {"optimizer.nam": "x", "train.los": "full"}}}, "recipes.a: train.los: unknown key; did you"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"colour": 1}, "colour: unknown key"),
+    ],
+    ids=["no recipe", "base", "no rates", "unknown key", "no seeds", "unknown part"],
+)
+def test_refused(bench: Bench, changes: dict[str, Any], says: str) -> None:
+    (bench.folder / "study.yaml").write_text(yaml.safe_dump(study(bench.tiny, **changes)))
+    assert says in bench.refused("ablate", "study.yaml")
+
+
+def test_an_unknown_run_is_refused(bench: Bench) -> None:
+    (bench.folder / "study.yaml").write_text(yaml.safe_dump(study(bench.tiny)))
+    assert "unknown run 'plan/lr0.01/seed1'; did you mean 'plain/lr0.01/seed1'?" in bench.refused(
+        "ablate", "study.yaml", "--arm", "plan/lr0.01/seed1"
+    )
+    assert "needs one file that names the recipes, got 0" in bench.refused("ablate")
