@@ -75,20 +75,21 @@ def generate(
     stop_ids: Sequence[int],
     vocab_size: int,
     batch: int,
+    ended: Callable[[list[int]], bool] | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Greedy continuations, with a key/value cache, `batch` prompts at a time.
 
-    They are without the prompt; a stop id ends one and is left out.
+    They are without the prompt; a stop id ends one and is left out. `ended` is asked after every token whether the
+    continuation so far is complete; its last token stays.
     """
     world = model.world
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
     for chunk in in_groups(list(mine), batch):
-        for index, tokens in zip(
-            chunk, _continue(model, [prompts[i] for i in chunk], max_new_tokens, set(stop_ids), vocab_size), strict=True
-        ):
-            found[index] = tokens
+        asked = [prompts[i] for i in chunk]
+        answers = _continue(model, asked, max_new_tokens, set(stop_ids), vocab_size, ended or (lambda _: False))
+        found.update(zip(chunk, answers, strict=True))
         if progress is not None:
             progress(len(chunk) * world.data_size)
     everyone: dict[int, list[int]] = {}
@@ -98,7 +99,12 @@ def generate(
 
 
 def _continue(
-    model: Model, prompts: list[Sequence[int]], max_new: int, stops: set[int], vocab_size: int
+    model: Model,
+    prompts: list[Sequence[int]],
+    max_new: int,
+    stops: set[int],
+    vocab_size: int,
+    ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
     cache = Cache(len(prompts), max(map(len, prompts)) + max_new)
@@ -113,6 +119,7 @@ def _continue(
             kept = [(row, token) for row, token in zip(alive, following, strict=True) if token not in stops]
             for row, token in kept:
                 out[row].append(token)
+            kept = [(row, token) for row, token in kept if not ended(out[row])]
             alive, feed = [row for row, _ in kept], [[token] for _, token in kept]
     finally:
         model.use_cache(None)

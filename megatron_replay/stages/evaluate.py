@@ -1,6 +1,7 @@
 """The gains and losses of a model, measured.
 
-The measures are perplexity, target NLL, SQL that runs, multiple choice, and distance from the base model.
+The measures are perplexity, target NLL, SQL that runs, multiple choice, answers by generation, and distance from the
+base model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import likelihood, measures
+from megatron_replay.runtime import benchmarks, likelihood, measures
 from megatron_replay.runtime.output_paths import check_file
 from megatron_replay.runtime.questions import lines, questions_path, take_rows
 from megatron_replay.runtime.session import Session, open_session
@@ -24,7 +25,8 @@ from megatron_replay.scoring.table import show
 PARTS = {
     "text": likelihood.perplexity,
     "targets": likelihood.target_nll,
-    "choice": measures.multiple_choice,
+    "choice": benchmarks.multiple_choice,
+    "generation": benchmarks.generation,
     "nl2sql": measures.nl2sql,
     "base": measures.distance,
 }
@@ -71,10 +73,11 @@ def _check(config: RunConfig) -> None:
     asked = config.evaluate
     if not any(getattr(asked, key) for key in PARTS):
         raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")
-    for key in PARTS:
+    for key in (*PARTS, "examples"):
         for path in named(getattr(asked, key), f"evaluate.{key}").values():
             if not path.exists():
                 raise DataError(f"evaluate.{key}={path}: no such file or folder")
+    benchmarks.check(asked)
     if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
         raise DataError(
             f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files"
