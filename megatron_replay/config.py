@@ -291,6 +291,11 @@ class Evaluate:
     examples: str | dict[str, str] = ""
     """Where examples come from; unset: the first questions of each subject, which are then not asked.
     `examples.NAME=FILE` where the questions have names."""
+    lm_eval: str = ""
+    """Tasks of lm-evaluation-harness, separated by commas, with its own prompts; needs the extra `eval`. `style`,
+    `shots` (0: the task's own number) and `limit` (the first questions of each task) apply."""
+    lm_eval_tasks: str = ""
+    """Folder with YAML files of such tasks; unset: those that come with it."""
     nl2sql: str = ""
     """jsonl with db_id, query and a prompt in any data format."""
     databases: str = ""

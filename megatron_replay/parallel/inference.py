@@ -41,12 +41,47 @@ def token_nll(
     - row_tokens: sequences are laid together up to this many tokens a forward pass.
     - share_prefixes: lay sequences that begin alike as a tree.
     """
-    world = model.world
     shard = vocab_shard(model)
 
     def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
 
+    return _each_position(model, sequences, positions, task, row_tokens, share_prefixes, progress)
+
+
+def token_is_greedy(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    *,
+    vocab_size: int,
+    row_tokens: int,
+    share_prefixes: bool = False,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """1.0 where the token after a position is the likeliest one, as in `generate`, else 0.0; arguments of `token_nll`.
+
+    The logits [positions of a row, V / tensor ranks] exist at once: for a few positions each, such as short answers.
+    """
+    shard = vocab_shard(model)
+
+    def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        return _argmax(hidden, weight, shard, vocab_size) == batch.gold
+
+    return _each_position(model, sequences, positions, task, row_tokens, share_prefixes, progress)
+
+
+def _each_position(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    task: Callable[[MicroBatch, Tensor, Tensor], Tensor],
+    row_tokens: int,
+    share_prefixes: bool,
+    progress: Progress | None,
+) -> list[np.ndarray]:
+    """The task's values [positions], fp32, of each sequence, on every rank."""
+    world = model.world
     dealt = deal(sequences, row_tokens, world, share_prefixes=share_prefixes)
     values: list[np.ndarray] = []
     for rows in in_groups(dealt, 2 * world.pipeline_size):

@@ -6,6 +6,8 @@ base model.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 from contextlib import suppress
@@ -22,11 +24,19 @@ from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.sources import named
 from megatron_replay.scoring.table import show
 
+
+def _lm_eval(session: Session) -> dict[str, Any]:
+    """The module of this measure is imported when asked for, because it needs a package that is optional."""
+    tasks = importlib.import_module("megatron_replay.runtime.harness").tasks
+    return dict(tasks(session))
+
+
 PARTS = {
     "text": likelihood.perplexity,
     "targets": likelihood.target_nll,
     "choice": benchmarks.multiple_choice,
     "generation": benchmarks.generation,
+    "lm_eval": _lm_eval,
     "nl2sql": measures.nl2sql,
     "base": measures.distance,
 }
@@ -73,11 +83,13 @@ def _check(config: RunConfig) -> None:
     asked = config.evaluate
     if not any(getattr(asked, key) for key in PARTS):
         raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")
-    for key in (*PARTS, "examples"):
+    for key in (*(key for key in PARTS if key != "lm_eval"), "examples", "lm_eval_tasks"):
         for path in named(getattr(asked, key), f"evaluate.{key}").values():
             if not path.exists():
                 raise DataError(f"evaluate.{key}={path}: no such file or folder")
     benchmarks.check(asked)
+    if asked.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"evaluate.lm_eval={asked.lm_eval} needs lm-eval: pip install 'megatron-replay[eval]'")
     if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
         raise DataError(
             f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files"

@@ -49,7 +49,8 @@ def run(served: Served, tiny: Tiny, folder: Path) -> Run:
     that exit code."""
 
     def go(verb: str, *argv: str, code: int = 0) -> Done:
-        plain = () if verb in ("store", "convert", "compare") else (f"model={tiny.model}", f"data.path={tiny.data}", *SETTINGS)
+        keyless = verb in ("store", "convert", "compare")
+        plain = () if keyless else (f"model={tiny.model}", f"data.path={tiny.data}", *SETTINGS)
         done = served(verb, *plain, *argv, cwd=folder)
         assert done.code == code, done.out + done.err
         return done
