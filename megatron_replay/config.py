@@ -337,19 +337,41 @@ class Evaluate:
     """Data sets (formats of `data`) whose target tokens' NLL is measured; several as in `text`. A folder of rehearsal
     texts is the base model's own kind of text."""
     choice: str | dict[str, str] = ""
-    """Multiple choice: jsonl with question, choices, answer (index)."""
+    """Multiple choice by likelihood: jsonl with question, choices, answer (index or letter), or files or a folder of
+    MMLU, MMLU-Pro, GPQA or TeleQnA; several as in `text`."""
+    choice_answers: Literal["letters", "text"] = "letters"
+    """letters: the prompt lists the choices and their letters are scored; text: the choices' own texts are."""
+    generation: str | dict[str, str] = ""
+    """Questions answered by greedy generation: files or a folder of GSM8K, MATH or BIG-Bench Hard; several as in
+    `text`."""
+    style: Literal["plain", "chat"] = "plain"
+    """How questions of `choice` and `generation` are put: as plain text, or as a user's turn of the chat template."""
+    shots: int = 0
+    """Examples before each question of `choice` and `generation`, from its own subject."""
+    examples: str | dict[str, str] = ""
+    """Where examples come from; unset: the first questions of each subject, which are then not asked.
+    `examples.NAME=FILE` where the questions have names."""
+    lm_eval: str = ""
+    """Tasks of lm-evaluation-harness, separated by commas, with its own prompts; needs the extra `eval`. `style`,
+    `shots` (0: the task's own number) and `limit` (the first questions of each task) apply."""
+    lm_eval_tasks: str = ""
+    """Folder with YAML files of such tasks; unset: those that come with it."""
     nl2sql: str = ""
     """jsonl with db_id, query and a prompt in any data format."""
     databases: str = ""
     """Folder of SQLite files named <db_id>.sqlite."""
     limit: int | None = None
+    """Measure only this many samples of each data set: the first, and of `choice` and `generation` evenly spaced
+    ones."""
     max_new_tokens: int = 128
     batch: int = 16
     output: str = ""
-    """Write the result here as JSON."""
+    """Write the result here as JSON, and beside it NAME.questions.jsonl with a line for each question."""
 
     def __post_init__(self) -> None:
         _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch")
+        if self.shots < 0:
+            raise ConfigError(f"shots is a number of examples, at least 0, got {self.shots}")
         if self.window < 2:
             raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
         if self.stride is not None and not 1 <= self.stride < self.window:

@@ -43,12 +43,47 @@ def token_nll(
     - row_tokens: sequences are laid together up to this many tokens a forward pass.
     - share_prefixes: lay sequences that begin alike as a tree.
     """
-    world = model.world
     shard = vocab_shard(model)
 
     def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, batch.gold, shard, vocab_size=vocab_size)
 
+    return _each_position(model, sequences, positions, task, row_tokens, share_prefixes, progress)
+
+
+def token_is_greedy(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    *,
+    vocab_size: int,
+    row_tokens: int,
+    share_prefixes: bool = False,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """1.0 where the token after a position is the likeliest one, as in `generate`, else 0.0; arguments of `token_nll`.
+
+    The logits [positions of a row, V / tensor ranks] exist at once: for a few positions each, such as short answers.
+    """
+    shard = vocab_shard(model)
+
+    def task(batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+        return _argmax(hidden, weight, shard, vocab_size) == batch.gold
+
+    return _each_position(model, sequences, positions, task, row_tokens, share_prefixes, progress)
+
+
+def _each_position(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    task: Callable[[MicroBatch, Tensor, Tensor], Tensor],
+    row_tokens: int,
+    share_prefixes: bool,
+    progress: Progress | None,
+) -> list[np.ndarray]:
+    """The task's values [positions], fp32, of each sequence, on every rank."""
+    world = model.world
     dealt = deal(sequences, row_tokens, world, share_prefixes=share_prefixes)
     values: list[np.ndarray] = []
     for rows in in_groups(dealt, 2 * world.pipeline_size):
@@ -79,20 +114,21 @@ def generate(
     batch: int,
     sampling: Sampling | None = None,
     keep_stop: bool = False,
+    ended: Callable[[list[int]], bool] | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Continuations, with a key/value cache, `batch` prompts at a time.
 
-    They are without the prompt. A stop id ends one and is left out, unless `keep_stop`. They are greedy without
-    `sampling`.
+    They are without the prompt. A stop id ends one and is left out, unless `keep_stop`. `ended` is asked after every
+    token whether the continuation so far is complete; its last token stays. They are greedy without `sampling`.
     """
     world = model.world
     mine = range(world.data_rank, len(prompts), world.data_size)
     found: dict[int, list[int]] = {}
     for chunk in in_groups(list(mine), batch):
-        request = _Request(max_new_tokens, set(stop_ids), vocab_size, sampling, keep_stop)
-        for index, tokens in zip(chunk, _continue(model, chunk, [prompts[i] for i in chunk], request), strict=True):
-            found[index] = tokens
+        request = _Request(max_new_tokens, set(stop_ids), vocab_size, sampling, keep_stop, ended or (lambda _: False))
+        answers = _continue(model, chunk, [prompts[i] for i in chunk], request)
+        found.update(zip(chunk, answers, strict=True))
         if progress is not None:
             progress(len(chunk) * world.data_size)
     everyone: dict[int, list[int]] = {}
@@ -108,6 +144,7 @@ class _Request:
     vocab_size: int
     sampling: Sampling | None
     keep_stop: bool
+    ended: Callable[[list[int]], bool]
 
 
 def _continue(model: Model, numbers: Sequence[int], prompts: list[Sequence[int]], request: _Request) -> list[list[int]]:
@@ -127,6 +164,7 @@ def _continue(model: Model, numbers: Sequence[int], prompts: list[Sequence[int]]
                 if token not in request.stops or request.keep_stop:
                     out[row].append(token)
             kept = [(row, token) for row, token in zip(alive, following, strict=True) if token not in request.stops]
+            kept = [(row, token) for row, token in kept if not request.ended(out[row])]
             alive, feed = [row for row, _ in kept], [[token] for _, token in kept]
     finally:
         model.use_cache(None)

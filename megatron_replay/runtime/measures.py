@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_replay.data.records import Message, Record, read_records
+from megatron_replay.data.records import Record, read_records
 from megatron_replay.errors import DataError
 from megatron_replay.formats.hf_folder import HFFolder
 from megatron_replay.parallel.inference import generate
 from megatron_replay.parallel.mcore.model import squared_distance
-from megatron_replay.runtime.likelihood import sequence_nll
 from megatron_replay.runtime.session import Session
-from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion, score_choices
+from megatron_replay.scoring import Sandbox, exact_match, execution_match, extract_sql, proportion
 
 SQLITE = b"SQLite format 3\0"
 """The first bytes of an SQLite database file."""
-
-
-def multiple_choice(session: Session) -> dict[str, Any]:
-    """Accuracy of the likeliest choice: lines of {"question", "choices", "answer": index}."""
-    asked = session.config.evaluate
-    questions = list(_choices(Path(asked.choice)))[: asked.limit]
-    if not questions:
-        raise DataError(f"{asked.choice}: empty; expected lines of {{question, choices, answer}}")
-    sequences, positions = [], []
-    for question, choices, _ in questions:
-        prompt = session.template.prompt([Message("user", question)])
-        for choice in choices:
-            answer = session.tokenizer.encode(choice, continues=True)
-            sequences.append(np.asarray([*prompt, *answer]))
-            positions.append(np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    nll = iter(sequence_nll(session, sequences, positions, "choice"))
-    rows = [[next(nll) for _ in choices] for _, choices, _ in questions]
-    return dict(
-        score_choices(
-            [[float(part.sum()) for part in row] for row in rows],
-            [[len(part) for part in row] for row in rows],
-            [a for _, _, a in questions],
-        )
-    )
 
 
 def nl2sql(session: Session) -> dict[str, Any]:
@@ -120,28 +92,3 @@ def _database(record: Record, folder: Path) -> Path:
         if file.read(len(SQLITE)) not in (SQLITE, b""):  # a file of no bytes is a database of no tables
             raise DataError(f"{record.where}: {path} is no SQLite database; copy the file again")
     return path
-
-
-def _choices(path: Path) -> Iterator[tuple[str, list[str], int]]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            question, choices, answer = item["question"], item["choices"], item["answer"]
-        except (ValueError, KeyError, TypeError) as err:
-            raise DataError(
-                f"{path}:{number}: a multiple-choice line is {{question, choices, answer}}; {type(err).__name__}: {err}"
-            ) from err
-        if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise DataError(f"{path}:{number}: answer {answer!r} is not the index of one of the {len(choices)} choices")
-        yield str(question), [str(c) for c in choices], answer
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise DataError(f"{path}: byte {err.start} is not UTF-8; save the file as UTF-8") from err
-    except OSError as err:
-        raise DataError(f"{path}: cannot read: {err.strerror}") from err

@@ -1,4 +1,8 @@
-"""Multiple choice by likelihood: the answer is the least surprising choice, and the accuracy has an interval."""
+"""Multiple choice by likelihood: the answer is the least surprising choice, and the accuracy has an interval.
+
+Prompts are those of lm-evaluation-harness. `letters` is its `mmlu`: the choices stand in the prompt, and their letters
+are scored. `text` is its `mmlu_continuation` and `arc`: the choices themselves are scored.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_replay.errors import DataError
+from megatron_replay.scoring.choice_layouts import LETTERS, Question
+from megatron_replay.scoring.shots import Asked, context
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
@@ -34,11 +40,34 @@ def proportion(k: int, n: int) -> Proportion:
     return Proportion(fraction, low, high)
 
 
+def choice_context(asked: Asked[Question], answers: str) -> str:
+    """The text before the choice: a line about the subject, where there is one, the examples, and the question.
+
+    answers: letters or text.
+    """
+    subject = asked.question.subject
+    kind = "multiple choice questions" if answers == "letters" else "questions"
+    head = f"The following are {kind} (with answers) about {subject}.\n\n" if subject else ""
+    return head + context(asked, lambda one: _ask(one, answers), lambda one: scored(one, answers)[one.answer])
+
+
+def _ask(question: Question, answers: str) -> str:
+    if answers == "text":
+        return f"Question: {question.text}\nAnswer:"
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
+    return "\n".join([question.text, *lines, "Answer:"])
+
+
+def scored(question: Question, answers: str) -> list[str]:
+    """The texts whose likelihoods are compared, without the delimiter before them."""
+    return list(LETTERS[: len(question.choices)]) if answers == "letters" else list(question.choices)
+
+
 def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
     """Index of the choice with the lowest NLL; the first of equals.
 
-    NLL is in nats, summed over the choice's tokens. With `lengths` (tokens or characters of each choice) the NLL per
-    unit of length decides, so a long answer loses nothing by its length. A NaN is never chosen. Raises DataError when
+    NLL is in nats, summed over the choice's tokens. With `lengths` (bytes of each choice) the NLL per unit of
+    length decides, so a long answer loses nothing by its length. A NaN is never chosen. Raises DataError when
     there is nothing to choose from.
     """
     if lengths is not None and len(lengths) != len(nlls):
@@ -55,9 +84,10 @@ def choose(nlls: Sequence[float], lengths: Sequence[int] | None = None) -> int:
 def score_choices(
     nlls: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], answers: Sequence[int]
 ) -> dict[str, float | int | Proportion]:
-    """Accuracy by summed NLL and by NLL per length, and the mean NLL of the right answer.
+    """Accuracy by summed NLL (lm-eval's acc) and by NLL per byte (its acc_bytes), and the mean NLL of the right answer.
 
-    There are Q questions of C choices: nlls and lengths [Q][C], answers [Q]. Raises DataError where they do not match.
+    Lengths are bytes of UTF-8; where they are characters too, the latter is lm-eval's acc_norm. There are Q questions
+    of C choices: nlls and lengths [Q][C], answers [Q]. Raises DataError where they do not match.
     """
     if not len(nlls) == len(lengths) == len(answers):
         raise DataError(

@@ -1,10 +1,13 @@
 """The gains and losses of a model, measured.
 
-The measures are perplexity, target NLL, SQL that runs, multiple choice, and distance from the base model.
+The measures are perplexity, target NLL, SQL that runs, multiple choice, answers by generation, and distance from the
+base model.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 from contextlib import suppress
@@ -14,17 +17,26 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import likelihood, measures
+from megatron_replay.runtime import benchmarks, likelihood, measures
 from megatron_replay.runtime.output_paths import check_file
 from megatron_replay.runtime.questions import lines, questions_path, take_rows
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.sources import named
 from megatron_replay.scoring.table import show
 
+
+def _lm_eval(session: Session) -> dict[str, Any]:
+    """The module of this measure is imported when asked for, because it needs a package that is optional."""
+    tasks = importlib.import_module("megatron_replay.runtime.harness").tasks
+    return dict(tasks(session))
+
+
 PARTS = {
     "text": likelihood.perplexity,
     "targets": likelihood.target_nll,
-    "choice": measures.multiple_choice,
+    "choice": benchmarks.multiple_choice,
+    "generation": benchmarks.generation,
+    "lm_eval": _lm_eval,
     "nl2sql": measures.nl2sql,
     "base": measures.distance,
 }
@@ -72,10 +84,13 @@ def check(config: RunConfig) -> None:
     asked = config.evaluate
     if not any(getattr(asked, key) for key in PARTS):
         raise ConfigError(f"nothing to evaluate; set one of {', '.join('evaluate.' + key for key in PARTS)}")
-    for key in PARTS:
+    for key in (*(key for key in PARTS if key != "lm_eval"), "examples", "lm_eval_tasks"):
         for path in named(getattr(asked, key), f"evaluate.{key}").values():
             if not path.exists():
                 raise DataError(f"evaluate.{key}={path}: no such file or folder")
+    benchmarks.check(asked)
+    if asked.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"evaluate.lm_eval={asked.lm_eval} needs lm-eval: pip install 'megatron-replay[eval]'")
     if asked.nl2sql and not (asked.databases and Path(asked.databases).is_dir()):
         raise DataError(
             f"evaluate.databases={asked.databases!r}: not a folder; nl2sql needs the folder of <db_id>.sqlite files"

@@ -243,14 +243,30 @@ EVALUATIONS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "choice without keys": (
         "choice",
         [{"question": "q"}],
-        "asked.jsonl:1: a multiple-choice line is {question, choices, answer}",
+        "asked.jsonl:1: a multiple-choice question is {question, choices, answer}",
     ),
     "choice beyond": (
         "choice",
         [{"question": "q", "choices": ["a", "b"], "answer": 2}],
         "asked.jsonl:1: answer 2 is not the index of one of the 2 choices",
     ),
-    "no choice": ("choice", [], "asked.jsonl: empty; expected lines of {question, choices, answer}"),
+    "no choice": ("choice", [], "asked.jsonl: empty; expected at least one question"),
+    "no task": (
+        "generation",
+        [{"question": "q"}],
+        "asked.jsonl:1: a question to generate for has the keys question and answer",
+    ),
+    "no gold number": (
+        "generation",
+        [{"question": "q", "answer": "5"}],
+        "asked.jsonl:1: the answer has no '#### number' at its end",
+    ),
+    "two tasks": (
+        "generation",
+        [{"question": "q", "answer": "#### 5"}, {"input": "q", "target": "a"}],
+        "asked.jsonl: questions of bbh and gsm8k",
+    ),
+    "conversations as text": ("text", [{"prompt": "p", "completion": "c"}], "evaluate.text reads lines of {text}"),
     "no text": ("text", [], "asked.jsonl: empty; expected at least one record"),
     "no targets": ("targets", [], "asked.jsonl: empty; expected at least one record"),
     "no db_id": ("nl2sql", [question(db_id=None)], "asked.jsonl:1: an nl2sql line needs the keys db_id and query"),

@@ -49,7 +49,8 @@ def run(served: Served, tiny: Tiny, folder: Path) -> Run:
     that exit code."""
 
     def go(verb: str, *argv: str, code: int = 0) -> Done:
-        plain = () if verb in ("store", "convert") else (f"model={tiny.model}", f"data.path={tiny.data}", *SETTINGS)
+        keyless = verb in ("store", "convert", "compare")
+        plain = () if keyless else (f"model={tiny.model}", f"data.path={tiny.data}", *SETTINGS)
         done = served(verb, *plain, *argv, cwd=folder)
         assert done.code == code, done.out + done.err
         return done
@@ -273,6 +274,68 @@ def test_evaluate_everything(run: Run, trained: Done, questions: list[str], fold
     assert two["base"]["relative_l2"] == pytest.approx(after["base"]["relative_l2"], rel=1e-5)
     assert two["choice"].pop("answer_nll") == pytest.approx(after["choice"].pop("answer_nll"), rel=1e-5)
     assert two["choice"] == after["choice"] and two["nl2sql"] == after["nl2sql"]
+
+
+@pytest.fixture(scope="module")
+def benchmarks(folder: Path) -> list[str]:
+    """Texts, multiple choice and questions to generate for, several of each kind, as overrides."""
+    (folder / "one.txt").write_text("one two three four five six seven " * 10)
+    documents = [{"text": "seven six five four three two one " * n} for n in (4, 1, 6)]
+    write_lines(folder / "other.jsonl", [*documents, {"text": "x"}])
+    (folder / "mmlu").mkdir()
+    for subject in ("art", "law"):
+        rows = [f"what is {i},{i},{i + 1},{i + 2},{'ABC'[i % 3]}" for i in range(5)]
+        (folder / "mmlu" / f"{subject}_test.csv").write_text("\n".join(rows) + "\n")
+    write_lines(folder / "gsm8k.jsonl", [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)])
+    bbh = [{"input": f"not {i}", "target": f"({'AB'[i % 2]})"} for i in range(4)]
+    (folder / "bbh.json").write_text(json.dumps({"canary": "c", "examples": bbh}))
+    return [
+        "evaluate.text={one: one.txt, documents: other.jsonl}",
+        "evaluate.window=24",
+        "evaluate.stride=8",
+        "evaluate.choice=mmlu",
+        "evaluate.generation=gsm8k.jsonl,bbh.json",
+        "evaluate.shots=2",
+        "evaluate.max_new_tokens=8",
+    ]
+
+
+def test_evaluate_benchmarks_and_compare(run: Run, trained: Done, benchmarks: list[str], folder: Path) -> None:
+    run("evaluate", *benchmarks, "evaluate.output=base.json")
+    run("evaluate", "model=saved", *benchmarks, "evaluate.output=tuned.json")
+    for layout in ("layout.tensor=2", "layout.pipeline=2", "layout.tensor=1"):
+        name = f"{layout.replace('.', '-')}.json"
+        run("evaluate", "model=saved", *benchmarks, f"evaluate.output={name}", *TWO, layout)
+        found = json.loads(run("compare", "tuned.json", name, "--json").out)
+        assert all(abs(its["difference"]) < 1e-4 for its in found.values()), (layout, found)
+    base, tuned = (json.loads((folder / f"{name}.json").read_text()) for name in ("base", "tuned"))
+    assert list(base["text"]) == ["one", "documents"] and base["text"]["one"]["tokens"] == 339
+    assert base["text"]["one"]["nll_low"] < base["text"]["one"]["nll"] < base["text"]["one"]["nll_high"]
+    assert base["choice"]["questions"] == 6, "two of five questions of each subject are examples"
+    assert (base["choice"]["style"], base["choice"]["answers"], base["choice"]["shots"]) == ("plain", "letters", 2)
+    assert base["generation"]["gsm8k"]["questions"] == 3 and base["generation"]["bbh"]["questions"] == 2
+    assert {"strict", "flexible"} < set(base["generation"]["gsm8k"]) and "exact" in base["generation"]["bbh"]
+    rows = [json.loads(line) for line in (folder / "base.questions.jsonl").read_text().split("\n") if line]
+    asked = {row["prompt"] for row in rows if row["measure"] == "generation.bbh.exact"}
+    assert "Q: not 0\nA: (A)\n\nQ: not 1\nA: (B)\n\nQ: not 2\nA:" in asked
+    found = json.loads(run("compare", "base.json", "tuned.json", "--json").out)
+    for measure, value in [("text.one", tuned["text"]["one"]["nll"]), ("choice.nll", tuned["choice"]["answer_nll"])]:
+        assert found[measure]["second"] == pytest.approx(value, rel=1e-6)
+    assert found["generation.gsm8k.flexible"]["questions"] == 3
+    said = run("compare", "base.json", "tuned.json").out
+    assert "text.documents" in said and "tuned.json - base.json" in said
+
+
+def test_questions_in_chat_style_score_the_reply_alone(run: Run, benchmarks: list[str], folder: Path) -> None:
+    asked = ["evaluate.choice=mmlu", "evaluate.choice_answers=text", "evaluate.limit=4"]
+    run("evaluate", *asked, "evaluate.style=chat", "evaluate.output=chat.json")
+    run("evaluate", *asked, "evaluate.output=plain.json")
+    chat, plain = (json.loads((folder / f"{name}.json").read_text())["choice"] for name in ("chat", "plain"))
+    assert (chat["style"], chat["answers"], chat["questions"]) == ("chat", "text", 4)
+    assert chat["answer_nll"] != plain["answer_nll"]
+    rows = [json.loads(line) for line in (folder / "chat.questions.jsonl").read_text().split("\n") if line]
+    assert [row["measure"] for row in rows[:2]] == ["choice", "choice.normalised"]
+    assert {row["subject"] for row in rows} == {"art", "law"}, "a limit takes its share of every subject"
 
 
 def test_the_export_is_a_model_of_transformers(run: Run, trained: Done, tiny: Tiny, folder: Path) -> None:

@@ -66,6 +66,32 @@ def test_greedy_tokens_are_those_of_transformers(qwen3: tuple[str, Any], layout:
         assert answer == expected
 
 
+def ended_early(folder: str, layout: Layout, last: int) -> list[list[int]]:
+    """On a rank: the continuations, each complete with the first token `last`."""
+    with opened(folder, layout) as model:
+        return generate(
+            model,
+            PROMPTS,
+            max_new_tokens=NEW,
+            stop_ids=(),
+            vocab_size=VOCAB,
+            batch=3,
+            ended=lambda tokens: tokens[-1] == last,
+        )
+
+
+@pytest.mark.parametrize(("layout", "replicas"), LAYOUTS[2:], ids=str)
+def test_a_continuation_ends_once_it_is_complete(qwen3: tuple[str, Any], layout: dict[str, Any], replicas: int) -> None:
+    folder, model = qwen3
+    free = [greedy(model, prompt, ()) for prompt in PROMPTS]
+    last = free[1][4]
+    expected = [tokens[: tokens.index(last) + 1] if last in tokens else tokens for tokens in free]
+    assert len({len(tokens) for tokens in expected}) >= 2
+    ranks = Layout(**layout).tensor * Layout(**layout).pipeline * replicas
+    for answer in fresh(ranks, ended_early, folder, Layout(**layout), last):
+        assert answer == expected
+
+
 def test_unknown_ids_are_never_generated(qwen3: tuple[str, Any]) -> None:
     """Rows beyond the tokenizer's ids have logits like any other.
 
