@@ -276,15 +276,21 @@ class Evaluate:
     nl2sql: str = ""
     """jsonl with db_id, query and a prompt in any data format."""
     databases: str = ""
-    """Folder of SQLite files named <db_id>.sqlite."""
+    """Folder of SQLite files: <db_id>.sqlite, or <db_id>/*.sqlite, where several are a test suite."""
+    sql_rule: Literal["spider", "bird", "strict"] = "spider"
+    """When two results are the same: spider (test suite), bird (sets of rows) or strict; see docs/evaluate-sql.md."""
+    sql_rows: int = 10_000
+    """A query with more rows fails."""
+    sql_seconds: float = 5.0
+    """A query that takes longer fails."""
     limit: int | None = None
     max_new_tokens: int = 128
     batch: int = 16
     output: str = ""
-    """Write the result here as JSON."""
+    """Write the result here as JSON, and the questions one by one to <output>.questions.jsonl."""
 
     def __post_init__(self) -> None:
-        _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch")
+        _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch", "sql_rows", "sql_seconds")
         if self.window < 2:
             raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
 

@@ -6,16 +6,15 @@ The measures are perplexity, target NLL, SQL that runs, multiple choice, and dis
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import measures
-from megatron_replay.runtime.output_paths import check_file
+from megatron_replay.runtime import measures, sql_measure
+from megatron_replay.runtime.output_paths import check_file, replace_file
+from megatron_replay.runtime.question_log import PER_QUESTION, log_path, write_questions
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.scoring.table import show
 
@@ -23,14 +22,14 @@ PARTS = {
     "text": measures.perplexity,
     "targets": measures.target_nll,
     "choice": measures.multiple_choice,
-    "nl2sql": measures.nl2sql,
+    "nl2sql": sql_measure.nl2sql,
     "base": measures.distance,
 }
 """Key of the `evaluate` section -> the measure that runs when that key is set."""
 
 
 def run(config: RunConfig) -> None:
-    """Run the measures whose files are given, print a table, and write `evaluate.output` as JSON."""
+    """Run the measures whose files are given, print a table, and write `evaluate.output` and its question log."""
     _check(config)
     with open_session(config, seq_length=config.data.seq_length) as session:
         evaluate(session)
@@ -42,10 +41,11 @@ def evaluate(session: Session) -> dict[str, Any]:
     result: dict[str, Any] = {"model": session.config.model, "version": __version__}
     for key, part in wanted.items():
         result[key] = part(session)
+    questions = {key: result[key].pop(PER_QUESTION) for key in wanted if PER_QUESTION in result[key]}
     if session.world.is_main:
         show(_numbers(result), f"evaluate {session.config.model}")
         if session.config.evaluate.output:
-            _write(Path(session.config.evaluate.output), result)
+            _write(Path(session.config.evaluate.output), result, questions)
     session.world.barrier()
     return result
 
@@ -73,6 +73,7 @@ def _check(config: RunConfig) -> None:
         )
     if asked.output:
         check_file(asked.output, "evaluate.output")
+        check_file(log_path(asked.output), "evaluate.output")
 
 
 def _plain(value: Any) -> Any:
@@ -82,15 +83,11 @@ def _plain(value: Any) -> Any:
     return value._asdict() if hasattr(value, "_asdict") else value
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
+def _write(path: Path, result: dict[str, Any], questions: dict[str, list[Any]]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_questions(path, questions)
+        replace_file(path, json.dumps(_plain(result), indent=1) + "\n")
     except OSError as err:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise ConfigError(
             f"evaluate.output={path}: cannot be written: {err.strerror}; the result stands in the table above"
         ) from err

@@ -1,0 +1,206 @@
+"""The measure `nl2sql`: greedy SQL for every question, run beside the gold query and judged by a published rule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_replay.config import Evaluate
+from megatron_replay.errors import DataError, ReplayError
+from megatron_replay.parallel.inference import generate
+from megatron_replay.runtime.question_log import LEFT_OUT, PER_QUESTION, RIGHT, WRONG
+from megatron_replay.runtime.session import Session
+from megatron_replay.runtime.sql_questions import SqlQuestion, read_sql_questions
+from megatron_replay.scoring import (
+    LEVELS,
+    Sandbox,
+    exact_match,
+    execution_match,
+    extract_sql,
+    find_rule,
+    gold_fault,
+    proportion,
+)
+
+TOLD = 10
+"""Gold queries that fail and are printed; the result holds them all."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A question with its answer and verdict. Answer and predicted are empty where the gold query failed."""
+
+    question: SqlQuestion
+    verdict: str
+    reason: str
+    seconds: float
+    """Time of running the predicted query on all its databases, beside the gold query."""
+    answer: str = ""
+    predicted: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.predicted) and exact_match(self.predicted, self.question.gold)
+
+
+def nl2sql(session: Session) -> dict[str, Any]:
+    """The fractions of questions with the gold query's result, and with the gold query itself; both by hardness.
+
+    The gold queries run first. Those that fail, or pass `sql_rows` or `sql_seconds`, are told before anything is
+    generated. No answer is generated for them: they are left out, or wrong answers where the rule has it so (bird).
+    Raises DataError where no gold query runs.
+    """
+    asked = session.config.evaluate
+    questions = read_sql_questions(asked)  # all of it is checked before the hours of generating
+    faults = _gold_faults(session, questions)
+    todo = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
+    answers = iter(_answers(session, todo))
+    scored = iter(_dealt(session, [(q, next(answers)) for q in todo], lambda box, pair: _score(box, asked, *pair)))
+    at_fault = WRONG if find_rule(asked.sql_rule).scores_failed_gold else LEFT_OUT
+    results = [
+        next(scored) if fault is None else Scored(question, at_fault, f"gold query failed: {fault}", 0.0)
+        for question, fault in zip(questions, faults, strict=True)
+    ]
+    return {**summary(results, asked.sql_rule), PER_QUESTION: [_line(one, asked.sql_rule) for one in results]}
+
+
+def summary(results: Sequence[Scored], rule: str) -> dict[str, Any]:
+    """The numbers of an evaluation: what is left out counts in `questions` and `gold_failed` only."""
+    counted = [one for one in results if one.verdict != LEFT_OUT]
+    failed = [one for one in results if one.reason.startswith("gold query failed")]
+    levels = dict.fromkeys(one.question.level for one in counted)
+    order = [*(level for level in LEVELS if level in levels), *(level for level in levels if level not in LEVELS)]
+    return {
+        "rule": rule,
+        "execution": _share_right(counted),
+        "exact": proportion(sum(one.exact for one in counted), len(counted)),
+        "questions": len(results),
+        "scored": len(counted),
+        "gold_failed": len(failed),
+        "hardness": {level: _level([one for one in counted if one.question.level == level]) for level in order},
+        "gold_failures": [
+            {"where": one.question.where, "db_id": one.question.db_id, "gold": one.question.gold, "reason": one.reason}
+            for one in failed
+        ],
+        "examples": [
+            {"gold": one.question.gold, "predicted": one.predicted, "correct": one.verdict == RIGHT}
+            for one in counted[:5]
+        ],
+    }
+
+
+def _level(counted: Sequence[Scored]) -> dict[str, Any]:
+    return {"execution": _share_right(counted), "questions": len(counted)}
+
+
+def _share_right(counted: Sequence[Scored]) -> Any:
+    return proportion(sum(one.verdict == RIGHT for one in counted), len(counted))
+
+
+def _line(one: Scored, rule: str) -> dict[str, Any]:
+    question = one.question
+    return {
+        "index": question.index,
+        "uid": question.uid,
+        "db_id": question.db_id,
+        "hardness": question.level,
+        "prompt": question.asked,
+        "answer": one.answer,
+        "predicted": one.predicted,
+        "gold": question.gold,
+        "rule": rule,
+        "verdict": one.verdict,
+        "reason": one.reason,
+        "exact": one.exact,
+        "seconds": round(one.seconds, 4),
+    }
+
+
+def _gold_faults(session: Session, questions: Sequence[SqlQuestion]) -> list[str | None]:
+    """Why the gold query of each question fails, or None; they are told."""
+    asked = session.config.evaluate
+
+    def fault(sandbox: Sandbox, question: SqlQuestion) -> str | None:
+        return gold_fault(
+            question.databases,
+            question.gold,
+            rule=asked.sql_rule,
+            sandbox=sandbox,
+            seconds=asked.sql_seconds,
+            max_rows=asked.sql_rows,
+        )
+
+    faults = _dealt(session, questions, fault)
+    failed = [f"  {q.where}: {fault}" for q, fault in zip(questions, faults, strict=True) if fault is not None]
+    if len(failed) == len(questions):
+        raise DataError(
+            f"{asked.nl2sql}: no gold query runs within evaluate.sql_seconds={asked.sql_seconds:g} and "
+            f"evaluate.sql_rows={asked.sql_rows}; the first fails with: {faults[0]}"
+        )
+    if failed:
+        how = "count as wrong" if find_rule(asked.sql_rule).scores_failed_gold else "are left out"
+        session.say(
+            f"nl2sql: {len(failed)} of {len(questions)} gold queries fail, and their questions {how} "
+            f"(sql_rule={asked.sql_rule}; limits: sql_seconds={asked.sql_seconds:g}, sql_rows={asked.sql_rows})"
+        )
+        session.say("\n".join([*failed[:TOLD], *(["  ..."] if len(failed) > TOLD else [])]))
+    return faults
+
+
+def _answers(session: Session, questions: Sequence[SqlQuestion]) -> list[str]:
+    asked = session.config.evaluate
+    prompts = [session.template.prompt(question.prompt) for question in questions]
+    with session.progress("nl2sql", len(prompts), "questions") as advance:
+        answers = generate(
+            session.model,
+            prompts,
+            max_new_tokens=asked.max_new_tokens,
+            stop_ids=session.tokenizer.eos_ids,
+            vocab_size=session.vocab_size,
+            batch=asked.batch,
+            progress=advance,
+        )
+    return [session.tokenizer.decode(answer) for answer in answers]
+
+
+def _score(sandbox: Sandbox, asked: Evaluate, question: SqlQuestion, answer: str) -> Scored:
+    predicted = extract_sql(answer)
+    began = time.perf_counter()
+    match = execution_match(
+        question.databases,
+        predicted,
+        question.gold,
+        rule=asked.sql_rule,
+        sandbox=sandbox,
+        seconds=asked.sql_seconds,
+        max_rows=asked.sql_rows,
+    )
+    seconds = time.perf_counter() - began
+    return Scored(question, RIGHT if match.correct else WRONG, match.reason, seconds, answer, predicted)
+
+
+def _dealt(session: Session, items: Sequence[T], work: Callable[[Sandbox, T], R]) -> list[R]:
+    """work(sandbox, item) of every item, known to all ranks.
+
+    The speaking rank of each replica does every `data_size`-th item. An error of one rank is raised on all.
+    """
+    world = session.world
+    found: dict[int, R] = {}
+    error: ReplayError | None = None
+    try:
+        with Sandbox() as sandbox:
+            for i in range(world.data_rank, len(items), world.data_size) if world.speaks else ():
+                found[i] = work(sandbox, items[i])
+    except ReplayError as err:
+        error = err
+    everyone: dict[int, R] = {}
+    for part, failure in world.gather_objects((found, error)):
+        if failure is not None:
+            raise failure
+        everyone.update(part)
+    return [everyone[i] for i in range(len(items))]
