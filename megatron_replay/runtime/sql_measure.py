@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron_replay.config import Evaluate
 from megatron_replay.errors import DataError, ReplayError
-from megatron_replay.parallel.inference import generate
+from megatron_replay.parallel.inference import generate, in_groups
 from megatron_replay.runtime.question_log import LEFT_OUT, PER_QUESTION, RIGHT, WRONG
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.sql_questions import SqlQuestion, read_sql_questions
@@ -26,6 +26,8 @@ from megatron_replay.scoring import (
 
 TOLD = 10
 """Gold queries that fail and are printed; the result holds them all."""
+TURNS = 16
+"""Questions that a rank runs between two meetings of the ranks."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,11 +61,11 @@ def nl2sql(session: Session) -> dict[str, Any]:
     questions = read_sql_questions(asked)  # all of it is checked before the hours of generating
     faults = _gold_faults(session, questions)
     todo = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
-    answers = iter(_answers(session, todo))
-    scored = iter(_dealt(session, [(q, next(answers)) for q in todo], lambda box, pair: _score(box, asked, *pair)))
-    at_fault = WRONG if find_rule(asked.sql_rule).scores_failed_gold else LEFT_OUT
+    answers = _answers(session, todo)
+    pairs = list(zip(todo, answers, strict=True))
+    scored = iter(_dealt(session, "execution", pairs, lambda box, pair: _score(box, asked, *pair)))
     results = [
-        next(scored) if fault is None else Scored(question, at_fault, f"gold query failed: {fault}", 0.0)
+        next(scored) if fault is None else _at_fault(asked, question, f"gold query failed: {fault}")
         for question, fault in zip(questions, faults, strict=True)
     ]
     return {**summary(results, asked.sql_rule), PER_QUESTION: [_line(one, asked.sql_rule) for one in results]}
@@ -135,7 +137,7 @@ def _gold_faults(session: Session, questions: Sequence[SqlQuestion]) -> list[str
             max_rows=asked.sql_rows,
         )
 
-    faults = _dealt(session, questions, fault)
+    faults = _dealt(session, "gold queries", questions, fault)
     failed = [f"  {q.where}: {fault}" for q, fault in zip(questions, faults, strict=True) if fault is not None]
     if len(failed) == len(questions):
         raise DataError(
@@ -168,6 +170,11 @@ def _answers(session: Session, questions: Sequence[SqlQuestion]) -> list[str]:
     return [session.tokenizer.decode(answer) for answer in answers]
 
 
+def _at_fault(asked: Evaluate, question: SqlQuestion, reason: str) -> Scored:
+    """The verdict on a question whose gold query fails."""
+    return Scored(question, WRONG if find_rule(asked.sql_rule).scores_failed_gold else LEFT_OUT, reason, 0.0)
+
+
 def _score(sandbox: Sandbox, asked: Evaluate, question: SqlQuestion, answer: str) -> Scored:
     predicted = extract_sql(answer)
     began = time.perf_counter()
@@ -181,26 +188,32 @@ def _score(sandbox: Sandbox, asked: Evaluate, question: SqlQuestion, answer: str
         max_rows=asked.sql_rows,
     )
     seconds = time.perf_counter() - began
+    if match.gold_failed:  # only now, near its time limit
+        return _at_fault(asked, question, match.reason)
     return Scored(question, RIGHT if match.correct else WRONG, match.reason, seconds, answer, predicted)
 
 
-def _dealt(session: Session, items: Sequence[T], work: Callable[[Sandbox, T], R]) -> list[R]:
-    """work(sandbox, item) of every item, known to all ranks.
+def _dealt(session: Session, what: str, items: Sequence[T], work: Callable[[Sandbox, T], R]) -> list[R]:
+    """work(sandbox, item) of every item, in order, known to all ranks; each rank works on every `size`-th.
 
-    The speaking rank of each replica does every `data_size`-th item. An error of one rank is raised on all.
+    The ranks meet after each `TURNS` items, so that none waits longer than a process group allows. An error of one is
+    raised on all.
     """
     world = session.world
-    found: dict[int, R] = {}
-    error: ReplayError | None = None
+    found: list[R] = []
+    with Sandbox() as sandbox, session.progress(what, len(items), "questions") as advance:
+        for chunk in in_groups(items, TURNS * world.size):
+            parts = world.gather_objects(_worked(sandbox, chunk[world.rank :: world.size], work))
+            for part in parts:
+                if isinstance(part, ReplayError):
+                    raise part
+            found.extend(parts[i % world.size][i // world.size] for i in range(len(chunk)))
+            advance(len(chunk))
+    return found
+
+
+def _worked(sandbox: Sandbox, items: Sequence[T], work: Callable[[Sandbox, T], R]) -> list[R] | ReplayError:
     try:
-        with Sandbox() as sandbox:
-            for i in range(world.data_rank, len(items), world.data_size) if world.speaks else ():
-                found[i] = work(sandbox, items[i])
+        return [work(sandbox, item) for item in items]
     except ReplayError as err:
-        error = err
-    everyone: dict[int, R] = {}
-    for part, failure in world.gather_objects((found, error)):
-        if failure is not None:
-            raise failure
-        everyone.update(part)
-    return [everyone[i] for i in range(len(items))]
+        return err

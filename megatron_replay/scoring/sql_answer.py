@@ -122,12 +122,11 @@ def _goes_on(line: Sequence[Token], *, after_empty: bool) -> bool:
 
 
 def _is_prose(line: Sequence[Token]) -> bool:
-    """True where the first three tokens of a line are no SQL: three words in a row, `Note:`, `**`."""
+    """True where the first three tokens of a line are no SQL: three words in a row, `Note:`, `**`, `#`."""
     texts = [token.text for token in line]
     plain = [token.kind == "word" and not _SQL_WORDS.fullmatch(token.text) for token in line]
-    return (
-        plain == [True] * 3 or texts[:2] == ["*", "*"] or texts[:1] == ["#"] or (plain[:1] == [True] and texts[1:2] == [":"])
-    )
+    labelled = plain[:1] == [True] and texts[1:2] == [":"]
+    return plain == [True] * 3 or labelled or texts[:2] == ["*", "*"] or texts[:1] == ["#"]
 
 
 def _bare(text: str, query: Sequence[Token]) -> str:

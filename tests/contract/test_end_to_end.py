@@ -21,6 +21,7 @@ from tinymodel import SETTINGS, Tiny, write_lines
 from megatron_replay import config
 from megatron_replay.data.samples import load_samples
 from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.runtime.question_log import read_questions
 
 STEPS = 6
 TWO = ["--ranks", "2"]
@@ -273,6 +274,10 @@ def test_evaluate_everything(run: Run, trained: Done, questions: list[str], fold
     assert two["base"]["relative_l2"] == pytest.approx(after["base"]["relative_l2"], rel=1e-5)
     assert two["choice"].pop("answer_nll") == pytest.approx(after["choice"].pop("answer_nll"), rel=1e-5)
     assert two["choice"] == after["choice"] and two["nl2sql"] == after["nl2sql"]
+    assert two["nl2sql"]["rule"] == "spider" and two["nl2sql"]["gold_failed"] == 0
+    asked, dealt = (read_questions(folder / f"{name}.json.questions.jsonl") for name in ("after", "two"))
+    untimed = [[line | {"seconds": 0} for line in log.values()] for log in (asked, dealt)]
+    assert untimed[0] == untimed[1] and [line["prompt"] for line in untimed[0]][:2] == ["how many?", "all"]
 
 
 def test_the_export_is_a_model_of_transformers(run: Run, trained: Done, tiny: Tiny, folder: Path) -> None:

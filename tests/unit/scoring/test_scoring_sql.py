@@ -21,6 +21,7 @@ from megatron_replay.scoring.sql import (
     normalise,
     same_result,
 )
+from megatron_replay.scoring.sql_rules import find_rule
 
 CELLS = st.one_of(
     st.none(),
@@ -182,8 +183,11 @@ def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, sh
     failed, wrong = {}, []
     for db_id, query in unique:
         outcome = sandbox.execute(there[db_id], query)
+        prepared = find_rule("spider").prepare(query)
         if outcome.error:
             failed[db_id, query] = outcome.error
+        elif prepared != query and sandbox.execute(there[db_id], prepared).error:
+            wrong.append((db_id, prepared))
         elif not same_result(list(outcome.rows), outcome.rows, has_order_by(query)) or not exact_match(
             extract_sql(query + ";"), query
         ):

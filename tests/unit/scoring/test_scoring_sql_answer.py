@@ -55,7 +55,7 @@ EXTRACTED = [
     # without a fence
     (CTES + "\n\nThis is the query.", CTES),
     ("SELECT a FROM (\n\n  SELECT a FROM t\n\n)\n\nDone", "SELECT a FROM (\n\n  SELECT a FROM t\n\n)"),
-    ("SELECT a FROM t\n\nWhere the name is missing, it says so.", "SELECT a FROM t"),
+    ("SELECT a FROM t\n\nFrom the above table it takes all.", "SELECT a FROM t"),
     ("SELECT a,\n\nb FROM t", "SELECT a,\n\nb FROM t"),
     ("SELECT a\nFROM t\nThis query lists all of them.", "SELECT a\nFROM t"),
     ("SELECT a\nFROM t\nNote: a is the key.", "SELECT a\nFROM t"),
