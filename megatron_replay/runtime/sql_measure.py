@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from megatron_replay.config import Evaluate
 from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.parallel.inference import generate, in_groups
+from megatron_replay.runtime.progress import Advance
 from megatron_replay.runtime.question_log import LEFT_OUT, PER_QUESTION, RIGHT, WRONG
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.sql_questions import SqlQuestion, read_sql_questions
@@ -63,7 +64,8 @@ def nl2sql(session: Session) -> dict[str, Any]:
     todo = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
     answers = _answers(session, todo)
     pairs = list(zip(todo, answers, strict=True))
-    scored = iter(_dealt(session, "execution", pairs, lambda box, pair: _score(box, asked, *pair)))
+    with session.progress("execution", len(pairs), "questions") as advance:
+        scored = iter(_dealt(session, pairs, lambda box, pair: _score(box, asked, *pair), advance))
     results = [
         next(scored) if fault is None else _at_fault(asked, question, f"gold query failed: {fault}")
         for question, fault in zip(questions, faults, strict=True)
@@ -137,7 +139,7 @@ def _gold_faults(session: Session, questions: Sequence[SqlQuestion]) -> list[str
             max_rows=asked.sql_rows,
         )
 
-    faults = _dealt(session, "gold queries", questions, fault)
+    faults = _dealt(session, questions, fault)
     failed = [f"  {q.where}: {fault}" for q, fault in zip(questions, faults, strict=True) if fault is not None]
     if len(failed) == len(questions):
         raise DataError(
@@ -193,7 +195,9 @@ def _score(sandbox: Sandbox, asked: Evaluate, question: SqlQuestion, answer: str
     return Scored(question, RIGHT if match.correct else WRONG, match.reason, seconds, answer, predicted)
 
 
-def _dealt(session: Session, what: str, items: Sequence[T], work: Callable[[Sandbox, T], R]) -> list[R]:
+def _dealt(
+    session: Session, items: Sequence[T], work: Callable[[Sandbox, T], R], advance: Advance = lambda _: None
+) -> list[R]:
     """work(sandbox, item) of every item, in order, known to all ranks; each rank works on every `size`-th.
 
     The ranks meet after each `TURNS` items, so that none waits longer than a process group allows. An error of one is
@@ -201,7 +205,7 @@ def _dealt(session: Session, what: str, items: Sequence[T], work: Callable[[Sand
     """
     world = session.world
     found: list[R] = []
-    with Sandbox() as sandbox, session.progress(what, len(items), "questions") as advance:
+    with Sandbox() as sandbox:
         for chunk in in_groups(items, TURNS * world.size):
             parts = world.gather_objects(_worked(sandbox, chunk[world.rank :: world.size], work))
             for part in parts:
