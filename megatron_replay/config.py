@@ -278,7 +278,8 @@ class Evaluate:
     databases: str = ""
     """Folder of SQLite files: <db_id>.sqlite, or <db_id>/*.sqlite, where several are a test suite."""
     sql_rule: Literal["spider", "bird", "strict"] = "spider"
-    """When two results are the same: spider (test suite), bird (sets of rows) or strict; see docs/evaluate-sql.md."""
+    """When two results are the same: spider (as its test-suite script has it: any order of columns, DISTINCT aside),
+    bird (equal sets of rows) or strict (columns in order, rows as often)."""
     sql_rows: int = 10_000
     """A query with more rows fails."""
     sql_seconds: float = 5.0
