@@ -292,6 +292,10 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch", "sql_rows", "sql_seconds")
+        if not math.isfinite(self.sql_seconds):
+            raise ConfigError(
+                f"sql_seconds is the time limit of a query, got {self.sql_seconds}; give a number of seconds"
+            )
         if self.window < 2:
             raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
 

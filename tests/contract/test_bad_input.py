@@ -297,6 +297,7 @@ def test_evaluate(bench: Bench, name: str) -> None:
         (["evaluate.nl2sql=data.jsonl", "evaluate.databases=nowhere"], "evaluate.databases='nowhere': not a folder"),
         (["evaluate.sql_rule=brid"], "evaluate.sql_rule: 'brid' is not one of spider, bird, strict"),
         (["evaluate.sql_seconds=0"], "evaluate.sql_seconds must be above 0, got 0"),
+        (["evaluate.sql_seconds=.inf"], "evaluate.sql_seconds is the time limit of a query, got inf; give a number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
