@@ -359,7 +359,14 @@ class Evaluate:
     nl2sql: str = ""
     """jsonl with db_id, query and a prompt in any data format."""
     databases: str = ""
-    """Folder of SQLite files named <db_id>.sqlite."""
+    """Folder of SQLite files: <db_id>.sqlite, or <db_id>/*.sqlite, where several are a test suite."""
+    sql_rule: Literal["spider", "bird", "strict"] = "spider"
+    """When two results are the same: spider (as its test-suite script has it: any order of columns, DISTINCT aside),
+    bird (equal sets of rows) or strict (columns in order, rows as often)."""
+    sql_rows: int = 10_000
+    """A query with more rows fails."""
+    sql_seconds: float = 5.0
+    """A query that takes longer fails."""
     limit: int | None = None
     """Measure only this many samples of each data set: the first, and of `choice` and `generation` evenly spaced
     ones."""
@@ -369,9 +376,13 @@ class Evaluate:
     """Write the result here as JSON, and beside it NAME.questions.jsonl with a line for each question."""
 
     def __post_init__(self) -> None:
-        _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch")
+        _positive(self, "text_chars", "text_tokens", "limit", "max_new_tokens", "batch", "sql_rows", "sql_seconds")
         if self.shots < 0:
             raise ConfigError(f"shots is a number of examples, at least 0, got {self.shots}")
+        if not math.isfinite(self.sql_seconds):
+            raise ConfigError(
+                f"sql_seconds is the time limit of a query, got {self.sql_seconds}; give a number of seconds"
+            )
         if self.window < 2:
             raise ConfigError(f"window must be at least 2 tokens, got {self.window}")
         if self.stride is not None and not 1 <= self.stride < self.window:

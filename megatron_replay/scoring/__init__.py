@@ -15,11 +15,16 @@ from megatron_replay.scoring.sql import (
     execute,
     execution_match,
     extract_sql,
+    gold_fault,
     has_order_by,
     same_result,
 )
+from megatron_replay.scoring.sql_hardness import LEVELS, hardness
+from megatron_replay.scoring.sql_rules import RULES, find_rule
 
 __all__ = [
+    "LEVELS",
+    "RULES",
     "Match",
     "Outcome",
     "Proportion",
@@ -29,6 +34,9 @@ __all__ = [
     "execute",
     "execution_match",
     "extract_sql",
+    "find_rule",
+    "gold_fault",
+    "hardness",
     "has_order_by",
     "proportion",
     "same_result",

@@ -59,7 +59,7 @@ class Sandbox:
         """Run one SELECT (or WITH, VALUES) on an SQLite file; see `execute`."""
         path = Path(database)
         if not path.is_file():
-            raise DataError(f"{path}: no such database; give the folder that holds <db_id>.sqlite")
+            raise DataError(f"{path}: no such database; give the path of an SQLite file")
         try:
             query = _one_query(sql)
         except ValueError as err:

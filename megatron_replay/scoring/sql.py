@@ -1,15 +1,15 @@
-"""The score of a predicted query: execution match (same result as the gold query) or exact match (same words)."""
+"""The verdict on a predicted query: execution match (same result as the gold query) by one of the `sql_rules`."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_replay.scoring.sandbox import Cell, Outcome, Row, Sandbox, execute
-from megatron_replay.scoring.sqltext import exact_match, extract_sql, has_order_by, normalise
+from megatron_replay.scoring.sandbox import Outcome, Sandbox, execute
+from megatron_replay.scoring.sql_answer import extract_sql
+from megatron_replay.scoring.sql_rules import Rule, find_rule, same_result
+from megatron_replay.scoring.sqltext import exact_match, has_order_by, normalise
 
 __all__ = [
     "Match",
@@ -19,13 +19,11 @@ __all__ = [
     "execute",
     "execution_match",
     "extract_sql",
+    "gold_fault",
     "has_order_by",
     "normalise",
     "same_result",
 ]
-
-# Tolerances: sums of floats depend on the order of their terms. The absolute one is for sums that cancel to 0.
-RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 @dataclass(frozen=True)
@@ -38,84 +36,71 @@ class Match:
     correct: bool
     reason: str
 
+    @property
+    def gold_failed(self) -> bool:
+        return self.reason.startswith("gold")
+
 
 def execution_match(
-    database: str | Path,
+    database: str | Path | Sequence[str | Path],
     predicted: str,
     gold: str,
     *,
+    rule: str = "strict",
     sandbox: Sandbox | None = None,
     seconds: float = 5.0,
     max_rows: int = 10_000,
 ) -> Match:
-    """Run both queries and compare their rows.
+    """Run both queries and compare their rows by the rule: spider, bird or strict.
 
-    The order counts when the gold query has a top-level ORDER BY; otherwise the rows are a multiset. Give a `Sandbox`
-    when scoring many. Raises DataError when the file is missing or not a database.
+    With several databases (a test suite) the query is right where it is right on each of them. Give a `Sandbox` when
+    scoring many. Raises DataError when a file is missing or not a database, ConfigError for an unknown rule.
     """
     if sandbox is None:
         with Sandbox() as own:
-            return execution_match(database, predicted, gold, sandbox=own, seconds=seconds, max_rows=max_rows)
-    truth = sandbox.execute(database, gold, seconds=seconds, max_rows=max_rows)
-    if truth.error is not None:
-        return Match(False, f"gold query failed: {truth.error}")
-    answer = sandbox.execute(database, predicted, seconds=seconds, max_rows=max_rows)
+            return execution_match(
+                database, predicted, gold, rule=rule, sandbox=own, seconds=seconds, max_rows=max_rows
+            )
+    chosen = find_rule(rule)
+    suite = [database] if isinstance(database, (str, Path)) else list(database)
+    match = Match(False, "no database")
+    for path in suite:
+        truth = sandbox.execute(path, chosen.prepare(gold), seconds=seconds, max_rows=max_rows)
+        if truth.error is not None:
+            return Match(False, f"gold query failed: {truth.error}")
+        answer = sandbox.execute(path, chosen.prepare(predicted), seconds=seconds, max_rows=max_rows)
+        match = _compared(answer, truth, chosen, ordered=chosen.ordered(gold))
+        if not match.correct:
+            where = f"{Path(path).stem}: " if len(suite) > 1 else ""
+            return Match(False, where + match.reason)
+    return match
+
+
+def gold_fault(
+    databases: Sequence[str | Path],
+    gold: str,
+    *,
+    rule: str,
+    sandbox: Sandbox,
+    seconds: float,
+    max_rows: int,
+) -> str | None:
+    """The reason why no prediction can be right, or None: the gold query fails or passes a limit on a database."""
+    query = find_rule(rule).prepare(gold)
+    for path in databases:
+        error = sandbox.execute(path, query, seconds=seconds, max_rows=max_rows).error
+        if error is not None:
+            return f"{Path(path).stem}: {error}" if len(databases) > 1 else error
+    return None
+
+
+def _compared(answer: Outcome, truth: Outcome, rule: Rule, *, ordered: bool) -> Match:
     if answer.error is not None:
         return Match(False, f"query failed: {answer.error}")
-    ordered = has_order_by(gold)
-    if same_result(answer.rows, truth.rows, ordered):
+    if rule.same(answer.rows, truth.rows, ordered):
         return Match(True, "same result")
-    if len(answer.rows) != len(truth.rows):
+    if rule.counts_rows and len(answer.rows) != len(truth.rows):
         return Match(False, f"{len(answer.rows)} rows, gold has {len(truth.rows)}")
-    return Match(
-        False, "other order of rows" if ordered and same_result(answer.rows, truth.rows, False) else "other values"
-    )
-
-
-def same_result(predicted: Sequence[Row], gold: Sequence[Row], ordered: bool) -> bool:
-    """True where two results have the same rows, as often; with `ordered`, also in the same order.
-
-    This is the strict form. The order of columns counts, their names do not. 1 equals 1.0, '1' is not 1, and NULL
-    equals NULL. Two numbers of which one is a float are equal within 1e-6 of the larger. Two integers, and two texts,
-    must agree exactly. Two empty results are equal.
-    """
-    if len(predicted) != len(gold):
-        return False
-    if ordered:
-        return all(map(_same_row, predicted, gold))
-    missing, extra = Counter(gold), Counter(predicted)
-    # 1 and 1.0 hash alike: what remains differs at least in the last bits of a float
-    missing, extra = missing - extra, extra - missing
-    return _same_but_for_rounding(list(extra.elements()), list(missing.elements()))
-
-
-def _same_but_for_rounding(predicted: list[Row], gold: list[Row]) -> bool:
-    """Pair each predicted row with a gold row of its own. Candidates agree in everything that is not a number."""
-    groups: dict[tuple[Cell, ...], list[Row]] = defaultdict(list)
-    for row in sorted(gold, key=_numbers):
-        groups[_words(row)].append(row)
-    for row in sorted(predicted, key=_numbers):
-        left = groups[_words(row)]
-        partner = next((i for i, other in enumerate(left) if _same_row(row, other)), None)
-        if partner is None:
-            return False
-        del left[partner]
-    return True
-
-
-def _numbers(row: Row) -> tuple[float, ...]:
-    return tuple(cell for cell in row if isinstance(cell, (int, float)))
-
-
-def _words(row: Row) -> tuple[Cell, ...]:
-    return tuple(0 if isinstance(cell, (int, float)) else cell for cell in row)
-
-
-def _same_row(left: Row, right: Row) -> bool:
-    return len(left) == len(right) and all(map(_same_cell, left, right))
-
-
-def _same_cell(left: Cell, right: Cell) -> bool:
-    if isinstance(left, (int, float)) and isinstance(right, (int, float)) and float in (type(left), type(right)):
-        return math.isclose(left, right, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
-    return type(left) is type(right) and left == right
+    if ordered and rule.same(answer.rows, truth.rows, False):
+        return Match(False, "other order of rows")
+    return Match(False, "other values")

@@ -1,17 +1,13 @@
 """SQL as text: its tokens, whether its rows are ordered, whether two queries have the same words.
 
-It also finds the query in a model's answer. Tokens follow SQLite's rules: '' and "" double a quote inside quotes, [x]
-and `x` are names, -- and /* */ are comments.
+Tokens follow SQLite's rules: '' and "" double a quote inside quotes, [x] and `x` are names, -- and /* */ are comments.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
-
-END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
-"""Marks at which an answer is cut, because the tokenizer's own end-of-text may be decoded with it."""
 
 _TOKEN = re.compile(
     r"""
@@ -25,10 +21,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 _SAME_MARK = {"==": "=", "<>": "!="}
-_FENCE = re.compile(r"```[ \t]*(?:sqlite|sql)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_QUERY = r"(?:select\b|with\s+(?:recursive\s+)?[\w\"`\[\]]+\s*(?:\([^)]*\)\s*)?as\s+(?:(?:not\s+)?materialized\s*)?\()"
-_AT_LINE_START = re.compile(rf"^[ \t(]*?({_QUERY})", re.IGNORECASE | re.MULTILINE)
-_ANYWHERE = re.compile(rf"\b({_QUERY})", re.IGNORECASE)
+_SPLIT_COMPARISONS = ("> =", "< =", "! =")
 
 
 class Token(NamedTuple):
@@ -96,32 +89,27 @@ def exact_match(predicted: str, gold: str) -> bool:
     return normalise(predicted) == normalise(gold)
 
 
-def extract_sql(text: str, stop: Sequence[str] = END_OF_TEXT) -> str:
-    """The one query in a model's answer, without its closing semicolon.
-
-    The answer is cut at the first of `stop`. A fenced block (```sql) comes first. Without one the query begins at the
-    first line that starts with SELECT or WITH x AS (, else at the first such words anywhere. It ends at a semicolon, an
-    empty line or the end; quotes are respected.
-
-    An answer with no query in it is returned as it is, up to the same end, and scored as that.
-    """
-    for word in stop:
-        text = text.split(word, 1)[0]
-    fence = _FENCE.search(text)
-    if fence and fence.group(1).strip() and not _AT_LINE_START.search(text[: fence.start()]):
-        text = fence.group(1)
-    begin = _AT_LINE_START.search(text) or _ANYWHERE.search(text)
-    return _first_statement(text[begin.start(1) :] if begin else text.strip())
+def without_distinct(sql: str) -> str:
+    """The text without the word DISTINCT outside quotes, but for IS [NOT] DISTINCT FROM, which compares."""
+    kept, end, before = [], 0, ["", ""]
+    for token in tokens(sql):
+        word = token.text.lower()
+        if word == "distinct" and "is" not in (before[1], before[0] if before[1] == "not" else ""):
+            kept.append(sql[end : token.start])
+            end = token.stop
+        before = [before[1], word]
+    return "".join([*kept, sql[end:]])
 
 
-def _first_statement(text: str) -> str:
-    stop = 0
-    for token in tokens(text):
-        gap = text[stop : token.start]
-        if token.text == ";" or token.text.startswith("```") or (stop and re.search(r"\n[ \t\r]*\n", gap)):
-            break
-        stop = token.stop
-    return text[:stop].strip()
+def joined_comparisons(sql: str) -> str:
+    """The text with `> =`, `< =` and `! =` outside quotes written as one sign, which is how some models space them."""
+    kept, end, before = [], 0, None
+    for token in tokens(sql):
+        if before is not None and sql[before.start : token.stop] in _SPLIT_COMPARISONS:
+            kept.append(sql[end : before.stop])
+            end = token.start
+        before = token
+    return "".join([*kept, sql[end:]])
 
 
 def _spelling(token: Token) -> str:

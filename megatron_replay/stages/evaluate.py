@@ -9,16 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import benchmarks, likelihood, measures
-from megatron_replay.runtime.output_paths import check_file
+from megatron_replay.runtime import benchmarks, likelihood, measures, sql_measure
+from megatron_replay.runtime.output_paths import check_file, replace_file
 from megatron_replay.runtime.questions import lines, questions_path, take_rows
 from megatron_replay.runtime.session import Session, open_session
 from megatron_replay.runtime.sources import named
@@ -37,7 +35,7 @@ PARTS = {
     "choice": benchmarks.multiple_choice,
     "generation": benchmarks.generation,
     "lm_eval": _lm_eval,
-    "nl2sql": measures.nl2sql,
+    "nl2sql": sql_measure.nl2sql,
     "base": measures.distance,
 }
 """Key of the `evaluate` section -> the measure that runs when that key is set."""
@@ -108,14 +106,9 @@ def plain(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, text)
     except OSError as err:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise ConfigError(
             f"evaluate.output={path}: cannot be written: {err.strerror}; the result stands in the table above"
         ) from err

@@ -281,6 +281,12 @@ EVALUATIONS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
         [question(db_id="torn")],
         "asked.jsonl:1: databases/torn.sqlite is no SQLite database; copy",
     ),
+    "no gold query that runs": (
+        "nl2sql",
+        [question(query="select a from t")],
+        "asked.jsonl: no gold query runs within evaluate.sql_seconds=5 and evaluate.sql_rows=10000; the first fails "
+        "with: no such table: t",
+    ),
 }
 
 
@@ -305,6 +311,9 @@ def test_evaluate(bench: Bench, name: str) -> None:
             "evaluate.databases='': not a folder; nl2sql needs the folder of <db_id>.sqlite files",
         ),
         (["evaluate.nl2sql=data.jsonl", "evaluate.databases=nowhere"], "evaluate.databases='nowhere': not a folder"),
+        (["evaluate.sql_rule=brid"], "evaluate.sql_rule: 'brid' is not one of spider, bird, strict"),
+        (["evaluate.sql_seconds=0"], "evaluate.sql_seconds must be above 0, got 0"),
+        (["evaluate.sql_seconds=.inf"], "evaluate.sql_seconds is the time limit of a query, got inf; give a number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -21,6 +21,7 @@ from tinymodel import SETTINGS, Tiny, write_lines
 from megatron_replay import config
 from megatron_replay.data.samples import load_samples
 from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.runtime.questions import questions_path, read_rows
 
 STEPS = 6
 TWO = ["--ranks", "2"]
@@ -274,6 +275,10 @@ def test_evaluate_everything(run: Run, trained: Done, questions: list[str], fold
     assert two["base"]["relative_l2"] == pytest.approx(after["base"]["relative_l2"], rel=1e-5)
     assert two["choice"].pop("answer_nll") == pytest.approx(after["choice"].pop("answer_nll"), rel=1e-5)
     assert two["choice"] == after["choice"] and two["nl2sql"] == after["nl2sql"]
+    assert two["nl2sql"]["rule"] == "spider" and two["nl2sql"]["gold_failed"] == 0
+    rows = [read_rows(questions_path(folder / f"{name}.json")).values() for name in ("after", "two")]
+    asked, dealt = ([row | {"seconds": 0} for row in some if row["measure"] == "nl2sql"] for some in rows)
+    assert asked == dealt and [row["prompt"] for row in asked] == ["how many?", "all"]
 
 
 @pytest.fixture(scope="module")

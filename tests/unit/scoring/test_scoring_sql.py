@@ -21,6 +21,7 @@ from megatron_replay.scoring.sql import (
     normalise,
     same_result,
 )
+from megatron_replay.scoring.sql_rules import find_rule
 
 CELLS = st.one_of(
     st.none(),
@@ -173,33 +174,6 @@ def test_normalise_takes_any_text_and_is_settled_after_once(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
 
 
-EXTRACTED = [
-    ("SELECT 1", "SELECT 1"),
-    (" SELECT a FROM t;\nThat lists all.", "SELECT a FROM t"),
-    ("Here you are:\n```sql\nSELECT a\nFROM t\n```\nIt selects a.", "SELECT a\nFROM t"),
-    ("```\nselect 1;\n```", "select 1"),
-    ("```sql\nSELECT a FROM", "SELECT a FROM"),
-    ("I will select the rows with care.\nSELECT a FROM t", "SELECT a FROM t"),
-    ("The answer: SELECT a FROM t", "SELECT a FROM t"),
-    ("With this schema, use:\nWITH x AS (SELECT 1) SELECT * FROM x;", "WITH x AS (SELECT 1) SELECT * FROM x"),
-    ("SELECT a FROM t\n\nThis query's result", "SELECT a FROM t"),
-    ("SELECT 'a;b' FROM t; SELECT 2", "SELECT 'a;b' FROM t"),
-    ("SELECT 'a\n\nb' FROM t", "SELECT 'a\n\nb' FROM t"),
-    ("SELECT a FROM t<|im_end|>\nSELECT b", "SELECT a FROM t"),
-    ("SELECT a FROM t</s>", "SELECT a FROM t"),
-    ("SELECT a FROM t\n```\nDone", "SELECT a FROM t"),
-    ("SELECT a FROM t\n```sql\nSELECT b\n```", "SELECT a FROM t"),
-    ("DROP TABLE t; SELECT", "SELECT"),
-    ("I don't know.", "I don't know."),
-    ("", ""),
-]
-
-
-@pytest.mark.parametrize(("answer", "sql"), EXTRACTED)
-def test_extract_sql(answer: str, sql: str) -> None:
-    assert extract_sql(answer) == sql
-
-
 @pytest.mark.data
 def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, shared_data: Path) -> None:
     spider = shared_data / "nl2sql"
@@ -209,8 +183,11 @@ def test_every_gold_query_of_spider_runs_and_matches_itself(sandbox: Sandbox, sh
     failed, wrong = {}, []
     for db_id, query in unique:
         outcome = sandbox.execute(there[db_id], query)
+        prepared = find_rule("spider").prepare(query)
         if outcome.error:
             failed[db_id, query] = outcome.error
+        elif prepared != query and sandbox.execute(there[db_id], prepared).error:
+            wrong.append((db_id, prepared))
         elif not same_result(list(outcome.rows), outcome.rows, has_order_by(query)) or not exact_match(
             extract_sql(query + ";"), query
         ):
