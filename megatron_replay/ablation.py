@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_replay.config import RunConfig, build
+from megatron_replay.config_file import nested, over
 from megatron_replay.errors import ConfigError
 from megatron_replay.registry import nearest
 
@@ -97,25 +98,6 @@ class Arm:
     def name(self) -> str:
         """The name of the run, which is a folder's too."""
         return self.recipe if self.recipe == BASE else f"{self.recipe}/lr{self.rate:g}/seed{self.seed}"
-
-
-def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections in sections."""
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        first, _, rest = str(key).partition(".")
-        inner = nested({rest: value}) if rest else nested(value) if isinstance(value, Mapping) else value
-        tree = over(tree, {first: inner})
-    return tree
-
-
-def over(tree: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """`upper` laid over `tree`, section by section."""
-    merged = dict(tree)
-    for key, value in upper.items():
-        below = merged.get(key)
-        merged[key] = over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
-    return merged
 
 
 def digest(values: Any) -> str:

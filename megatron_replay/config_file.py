@@ -55,6 +55,40 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False)
 
 
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections in sections."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        first, _, rest = str(key).partition(".")
+        inner = nested({rest: value}) if rest else nested(value) if isinstance(value, Mapping) else value
+        tree = over(tree, {first: inner})
+    return tree
+
+
+def over(tree: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` laid over `tree`, section by section."""
+    merged = dict(tree)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The keys of a config whose values are not the default, as a tree that `build` takes."""
+    return _differing(_plain(config), _plain(type(config)()))
+
+
+def _differing(tree: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        same = isinstance(value, dict) and isinstance(default.get(key), dict)
+        inner = _differing(value, default[key]) if same else value
+        if key not in default or inner not in (default[key], {}):
+            found[key] = inner
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

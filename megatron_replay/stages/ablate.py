@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_replay import config as configs
 from megatron_replay.ablation import BASE, Ablation, Arm, digest
 from megatron_replay.config import RunConfig, dump
+from megatron_replay.config_file import changed
 from megatron_replay.device import choose
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.parallel.losses import LOSSES
@@ -91,22 +90,18 @@ def _placed(ablation: Ablation, arm: Arm) -> Arm:
     config = configured(arm, root / "runs" / arm.name).config
     trains = arm.recipe != BASE
     collecting, rehearsal = config.collect, config.rehearsal
-    shared = {"model": config.model, "tokenizer": config.tokenizer, "data": _tree(config)["data"]}
+    shared = changed(RunConfig(model=config.model, tokenizer=config.tokenizer, data=config.data))
     if not collecting.store:
-        made = digest([shared, _tree(config)["collect"]])
+        made = digest([shared, changed(config.collect)])
         collecting = replace(collecting, store=str(root / "stores" / made))
     rehearses = trains and bool(rehearsal.weight or rehearsal.prompts) and rehearsal.samples > 0
     if not rehearsal.path and rehearsal != configs.Rehearsal():
-        names = ("source", "file", "samples", "max_new_tokens", "temperature", "tau", "k_max", "logits", "fraction")
-        asked = {name: _tree(config)["rehearsal"][name] for name in names}
+        # what training alone reads makes no other texts
+        asked = changed(replace(rehearsal, weight=1.0, prompts=0.0, share=1.0, every=1, rest=False))
         rehearsal = replace(rehearsal, path=str(root / "texts" / digest([shared, asked])) if rehearses else "")
     store = collecting.store if trains and LOSSES.get(config.train.loss).needs_sets else ""
     train = replace(config.train, store=config.train.store or store)
     return replace(arm, config=replace(config, collect=collecting, rehearsal=rehearsal, train=train))
-
-
-def _tree(config: RunConfig) -> dict[str, Any]:
-    return dict(yaml.safe_load(dump(config)))
 
 
 def _folder(arm: Arm) -> Path:
@@ -115,9 +110,8 @@ def _folder(arm: Arm) -> Path:
 
 def _identity(arm: Arm) -> str:
     """The settings of a run without the folder of its outputs: a run with another one must be done again."""
-    tree = _tree(arm.config)
-    tree["output"] = tree["evaluate"]["output"] = ""
-    return digest(tree)
+    config = replace(arm.config, output="", evaluate=replace(arm.config.evaluate, output=""))
+    return digest(changed(config))  # a key that a later version adds changes nothing
 
 
 def _collect(arms: Sequence[Arm]) -> None:

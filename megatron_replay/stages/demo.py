@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig, build, dump
+from megatron_replay.config_file import changed, over
 from megatron_replay.demo import base_model
 from megatron_replay.demo.report import Clock, report
 from megatron_replay.demo.task import GENERAL_TEXT, make_task
@@ -87,7 +87,7 @@ def settings(config: RunConfig, size: Size) -> RunConfig:
 
     It has the demo's own values, overridden by the keys of `config` that are not default, overridden by all the paths.
     """
-    mine = _over(size.settings, _changed(_tree(config), _tree(RunConfig())))
+    mine = over(size.settings, changed(config))
     chosen = build(RunConfig, mine)
     out = Path(chosen.output)
     model = chosen.model or str(base_model.converted(base_model.cache_folder()))
@@ -105,7 +105,7 @@ def settings(config: RunConfig, size: Size) -> RunConfig:
             "output": str(out / "before.json"),
         },
     }
-    return build(RunConfig, _over(_tree(chosen), paths))
+    return build(RunConfig, over(changed(chosen), paths))
 
 
 @dataclass
@@ -168,27 +168,3 @@ class Demo:
         trained = [f"model={self.after.model}", f"evaluate.output={self.after.evaluate.output}"]
         words = (["evaluate", file], ["collect", file], ["train", file], ["evaluate", file, *trained])
         return [shlex.join(["megatron-replay", *line, "--ranks", str(self.ranks)]) for line in words]
-
-
-def _tree(config: RunConfig) -> dict[str, Any]:
-    return dict(yaml.safe_load(dump(config)))
-
-
-def _changed(tree: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys whose value is not the default."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = (
-            _changed(value, default[key]) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
-        )
-        if key not in default or inner not in (default[key], {}):
-            found[key] = inner
-    return found
-
-
-def _over(tree: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """`upper` laid over `tree`, section by section."""
-    merged = dict(tree)
-    for key, value in upper.items():
-        merged[key] = _over(merged.get(key, {}), value) if isinstance(value, Mapping) else value
-    return merged
