@@ -28,6 +28,7 @@ _NAMES_OF = {
         "dynamic_topk",
         "select_positions",
         "restricted_linear_cross_entropy",
+        "restricted_linear_terms",
         "restricted_cross_entropy",
     ],
     "megatron_replay.optim": [

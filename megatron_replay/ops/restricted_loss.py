@@ -36,9 +36,29 @@ def restricted_linear_cross_entropy(
 ) -> Tensor:
     """The restricted loss of each position, [N], without ever building [N, V] logits.
 
-    It is differentiable in `hidden` and `weight`. Sums are float32 for bfloat16 inputs. Over a sharded vocabulary two
-    collectives run in the forward pass and none in the backward. The gradient of `hidden` is then this rank's part, and
-    the sum over the group is the whole. Wrap `hidden` in the copy-to-tensor-parallel region of the framework, whose
+    It is the first of `restricted_linear_terms`, which describes arguments, gradients and errors.
+    """
+    terms = restricted_linear_terms(hidden, weight, sets, shard, main_grad=main_grad, sparse=sparse, kernels=kernels)
+    return terms[0]
+
+
+def restricted_linear_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    sets: CandidateSets | LocalSets,
+    shard: VocabShard | None = None,
+    *,
+    main_grad: Tensor | None = None,
+    sparse: bool = False,
+    kernels: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The restricted loss of each position, and the log-sum-exp of the logits of its whole set: [N] each.
+
+    The log-sum-exp is over the current logits of all shards, and no weights scale it. Its gradient in z is p~.
+
+    Both are differentiable in `hidden` and `weight`. Sums are float32 for bfloat16 inputs. Over a sharded vocabulary
+    two collectives run in the forward pass and none in the backward. The gradient of `hidden` is then this rank's part,
+    and the sum over the group is the whole. Wrap `hidden` in the copy-to-tensor-parallel region of the framework, whose
     backward does that sum.
 
     Args:
@@ -59,8 +79,8 @@ def restricted_linear_cross_entropy(
     shard = shard_of(weight.shape[0], shard)
     trained = torch.is_grad_enabled() and (weight.requires_grad or main_grad is not None)
     here = _local(sets, shard, hidden, by_column=trained)
-    loss: Tensor = _RestrictedLinear.apply(hidden, weight, here, shard, main_grad, sparse, choose(kernels))
-    return _weighted(loss, here)
+    loss, lse = _RestrictedLinear.apply(hidden, weight, here, shard, main_grad, sparse, choose(kernels))
+    return _weighted(loss, here), lse
 
 
 def restricted_cross_entropy(
@@ -92,32 +112,33 @@ class _RestrictedLinear(torch.autograd.Function):
         main_grad: Tensor | None,
         sparse: bool,
         ops: Kernels,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         mix = ctx.needs_input_grad[0] and here.targets is None
         z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix)
-        loss, peak, total = _combine(_aimed(stats, z, here), shard)
+        loss, lse, peak, total = _combine(_aimed(stats, z, here), shard)
         ctx.save_for_backward(hidden, weight, z, stats[0], peak, total)
         ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = here, ops, main_grad, sparse, mixture
-        return loss
+        return loss, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, z, top, peak, total = ctx.saved_tensors
+        of_softmax = grad + grad_lse  # the factor of p~; that of y is grad alone
         here, ops = ctx.here, ctx.ops
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0] and here.targets is None:
             mixture, ctx.mixture = ctx.mixture, None  # becomes the gradient in place
             if mixture is None:  # backward came before, through a retained graph
                 mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)[2]
-            scale = torch.stack([(top - peak).exp_().mul_(grad).div_(total), grad])
+            scale = torch.stack([(top - peak).exp_().mul_(of_softmax).div_(total), grad])
             ops.restricted_bwd_dh(mixture, weight, here.columns, here.gold, scale)
             grad_hidden = mixture.to(hidden.dtype)
         elif ctx.needs_input_grad[0]:
-            coefficient = _coefficient(z, here, peak, total, grad)
+            coefficient = _coefficient(z, here, peak, of_softmax / total, grad)
             grad_hidden = weighted_rows(weight, here.offsets, here.columns, coefficient).to(hidden.dtype)
         if ctx.main_grad is not None or ctx.needs_input_grad[1]:
-            entries = (hidden, *here.by_column.entries(_coefficient(z, here, peak, total, grad)))
+            entries = (hidden, *here.by_column.entries(_coefficient(z, here, peak, of_softmax / total, grad)))
             if ctx.main_grad is not None:
                 ops.restricted_bwd_dw(*entries, ctx.main_grad)
             elif ctx.sparse:
@@ -135,7 +156,7 @@ class _RestrictedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard, ops: Kernels) -> Tensor:
         z, stats = ops.restricted_logits_fwd(logits, here.offsets, here.columns, here.gold)
-        loss, peak, total = _combine(_aimed(stats, z, here), shard)
+        loss, _, peak, total = _combine(_aimed(stats, z, here), shard)
         ctx.save_for_backward(z, peak, total)
         ctx.here, ctx.ops, ctx.shape, ctx.dtype = here, ops, logits.shape, logits.dtype
         return loss
@@ -150,7 +171,7 @@ class _RestrictedLogits(torch.autograd.Function):
             scalars = torch.stack([peak, grad / total, grad])
             ctx.ops.restricted_logits_bwd(z, here.offsets, here.columns, here.gold, scalars, grad_logits)
         else:
-            values = _coefficient(z, here, peak, total, grad).to(grad_logits.dtype)
+            values = _coefficient(z, here, peak, grad / total, grad).to(grad_logits.dtype)
             grad_logits[row_of(here.offsets, z.shape[0]), here.columns.long()] = values
         return grad_logits, None, None, None
 
@@ -164,20 +185,21 @@ def _aimed(stats: Tensor, z: Tensor, here: LocalSets) -> Tensor:
     return torch.stack([stats[0], stats[1], aimed])
 
 
-def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Local (max, sum exp, sum y z) [3, N] -> loss, max and sum exp of the whole set, each [N].
+def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Local (max, sum exp, sum y z) [3, N] -> loss, log-sum-exp, max and sum exp of the whole set, each [N].
 
     Two collectives: MAX, then one SUM.
     """
     top, total, aimed = stats
     peak = shard.max_(top.clone())
     total, aimed = shard.sum_(torch.stack([total * (top - peak).exp(), aimed]))
-    return total.log() + (peak - aimed), peak, total
+    log_total = total.log()
+    return log_total + (peak - aimed), log_total + peak, peak, total
 
 
-def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, total: Tensor, grad: Tensor) -> Tensor:
-    """dL/dz of the candidates here, [m]: (p~ - y) times the gradient of each position's loss."""
-    scalars = torch.stack([peak, grad / total, grad])
+def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the candidates' logits here, [m]: factor_t exp(z - peak_t) - y grad_t."""
+    scalars = torch.stack([peak, factor, grad])
     if here.targets is None:
         return set_gradient(z, here.offsets, here.gold, scalars)
     probability = set_gradient(z, here.offsets, torch.full_like(here.gold, -1), scalars)  # p~ only

@@ -17,6 +17,7 @@ from megatron_replay.ops import (
     dynamic_topk,
     linear_cross_entropy,
     restricted_linear_cross_entropy,
+    restricted_linear_terms,
     target_logprobs,
 )
 
@@ -197,6 +198,37 @@ def test_targets_and_weights_over_ranks_are_those_of_the_formula(ranks, world: i
             torch.testing.assert_close(parts[name][0], truth.detach(), **EXACT)
             torch.testing.assert_close(parts[name][1], dh, **EXACT)
             torch.testing.assert_close(parts[name][2], dw[here], **EXACT)
+
+
+def terms(kind: str, aimed: bool) -> tuple[Tensor, ...]:
+    """On a rank: loss and log-sum-exp of a set, then the summed hidden gradient and the weight's of a sum of both."""
+    hidden, weight, _ = problem()
+    sets, shard = sets_for(kind), mine()
+    targets, weights = soft(sets)
+    here = sets.local(shard, targets=targets, weights=weights) if aimed else sets
+    rows = weight[shard.start : shard.stop].clone().requires_grad_()
+    loss, lse = restricted_linear_terms(hidden.requires_grad_(), rows, here, shard)
+    dh, dw = torch.autograd.grad((loss + 0.01 * lse.square()).sum(), (hidden, rows))
+    dist.all_reduce(dh)
+    return loss.detach(), lse.detach(), dh, dw
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", ["spread", "one shard"])
+@pytest.mark.parametrize("aimed", [False, True])
+def test_the_log_sum_exp_is_of_the_set_over_all_ranks(ranks, world: int, kind: str, aimed: bool) -> None:
+    hidden, weight, _ = problem()
+    sets = sets_for(kind)
+    targets, weights = soft(sets)
+    here = sets.local(VocabShard(0, V), targets=targets, weights=weights) if aimed else sets
+    hidden.requires_grad_(), weight.requires_grad_()
+    each = sets.ids.long().split(sets.sizes().tolist())
+    lse = torch.stack([row[ids].logsumexp(0) for row, ids in zip(hidden @ weight.t(), each, strict=True)])
+    loss = restricted_linear_cross_entropy(hidden, weight, here)
+    dh, dw = torch.autograd.grad((loss + 0.01 * lse.square()).sum(), (hidden, weight))
+    for rank, found in enumerate(ranks(world).run(terms, kind, aimed)):
+        wanted = (loss.detach(), lse.detach(), dh, dw[rank * V // world : (rank + 1) * V // world])
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-11)
 
 
 def without_positions() -> list[int]:

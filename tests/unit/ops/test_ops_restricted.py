@@ -21,6 +21,7 @@ from megatron_replay.ops import (
     dynamic_topk,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
+    restricted_linear_terms,
 )
 from megatron_replay.ops.local_sets import ByColumn
 
@@ -85,9 +86,34 @@ def test_gradcheck_with_targets_and_weights() -> None:
     hidden, weight, sets = problem(4, 15, 3)
     targets, weights = soft(sets)
     here = sets.local(VocabShard(0, 15), targets=targets, weights=weights)
-    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, here), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_terms(h, w, here), (hidden, weight))
     logits = (hidden @ weight.t()).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: restricted_cross_entropy(z, here), (logits,))
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("aimed", [False, True])
+def test_the_log_sum_exp_of_the_set_is_a_second_loss(aimed: bool, mode: str) -> None:
+    hidden, weight, sets = problem(7, 40, 5)
+    targets, weights = soft(sets)
+    logits = hidden @ weight.t()
+    each = sets.ids.long().split(sets.sizes().tolist())
+    lse = torch.stack([row[ids].logsumexp(0) for row, ids in zip(logits, each, strict=True)])
+    loss = formula(logits, sets, targets, weights) if aimed else restricted_loss(logits, sets)
+    here = sets.local(VocabShard(0, 40), targets=targets, weights=weights) if aimed else sets
+    found = restricted_linear_terms(hidden, weight, here, kernels=mode)
+    torch.testing.assert_close(found, (loss, lse), atol=1e-12, rtol=1e-12)
+    assert torch.equal(found[0], restricted_linear_cross_entropy(hidden, weight, here, kernels=mode))
+    scale = torch.arange(1.0, 8, dtype=torch.float64)
+    for of_loss, of_lse in ((1.0, 0.7), (1.0, 0.0), (0.0, 1.0)):
+        wanted = torch.autograd.grad(
+            (scale * (of_loss * loss + of_lse * lse.square())).sum(), (hidden, weight), retain_graph=True
+        )
+        total = (scale * (of_loss * found[0] + of_lse * found[1].square())).sum()
+        ours = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(ours, wanted, atol=1e-11, rtol=1e-11)
+    only = torch.autograd.grad(found[1].sum(), (hidden, weight))
+    torch.testing.assert_close(only, torch.autograd.grad(lse.sum(), (hidden, weight)), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["main_grad", "sparse"])
