@@ -139,4 +139,44 @@ ALWAYS_INLINE void combine(A* to, const A* add, const A* from, const T* const* r
   }
 }
 
+// to[s] = from[s] + sum of factors[s][r] rows[r] for two sums s, where `from` may be null; R rows in their order, each
+// loaded once for both.
+template <class A, int kBytes, int R, class T>
+ALWAYS_INLINE void combine_both(A* const* to, const A* const* from, const T* const* rows, const A* const* factors,
+                                int64_t width) {
+  constexpr int64_t kStep = kBytes / sizeof(A), kParts = 64 / kBytes;
+  const int64_t whole = width / kSums<A> * kSums<A>;
+  for (int64_t k = 0; k < whole; k += kSums<A>) {
+    Vector<A, kBytes> sums[2][kParts] = {};
+    if (from) {
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kParts; ++p) {
+        sums[0][p] = load<A, kBytes>(from[0] + k + p * kStep);
+        sums[1][p] = load<A, kBytes>(from[1] + k + p * kStep);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kParts; ++p) {
+        const Vector<A, kBytes> row = load<A, kBytes>(rows[r] + k + p * kStep);
+        sums[0][p] += factors[0][r] * row;
+        sums[1][p] += factors[1][r] * row;
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < kParts; ++p) {
+      store<A, kBytes>(to[0] + k + p * kStep, sums[0][p]);
+      store<A, kBytes>(to[1] + k + p * kStep, sums[1][p]);
+    }
+  }
+  for (int64_t k = whole; k < width; ++k) {
+    for (int s = 0; s < 2; ++s) {
+      A sum = from ? from[s][k] : A(0);
+      for (int r = 0; r < R; ++r) sum += factors[s][r] * load_one<A>(rows[r] + k);
+      to[s][k] = sum;
+    }
+  }
+}
+
 }  // namespace megatron_replay
