@@ -74,9 +74,8 @@ ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixtur
   }
   const T* const* nothing = nullptr;
   if (target_mixture) {
-    A* const both[] = {mixture, target_mixture};
-    const A* const factors[] = {share, static_cast<const A*>(f.targets) + at};
-    combine_both<A, kBytes, R>(both, so_far.started ? both : nullptr, rows, factors, f.width);
+    const A* targets = static_cast<const A*>(f.targets) + at;
+    combine_both<A, kBytes, R>(mixture, target_mixture, so_far.started, rows, share, targets, f.width);
   } else if (mixture) {
     combine<A, kBytes, R>(mixture, static_cast<const A*>(nullptr), so_far.started ? mixture : nullptr, rows, share,
                           nothing, f.width);

@@ -1,6 +1,7 @@
 // The walk of the loss's kernels over ragged lists, and the overlap of tiles in every kernel that cuts its work so.
 #pragma once
 
+#include "rows.h"
 #include "tables.h"
 
 namespace megatron_replay::ascend {
@@ -55,6 +56,30 @@ class ListTiles {
   uint64_t at_, end_;
   uint32_t size_, token_;
   bool opens_ = true;
+};
+
+// The targets of the candidates, a tile at a time; lanes beyond the tile, up to whole blocks, are 0.
+class TargetTiles {
+ public:
+  __aicore__ inline void Init(TPipe& pipe, GM_ADDR targets, uint32_t candidates, uint32_t size) {
+    targets_.SetGlobalBuffer((__gm__ float*)targets, candidates);
+    pipe.InitBuffer(tiles_in_, 2, size * sizeof(float));
+  }
+
+  __aicore__ inline void Load(const ListTile& tile) {
+    const LocalTensor<float> tensor = tiles_in_.AllocTensor<float>();
+    const DataCopyExtParams stretch{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0};
+    const uint8_t rest = static_cast<uint8_t>((kBlock - tile.count % kBlock) % kBlock);
+    DataCopyPad(tensor, targets_[tile.first], stretch, DataCopyPadExtParams<float>{true, 0, rest, 0.0f});
+    tiles_in_.EnQue(tensor);
+  }
+
+  __aicore__ inline LocalTensor<float> Take() { return tiles_in_.DeQue<float>(); }
+  __aicore__ inline void Free(LocalTensor<float>& tensor) { tiles_in_.FreeTensor(tensor); }
+
+ private:
+  GlobalTensor<float> targets_;
+  TQue<TPosition::VECIN, 2> tiles_in_;
 };
 
 // Compute(tile) of every tile, while the next one's data are on their way: Load runs one tile ahead.
