@@ -170,13 +170,6 @@ RESTRICTED_FWD = [
         "wrong",
     ),
     Mutation(
-        "lanes beyond the targets are not written",
-        TILES,
-        "DataCopyPadExtParams<float>{true, 0, rest, 0.0f}",
-        "DataCopyPadExtParams<float>{false, 0, 0, 0.0f}",
-        "that nothing has written",
-    ),
-    Mutation(
         "no barrier before the sum of y z",
         STATE,
         "Mul(products, z, targets, lanes);\n    PipeBarrier<PIPE_V>();",
@@ -319,7 +312,7 @@ RESTRICTED_BWD_DH = [
     Mutation(
         "the targets' mixture is added", DH, "Axpy(out, target, -step.drop", "Axpy(out, target, step.drop", "wrong"
     ),
-    Mutation("gold counts beside the targets", DH, "soft_ ? -1 : gold_table_", "gold_table_", "DeQue: the queue is"),
+    Mutation("gold counts beside the targets", DH, "soft_ ? -1 : gold_table_", "gold_table_", "wrong"),
     Mutation(
         "every slice takes the first of the targets' mixture",
         DH,

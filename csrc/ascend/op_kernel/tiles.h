@@ -1,7 +1,6 @@
 // The walk of the loss's kernels over ragged lists, and the overlap of tiles in every kernel that cuts its work so.
 #pragma once
 
-#include "rows.h"
 #include "tables.h"
 
 namespace megatron_replay::ascend {
@@ -58,7 +57,7 @@ class ListTiles {
   bool opens_ = true;
 };
 
-// The targets of the candidates, a tile at a time; lanes beyond the tile, up to whole blocks, are 0.
+// The targets of the candidates, a tile at a time. Lanes beyond the tile count for nothing.
 class TargetTiles {
  public:
   __aicore__ inline void Init(TPipe& pipe, GM_ADDR targets, uint32_t candidates, uint32_t size) {
@@ -69,8 +68,7 @@ class TargetTiles {
   __aicore__ inline void Load(const ListTile& tile) {
     const LocalTensor<float> tensor = tiles_in_.AllocTensor<float>();
     const DataCopyExtParams stretch{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0};
-    const uint8_t rest = static_cast<uint8_t>((kBlock - tile.count % kBlock) % kBlock);
-    DataCopyPad(tensor, targets_[tile.first], stretch, DataCopyPadExtParams<float>{true, 0, rest, 0.0f});
+    DataCopyPad(tensor, targets_[tile.first], stretch, DataCopyPadExtParams<float>{false, 0, 0, 0.0f});
     tiles_in_.EnQue(tensor);
   }
 
