@@ -1,7 +1,8 @@
 // The restricted loss. The forward pass goes by position. Each candidate's weight row is read once, for its logit and
 // for the mixture that becomes the gradient of the hidden state (a softmax over the set in one pass, as in flash
-// attention); with targets it is read for their mixture as well. The weight's gradient goes by vocabulary row, from entries that lie by column. So each row is written
-// once, by one thread, in the order of the positions, and no result depends on the number of threads.
+// attention); with targets it is read for their mixture as well. The weight's gradient goes by vocabulary row, from
+// entries that lie by column. So each row is written once, by one thread, in the order of the positions, and no result
+// depends on the number of threads.
 #include "restricted.h"
 
 #include <ATen/ops/empty.h>

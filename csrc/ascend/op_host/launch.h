@@ -21,8 +21,8 @@ void launch_restricted_fwd(void* stream, uint32_t blocks, Element element, const
                            void* stats, void* mixture, void* target_mixture, uint32_t positions, uint32_t width,
                            uint32_t candidates, uint32_t vocab);
 
-// mixture[t] <- scale[0, t] mixture[t] - scale[1, t] target_mixture[t]; where that is null, W[columns[gold[t]]] takes its
-// place where gold[t] >= 0. Both mixtures [N, H], scale [2, N] float32.
+// mixture[t] <- scale[0, t] mixture[t] - scale[1, t] target_mixture[t]; where that is null, W[columns[gold[t]]] takes
+// its place where gold[t] >= 0. Both mixtures [N, H], scale [2, N] float32.
 void launch_restricted_bwd_dh(void* stream, uint32_t blocks, Element element, void* mixture, const void* weight,
                               const void* columns, const void* gold, const void* scale, const void* target_mixture,
                               uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab);
@@ -47,7 +47,8 @@ void launch_logits_fwd(void* stream, uint32_t blocks, Element element, const voi
                        uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates);
 
 // grad_logits[t, j] = factor[t] exp(z_tj - peak[t]) - y_tj grad[t] for the candidates j of t; the rest of
-// grad_logits [N, V] is left as it is. Targets y as in restricted_fwd. peak, factor (grad / sum exp of the whole set), grad [N] float32.
+// grad_logits [N, V] is left as it is. Targets y as in restricted_fwd; peak, factor (grad / sum exp of the whole set),
+// grad [N] float32.
 void launch_logits_bwd(void* stream, uint32_t blocks, Element element, const void* z, const void* offsets,
                        const void* columns, const void* gold, const void* targets, const void* peak,
                        const void* factor, const void* grad, void* grad_logits, uint32_t positions, uint32_t vocab,

@@ -1,5 +1,5 @@
-// The gradient of hidden from the mixtures that restricted_fwd left: each row scaled, less that of the targets, which is
-// the gold row of the weight where there are none.
+// The gradient of hidden from the mixtures that restricted_fwd left: each row scaled, less that of the targets. Without
+// targets that is the gold row of the weight.
 #pragma once
 
 #include "rows.h"
