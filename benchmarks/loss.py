@@ -2,11 +2,13 @@
 
     python benchmarks/run.py loss --output benchmarks/results/loss.csv
     python benchmarks/run.py loss --vocab 49152 --hidden 576 --output benchmarks/results/loss.csv
+    python benchmarks/run.py loss --dtype bfloat16 --only soft --output benchmarks/results/loss.csv
 
-All methods run in one interleaved run, in float32. The candidate sets are those of `dynamic_topk` on synthetic logits
-(tau such that the median set has about 80 ids, k_max 200). Our loss, on either kernels, gets them as the trainer's
-loader prepares them, by position and by id; one row says otherwise. `ratio` is to ours with the weight's gradient added
-into the persistent one, of the minima. Methods that take seconds run once.
+All methods run in one interleaved run. The weight is of `--dtype`, and the persistent gradient float32. The candidate
+sets are those of `dynamic_topk` on synthetic logits (tau such that the median set has about 80 ids, k_max 200). Our
+loss, on either kernels, gets them as the trainer's loader prepares them, by position and by id; one row says otherwise.
+Soft targets are the softmax of random numbers. `ratio` is to ours with the weight's gradient added into the persistent
+one, of the minima. Methods that take seconds run once.
 
 `temporary_mb` is the peak of resident memory above what is held at the end (both gradients), from a process of its own.
 `gradient_mb` is what the method leaves as the weight's gradient; it is 0 where the method adds into one that is there.
@@ -36,19 +38,26 @@ from megatron_replay.ops import (
 )
 
 OURS = "ours, added into main_grad"
+SOFT = "soft targets, added into main_grad"
 TILE = 64
 """Positions of a tile."""
 
 
 class Problem:
-    def __init__(self, vocab: int, width: int, num: int, tau: float, device: Device, *, keep: bool) -> None:
+    def __init__(
+        self, vocab: int, width: int, num: int, tau: float, dtype: torch.dtype, device: Device, *, keep: bool
+    ) -> None:
         self.device, self.keep = device, keep
         gen = torch.Generator().manual_seed(1)
         self.sets = sets_of(language_logits(num, vocab), tau, gen).to(device.at())
-        self.hidden = torch.randn(num, width, generator=gen).to(device.at()).requires_grad_()
-        self.weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen).to(device.at()).requires_grad_()
-        self.main_grad = torch.zeros_like(self.weight)
+        weight = torch.empty(vocab, width).normal_(0, 0.02, generator=gen)
+        self.hidden = torch.randn(num, width, generator=gen).to(device.at(), dtype).requires_grad_()
+        self.weight = weight.to(device.at(), dtype).requires_grad_()
+        self.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         self.prepared = self.sets.local(VocabShard(0, vocab)).indexed()
+        drawn = torch.randn(len(self.sets.ids), generator=gen).split(self.sets.sizes().tolist())
+        targets = torch.cat([some.softmax(0) for some in drawn]).to(device.at())
+        self.aimed = self.sets.local(VocabShard(0, vocab), targets=targets).indexed()
         self.gold = self.sets.gold()
         each = self.sets.ids.long().split(self.sets.sizes().tolist())
         self.padded = pad_sequence(list(each), batch_first=True)
@@ -95,6 +104,7 @@ def methods(p: Problem) -> dict[str, Step]:
 
     losses: dict[str, Callable[[], Tensor]] = {
         OURS: restricted(main_grad=p.main_grad),
+        SOFT: restricted(p.aimed, main_grad=p.main_grad),
         f"{OURS}, sets not prepared": restricted(p.sets, main_grad=p.main_grad),
         "ours, touched rows": restricted(sparse=True),
         "ours, dense gradient": restricted(),
@@ -113,7 +123,7 @@ def methods(p: Problem) -> dict[str, Step]:
 
 
 def is_slow(name: str) -> bool:
-    return not name.startswith(("ours", "plain"))
+    return not name.startswith(("ours", "plain", "soft"))
 
 
 def main() -> None:
@@ -122,17 +132,21 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=1024)
     parser.add_argument("--tau", type=float, default=0.5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or npu; temporary memory is told of the cpu only")
     parser.add_argument(
         "--memory", action="store_true", help="print the methods' temporary memory, for the program itself"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    problem = Problem(args.vocab, args.hidden, args.positions, args.tau, choose(args.device), keep=args.memory)
+    problem = Problem(
+        *(args.vocab, args.hidden, args.positions, args.tau, getattr(torch, args.dtype), choose(args.device)),
+        keep=args.memory,
+    )
     steps = {
         n: s
         for n, s in methods(problem).items()
-        if n.startswith("ours") or not args.only or any(n.startswith(o) for o in args.only)
+        if n == OURS or not args.only or any(n.startswith(o) for o in args.only)
     }
     if args.memory:
         for step in steps.values():

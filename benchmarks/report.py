@@ -39,6 +39,11 @@ def thousands(text: str) -> str:
     return f"{int(text):,}"
 
 
+def all_methods() -> Rows:
+    """The rows of the loss of runs that compare all methods."""
+    return [row for row in rows_of("loss") if "--only" not in row["command"]]
+
+
 def loss() -> str:
     return markdown(
         ["V, H", "method", "ms", "x ours", "temporary MB", "gradient MB"],
@@ -51,7 +56,26 @@ def loss() -> str:
                 r["temporary_mb"],
                 r["gradient_mb"],
             ]
-            for r in rows_of("loss")
+            for r in all_methods()
+        ],
+    )
+
+
+def targets() -> str:
+    """One line a run: soft targets beside the paper's loss."""
+    soft = [row for row in rows_of("loss") if row["method"].startswith("soft") and "--only" in row["command"]]
+    hard = {row["command"]: row["min_ms"] for row in rows_of("loss") if row["ratio"] == "1"}
+    return markdown(
+        ["V, H", "dtype", "hard, ms", "soft, ms", "soft / hard"],
+        [
+            [
+                f"{thousands(r['V'])}, {thousands(r['H'])}",
+                "bfloat16" if "bfloat16" in r["command"] else "float32",
+                hard[r["command"]],
+                r["min_ms"],
+                r["ratio"],
+            ]
+            for r in soft
         ],
     )
 
@@ -97,7 +121,9 @@ def scale() -> str:
     return markdown(["axis", "value", *(f"{kind}, ms" for kind in kinds)], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (loss, logits, topk, step, prefix, scale)}
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (loss, targets, logits, topk, step, prefix, scale)
+}
 
 
 def filled(text: str) -> str:
@@ -117,7 +143,7 @@ def bars(axes: Any, rows: Rows) -> None:
 
 
 def draw_loss() -> None:
-    rows = rows_of("loss")
+    rows = all_methods()
     sizes = sorted({(int(row["V"]), int(row["H"])) for row in rows}, reverse=True)
     figure, axes = plt.subplots(1, len(sizes), figsize=(7 * len(sizes), 4.5), layout="constrained", squeeze=False)
     for (vocab, width), one in zip(sizes, axes[0], strict=True):

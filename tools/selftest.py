@@ -121,14 +121,17 @@ def of_the_loss(dtype: torch.dtype, sizes: list[int], vocab: int, hidden: int) -
     scalars = torch.rand(3, n, generator=gen).to(wide)
     scale = torch.rand(2, n, generator=gen).to(wide)
     mixture = torch.randn(n, hidden, generator=gen).to(wide)
+    targets = torch.rand(len(columns), generator=gen).to(wide)
 
     def fwd(ops: Any, on: Any) -> Sequence[Tensor]:
-        return tuple(ops.restricted_fwd(*map(on, (h, weight, offsets, columns, gold)), True))
+        table = tuple(map(on, (h, weight, offsets, columns, gold)))
+        return (*ops.restricted_fwd(*table, True), *ops.restricted_fwd(*table, True, on(targets)))
 
     def dh(ops: Any, on: Any) -> Sequence[Tensor]:
-        grad = on(mixture).clone()
-        ops.restricted_bwd_dh(grad, *map(on, (weight, columns, gold, scale)))
-        return (grad,)
+        table, grads = tuple(map(on, (weight, columns, gold, scale))), (on(mixture).clone(), on(mixture).clone())
+        ops.restricted_bwd_dh(grads[0], *table)
+        ops.restricted_bwd_dh(grads[1], *table, on(2 * mixture))
+        return grads
 
     def dw(ops: Any, on: Any) -> Sequence[Tensor]:
         grad = on(torch.ones(vocab, hidden, dtype=wide))
@@ -140,12 +143,15 @@ def of_the_loss(dtype: torch.dtype, sizes: list[int], vocab: int, hidden: int) -
 
     def logits_fwd(ops: Any, on: Any) -> Sequence[Tensor]:
         logits = on(weight)[:, 0].expand(n, -1)
-        return tuple(ops.restricted_logits_fwd(logits, *map(on, (offsets, columns, gold))))
+        table = tuple(map(on, (offsets, columns, gold)))
+        soft = ops.restricted_logits_fwd(logits, *table, on(targets))
+        return (*ops.restricted_logits_fwd(logits, *table), *soft)
 
     def logits_bwd(ops: Any, on: Any) -> Sequence[Tensor]:
-        grad = on(torch.zeros(n, vocab, dtype=wide))
-        ops.restricted_logits_bwd(*map(on, (z, offsets, columns, gold, scalars)), grad)
-        return (grad,)
+        table, grads = tuple(map(on, (z, offsets, columns, gold, scalars))), on(torch.zeros(2, n, vocab, dtype=wide))
+        ops.restricted_logits_bwd(*table, grads[0])
+        ops.restricted_logits_bwd(*table, grads[1], on(targets))
+        return (grads,)
 
     return {
         "restricted_fwd": fwd,

@@ -8,6 +8,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -65,8 +66,20 @@ void enqueue(const char* name, Launch launch) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Tensor& weight, const Tensor& offsets,
-                                                  const Tensor& columns, const Tensor& gold, bool mix) {
+// The targets of m candidates as the kernels take them; undefined where there are none.
+Tensor checked_targets(const std::optional<Tensor>& targets, int64_t candidates) {
+  if (!targets) return Tensor();
+  check(*targets, at::kFloat, {candidates}, "targets");
+  return targets->contiguous();
+}
+
+// Null for an undefined tensor.
+void* data_of(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Tensor& weight,
+                                                          const Tensor& offsets, const Tensor& columns,
+                                                          const Tensor& gold, bool mix,
+                                                          const std::optional<Tensor>& targets) {
   const c10::DeviceGuard guard(hidden.device());
   const auto element = element_of(hidden, "hidden");
   const int64_t n = gold.numel(), m = columns.numel(), width = hidden.size(1);
@@ -75,26 +88,31 @@ std::tuple<Tensor, Tensor, Tensor> restricted_fwd(const Tensor& hidden, const Te
   check(offsets, at::kLong, {n + 1}, "offsets");
   check(columns, at::kInt, {m}, "columns");
   check(gold, at::kLong, {n}, "gold");
+  const Tensor y = checked_targets(targets, m);
+  const bool mix_targets = mix && targets;
   const auto floats = hidden.options().dtype(at::kFloat);
   Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats),
-         mixture = at::empty({mix ? n : 0, width}, floats);
-  if (n == 0) return {z, stats, mixture};
+         mixture = at::empty({mix ? n : 0, width}, floats),
+         target_mixture = at::empty({mix_targets ? n : 0, width}, floats);
+  if (n == 0) return {z, stats, mixture, target_mixture};
   check_width(narrow(width, "hidden size"));
   const Tensor h = hidden.contiguous(), w = weight.contiguous(), o = offsets.contiguous(), c = columns.contiguous(),
                g = gold.contiguous();
   const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
                  candidates = narrow(m, "candidates"), vocab = narrow(w.size(0), "vocabulary");
-  const void *ph = h.data_ptr(), *pw = w.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
-  void *pz = z.data_ptr(), *ps = stats.data_ptr(), *pm = mix ? mixture.data_ptr() : nullptr;
+  const void *ph = h.data_ptr(), *pw = w.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(),
+             *py = data_of(y);
+  void *pz = z.data_ptr(), *ps = stats.data_ptr(), *pm = mix ? mixture.data_ptr() : nullptr,
+       *pt = mix_targets ? target_mixture.data_ptr() : nullptr;
   enqueue("restricted_fwd", [=](void* stream, uint32_t cores) {
-    launch_restricted_fwd(stream, cores, element, ph, pw, po, pc, pg, pz, ps, pm, positions, columns_of, candidates,
-                          vocab);
+    launch_restricted_fwd(stream, cores, element, ph, pw, po, pc, pg, py, pz, ps, pm, pt, positions, columns_of,
+                          candidates, vocab);
   });
-  return {z, stats, mixture};
+  return {z, stats, mixture, target_mixture};
 }
 
 void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& columns, const Tensor& gold,
-                       const Tensor& scale) {
+                       const Tensor& scale, const std::optional<Tensor>& target_mixture) {
   const c10::DeviceGuard guard(mixture.device());
   const auto element = element_of(weight, "weight");
   const int64_t n = gold.numel(), m = columns.numel(), width = weight.size(1);
@@ -103,16 +121,18 @@ void restricted_bwd_dh(Tensor mixture, const Tensor& weight, const Tensor& colum
   check(columns, at::kInt, {m}, "columns");
   check(gold, at::kLong, {n}, "gold");
   check(scale, at::kFloat, {2, n}, "scale");
+  if (target_mixture) check(*target_mixture, at::kFloat, {n, width}, "target_mixture");
   TORCH_CHECK(mixture.is_contiguous(), "mixture must be contiguous: it is changed in place");
   if (n == 0) return;
   check_width(narrow(width, "hidden size"));
-  const Tensor w = weight.contiguous(), c = columns.contiguous(), g = gold.contiguous(), s = scale.contiguous();
+  const Tensor w = weight.contiguous(), c = columns.contiguous(), g = gold.contiguous(), s = scale.contiguous(),
+               y = target_mixture ? target_mixture->contiguous() : Tensor();
   const uint32_t positions = narrow(n, "positions"), columns_of = narrow(width, "hidden size"),
                  candidates = narrow(m, "candidates"), vocab = narrow(w.size(0), "vocabulary");
   void* pm = mixture.data_ptr();
-  const void *pw = w.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(), *ps = s.data_ptr();
+  const void *pw = w.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(), *ps = s.data_ptr(), *py = data_of(y);
   enqueue("restricted_bwd_dh", [=](void* stream, uint32_t cores) {
-    launch_restricted_bwd_dh(stream, cores, element, pm, pw, pc, pg, ps, positions, columns_of, candidates, vocab);
+    launch_restricted_bwd_dh(stream, cores, element, pm, pw, pc, pg, ps, py, positions, columns_of, candidates, vocab);
   });
 }
 
@@ -164,7 +184,7 @@ Tensor restricted_bwd_rows(const Tensor& hidden, const Tensor& touched, const Te
 }
 
 std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Tensor& offsets, const Tensor& columns,
-                                                 const Tensor& gold) {
+                                                 const Tensor& gold, const std::optional<Tensor>& targets) {
   const c10::DeviceGuard guard(logits.device());
   const auto element = element_of(logits, "logits");
   const int64_t n = gold.numel(), m = columns.numel();
@@ -172,6 +192,7 @@ std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Ten
   check(offsets, at::kLong, {n + 1}, "offsets");
   check(columns, at::kInt, {m}, "columns");
   check(gold, at::kLong, {n}, "gold");
+  const Tensor y = checked_targets(targets, m);
   const auto floats = logits.options().dtype(at::kFloat);
   Tensor z = at::empty({m}, floats), stats = at::empty({3, n}, floats);
   if (n == 0) return {z, stats};
@@ -179,16 +200,16 @@ std::tuple<Tensor, Tensor> restricted_logits_fwd(const Tensor& logits, const Ten
                c = columns.contiguous(), g = gold.contiguous();
   const uint32_t positions = narrow(n, "positions"), vocab = narrow(x.size(1), "columns"),
                  stride = narrow(x.stride(0), "stride"), candidates = narrow(m, "candidates");
-  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
+  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(), *py = data_of(y);
   void *pz = z.data_ptr(), *ps = stats.data_ptr();
   enqueue("restricted_logits_fwd", [=](void* stream, uint32_t cores) {
-    launch_logits_fwd(stream, cores, element, px, po, pc, pg, pz, ps, positions, vocab, stride, candidates);
+    launch_logits_fwd(stream, cores, element, px, po, pc, pg, py, pz, ps, positions, vocab, stride, candidates);
   });
   return {z, stats};
 }
 
 void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor& columns, const Tensor& gold,
-                           const Tensor& scalars, Tensor grad_logits) {
+                           const Tensor& scalars, Tensor grad_logits, const std::optional<Tensor>& targets) {
   const c10::DeviceGuard guard(grad_logits.device());
   const auto element = element_of(grad_logits, "the gradient of the logits");
   const int64_t n = gold.numel(), m = columns.numel();
@@ -198,18 +219,19 @@ void restricted_logits_bwd(const Tensor& z, const Tensor& offsets, const Tensor&
   check(columns, at::kInt, {m}, "columns");
   check(gold, at::kLong, {n}, "gold");
   check(scalars, at::kFloat, {3, n}, "scalars");
+  const Tensor y = checked_targets(targets, m);
   TORCH_CHECK(grad_logits.is_contiguous(), "the gradient of the logits must be contiguous: it is changed in place");
   if (m == 0) return;
   const Tensor x = z.contiguous(), o = offsets.contiguous(), c = columns.contiguous(), g = gold.contiguous(),
                s = scalars.contiguous();
   const uint32_t positions = narrow(n, "positions"), vocab = narrow(grad_logits.size(1), "columns"),
                  candidates = narrow(m, "candidates");
-  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr();
+  const void *px = x.data_ptr(), *po = o.data_ptr(), *pc = c.data_ptr(), *pg = g.data_ptr(), *py = data_of(y);
   const float* peak = s.data_ptr<float>();
   void* out = grad_logits.data_ptr();
   enqueue("restricted_logits_bwd", [=](void* stream, uint32_t cores) {
-    launch_logits_bwd(stream, cores, element, px, po, pc, pg, peak, peak + n, peak + 2 * n, out, positions, vocab,
-                      candidates);
+    launch_logits_bwd(stream, cores, element, px, po, pc, pg, py, peak, peak + n, peak + 2 * n, out, positions,
+                      vocab, candidates);
   });
 }
 

@@ -139,4 +139,43 @@ ALWAYS_INLINE void combine(A* to, const A* add, const A* from, const T* const* r
   }
 }
 
+// to = (to +) sum of factors[r] rows[r], and to2 likewise with factors2; the sums before count where `more`. R rows in
+// their order, each loaded once for both.
+template <class A, int kBytes, int R, class T>
+ALWAYS_INLINE void combine_both(A* to, A* to2, bool more, const T* const* rows, const A* factors, const A* factors2,
+                                int64_t width) {
+  constexpr int64_t kStep = kBytes / sizeof(A);
+  const int64_t whole = width / kSums<A> * kSums<A>;
+  A first[R], second[R];  // in registers: `to` cannot be the same memory
+  for (int r = 0; r < R; ++r) {
+    first[r] = factors[r];
+    second[r] = factors2[r];
+  }
+  for (int64_t k = 0; k < whole; k += kStep) {
+    Vector<A, kBytes> sum = {}, sum2 = {};
+    if (more) {
+      sum = load<A, kBytes>(to + k);
+      sum2 = load<A, kBytes>(to2 + k);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<A, kBytes> row = load<A, kBytes>(rows[r] + k);
+      sum += first[r] * row;
+      sum2 += second[r] * row;
+    }
+    store<A, kBytes>(to + k, sum);
+    store<A, kBytes>(to2 + k, sum2);
+  }
+  for (int64_t k = whole; k < width; ++k) {
+    A sum = more ? to[k] : A(0), sum2 = more ? to2[k] : A(0);
+    for (int r = 0; r < R; ++r) {
+      const A row = load_one<A>(rows[r] + k);
+      sum += first[r] * row;
+      sum2 += second[r] * row;
+    }
+    to[k] = sum;
+    to2[k] = sum2;
+  }
+}
+
 }  // namespace megatron_replay

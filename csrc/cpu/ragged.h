@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <optional>
 
 namespace megatron_replay {
 
@@ -89,6 +90,23 @@ inline void check_gold_of(const at::Tensor& offsets, const at::Tensor& gold, con
   for (int64_t t = 0; t < n; ++t) {
     TORCH_CHECK(g[t] < 0 || (o[t] <= g[t] && g[t] < o[t + 1]), op, ": gold of position ", t, " points outside its set");
   }
+}
+
+// For a table that was checked: the targets of its entries, where there are any, are as many numbers of `kind`.
+inline void check_targets(const std::optional<at::Tensor>& targets, int64_t entries, at::ScalarType kind,
+                          const char* op) {
+  TORCH_CHECK(!targets || (targets->dim() == 1 && targets->size(0) == entries && targets->scalar_type() == kind &&
+                           targets->is_contiguous() && targets->device().is_cpu()),
+              op, ": targets must be contiguous [", entries, "] ", kind, " on the CPU");
+}
+
+// sum y z of the entries begin..end of a position, in their order; without targets y it is the gold logit, if here.
+template <class A>
+A aimed(const A* z, const A* targets, int64_t begin, int64_t end, int64_t gold) {
+  if (!targets) return gold < 0 ? A(0) : z[gold];
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) sum += static_cast<double>(targets[i]) * static_cast<double>(z[i]);
+  return static_cast<A>(sum);
 }
 
 }  // namespace megatron_replay

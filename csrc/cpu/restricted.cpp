@@ -1,7 +1,8 @@
 // The restricted loss. The forward pass goes by position. Each candidate's weight row is read once, for its logit and
 // for the mixture that becomes the gradient of the hidden state (a softmax over the set in one pass, as in flash
-// attention). The weight's gradient goes by vocabulary row, from entries that lie by column. So each row is written
-// once, by one thread, in the order of the positions, and no result depends on the number of threads.
+// attention); with targets it is read for their mixture as well. The weight's gradient goes by vocabulary row, from
+// entries that lie by column. So each row is written once, by one thread, in the order of the positions, and no result
+// depends on the number of threads.
 #include "restricted.h"
 
 #include <ATen/ops/empty.h>
@@ -31,9 +32,11 @@ struct Forward {
   const int64_t* offsets;
   const int32_t* columns;
   const int64_t* gold;
-  void* z;        // [m]
-  void* stats;    // [3, N]
-  void* mixture;  // [N, H], or null
+  const void* targets;   // [m], or null
+  void* z;               // [m]
+  void* stats;           // [3, N]
+  void* mixture;         // [N, H], or null
+  void* target_mixture;  // [N, H], or null
 };
 
 // The statistics of a position over its candidates so far.
@@ -45,7 +48,8 @@ struct Softmax {
 };
 
 template <class A, int kBytes, int R, class T>
-ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixture, Softmax<A>& so_far) {
+ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixture, A* target_mixture,
+                             Softmax<A>& so_far) {
   const T* rows[R];
   const T* next[R];
   for (int r = 0; r < R; ++r) {
@@ -70,7 +74,10 @@ ALWAYS_INLINE void take_rows(const Forward& f, const A* h, int64_t at, A* mixtur
     so_far.total += static_cast<double>(share[r]);
   }
   const T* const* nothing = nullptr;
-  if (mixture) {
+  if (target_mixture) {
+    const A* targets = static_cast<const A*>(f.targets) + at;
+    combine_both<A, kBytes, R>(mixture, target_mixture, so_far.started, rows, share, targets, f.width);
+  } else if (mixture) {
     combine<A, kBytes, R>(mixture, static_cast<const A*>(nullptr), so_far.started ? mixture : nullptr, rows, share,
                           nothing, f.width);
   }
@@ -84,17 +91,20 @@ ALWAYS_INLINE void forward_body(const Forward& f, int64_t first, int64_t last, A
     const T* hidden = static_cast<const T*>(f.hidden) + t * f.hidden_stride;
     for (int64_t k = 0; k < f.width; ++k) h[k] = load_one<A>(hidden + k);
     A* mixture = f.mixture ? static_cast<A*>(f.mixture) + t * f.width : nullptr;
+    A* target_mixture = f.target_mixture ? static_cast<A*>(f.target_mixture) + t * f.width : nullptr;
     Softmax<A> so_far;
     int64_t at = f.offsets[t];
-    const int64_t end = f.offsets[t + 1];
-    for (; at + 8 <= end; at += 8) take_rows<A, kBytes, 8, T>(f, h, at, mixture, so_far);
-    for (; at + 4 <= end; at += 4) take_rows<A, kBytes, 4, T>(f, h, at, mixture, so_far);
-    for (; at < end; ++at) take_rows<A, kBytes, 1, T>(f, h, at, mixture, so_far);
+    const int64_t begin = at, end = f.offsets[t + 1];
+    for (; at + 8 <= end; at += 8) take_rows<A, kBytes, 8, T>(f, h, at, mixture, target_mixture, so_far);
+    for (; at + 4 <= end; at += 4) take_rows<A, kBytes, 4, T>(f, h, at, mixture, target_mixture, so_far);
+    for (; at < end; ++at) take_rows<A, kBytes, 1, T>(f, h, at, mixture, target_mixture, so_far);
     if (mixture && !so_far.started) std::memset(mixture, 0, f.width * sizeof(A));
+    if (target_mixture && !so_far.started) std::memset(target_mixture, 0, f.width * sizeof(A));
     A* stats = static_cast<A*>(f.stats) + t;
     stats[0] = so_far.top;
     stats[f.positions] = static_cast<A>(so_far.total);
-    stats[2 * f.positions] = f.gold[t] < 0 ? A(0) : static_cast<A*>(f.z)[f.gold[t]];
+    stats[2 * f.positions] =
+        aimed(static_cast<const A*>(f.z), static_cast<const A*>(f.targets), begin, end, f.gold[t]);
   }
 }
 
@@ -257,9 +267,9 @@ void use_huge_pages(const at::Tensor& fresh) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight,
-                                                              const at::Tensor& offsets, const at::Tensor& columns,
-                                                              const at::Tensor& gold, bool mix) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> restricted_fwd(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& offsets, const at::Tensor& columns,
+    const at::Tensor& gold, bool mix, const std::optional<at::Tensor>& targets) {
   const char* op = "restricted_fwd";
   check_matrix(hidden, op, "hidden");
   check_matrix(weight, op, "weight");
@@ -269,10 +279,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& 
   const int64_t n = hidden.size(0), width = hidden.size(1), m = columns.size(0);
   TORCH_CHECK(offsets.size(0) == n + 1, op, ": ", offsets.size(0) - 1, " sets for ", n, " hidden states");
   check_gold_of(offsets, gold, op);
+  const auto kind = accumulator(hidden.scalar_type());
+  check_targets(targets, m, kind, op);
   const at::Tensor h = with_rows(hidden), w = with_rows(weight);
-  const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
+  const auto options = hidden.options().dtype(kind);
+  const bool mix_targets = mix && targets;
   at::Tensor z = at::empty({m}, options), stats = at::empty({3, n}, options),
-             mixture = at::empty({mix ? n : 0, width}, options);
+             mixture = at::empty({mix ? n : 0, width}, options),
+             target_mixture = at::empty({mix_targets ? n : 0, width}, options);
   const Forward f = {h.const_data_ptr(),
                      w.const_data_ptr(),
                      h.stride(0),
@@ -283,15 +297,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& 
                      offsets.const_data_ptr<int64_t>(),
                      columns.const_data_ptr<int32_t>(),
                      gold.const_data_ptr<int64_t>(),
+                     targets ? targets->const_data_ptr() : nullptr,
                      z.mutable_data_ptr(),
                      stats.mutable_data_ptr(),
-                     mix ? mixture.mutable_data_ptr() : nullptr};
+                     mix ? mixture.mutable_data_ptr() : nullptr,
+                     mix_targets ? target_mixture.mutable_data_ptr() : nullptr};
   for_type(hidden.scalar_type(), [&](auto a, auto t) { run_forward<decltype(a), decltype(t)>(f); });
-  return {z, stats, mixture};
+  return {z, stats, mixture, target_mixture};
 }
 
 void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::Tensor& columns, const at::Tensor& gold,
-                       const at::Tensor& scale) {
+                       const at::Tensor& scale, const std::optional<at::Tensor>& target_mixture) {
   const char* op = "restricted_bwd_dh";
   check_matrix(weight, op, "weight");
   const auto kind = accumulator(weight.scalar_type());
@@ -302,6 +318,9 @@ void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::T
   TORCH_CHECK(scale.scalar_type() == kind && scale.is_contiguous() && scale.dim() == 2 && scale.size(0) == 2 &&
                   scale.size(1) == n,
               op, ": scale must be contiguous [2, ", n, "] ", kind);
+  TORCH_CHECK(!target_mixture || (target_mixture->sizes() == mixture.sizes() && target_mixture->scalar_type() == kind &&
+                                  target_mixture->is_contiguous()),
+              op, ": target_mixture must be contiguous [", n, ", ", width, "] ", kind);
   check_gold(gold, n, columns.size(0), op);
   TORCH_CHECK(columns.scalar_type() == at::kInt && columns.is_contiguous(), op, ": columns must be contiguous int32");
   const at::Tensor w = with_rows(weight);
@@ -316,11 +335,15 @@ void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::T
     using T = decltype(t);
     A* rows = mixture.mutable_data_ptr<A>();
     const A* factors = scale.const_data_ptr<A>();
+    const A* mixed = target_mixture ? target_mixture->const_data_ptr<A>() : nullptr;
     for_each_share(n, 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         A* row = rows + i * width;
         const A keep = factors[i], drop = factors[n + i];
-        if (g[i] < 0) {
+        if (mixed) {
+          const A* target = mixed + i * width;
+          for (int64_t k = 0; k < width; ++k) row[k] = row[k] * keep - target[k] * drop;
+        } else if (g[i] < 0) {
           for (int64_t k = 0; k < width; ++k) row[k] *= keep;
         } else {
           const T* target = static_cast<const T*>(w.const_data_ptr()) + c[g[i]] * w.stride(0);

@@ -4,16 +4,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace megatron_replay {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> restricted_fwd(const at::Tensor& hidden, const at::Tensor& weight,
-                                                              const at::Tensor& offsets, const at::Tensor& columns,
-                                                              const at::Tensor& gold, bool mix);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> restricted_fwd(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& offsets, const at::Tensor& columns,
+    const at::Tensor& gold, bool mix, const std::optional<at::Tensor>& targets);
 
 void restricted_bwd_dh(at::Tensor mixture, const at::Tensor& weight, const at::Tensor& columns, const at::Tensor& gold,
-                       const at::Tensor& scale);
+                       const at::Tensor& scale, const std::optional<at::Tensor>& target_mixture);
 
 void restricted_bwd_dw(const at::Tensor& hidden, const at::Tensor& touched, const at::Tensor& begins,
                        const at::Tensor& tokens, const at::Tensor& coefficient, at::Tensor grad_weight);
@@ -22,10 +23,12 @@ at::Tensor restricted_bwd_rows(const at::Tensor& hidden, const at::Tensor& touch
                                const at::Tensor& tokens, const at::Tensor& coefficient);
 
 std::tuple<at::Tensor, at::Tensor> restricted_logits_fwd(const at::Tensor& logits, const at::Tensor& offsets,
-                                                         const at::Tensor& columns, const at::Tensor& gold);
+                                                         const at::Tensor& columns, const at::Tensor& gold,
+                                                         const std::optional<at::Tensor>& targets);
 
 void restricted_logits_bwd(const at::Tensor& z, const at::Tensor& offsets, const at::Tensor& columns,
-                           const at::Tensor& gold, const at::Tensor& scalars, at::Tensor grad_logits);
+                           const at::Tensor& gold, const at::Tensor& scalars, at::Tensor grad_logits,
+                           const std::optional<at::Tensor>& targets);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_rows(const at::Tensor& logits, int64_t k);
 

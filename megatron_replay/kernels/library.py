@@ -28,7 +28,7 @@ DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
 class Kernels:
     """The operators with a twin in plain torch, to be called by name."""
 
-    restricted_fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    restricted_fwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     restricted_bwd_dh: Callable[..., None]
     restricted_bwd_dw: Callable[..., None]
     restricted_bwd_rows: Callable[..., Tensor]

@@ -30,15 +30,23 @@ class Operator:
     """True where `triton_launch` has it, for CUDA."""
 
 
-def _changes_in_place(*args: Tensor) -> None:
+def _changes_in_place(*args: Tensor | None) -> None:
     return None
 
 
 def _restricted_fwd(
-    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    mix: bool,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = hidden.new_empty(columns.shape[0], dtype=accumulator(hidden.dtype))
-    return z, z.new_empty(3, gold.shape[0]), z.new_empty(gold.shape[0] if mix else 0, hidden.shape[1])
+    n, width = gold.shape[0], hidden.shape[1]
+    mixture, target_mixture = (z.new_empty(n if made else 0, width) for made in (mix, mix and targets is not None))
+    return z, z.new_empty(3, n), mixture, target_mixture
 
 
 def _restricted_bwd_rows(
@@ -47,7 +55,9 @@ def _restricted_bwd_rows(
     return coefficient.new_empty(touched.shape[0], hidden.shape[1])
 
 
-def _restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _restricted_logits_fwd(
+    logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     z = logits.new_empty(columns.shape[0], dtype=accumulator(logits.dtype))
     return z, z.new_empty(3, gold.shape[0])
 
@@ -75,14 +85,15 @@ def _adam_update(
 
 OPERATORS = {
     "restricted_fwd": Operator(
-        schema="(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix)"
-        " -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor hidden, Tensor weight, Tensor offsets, Tensor columns, Tensor gold, bool mix,"
+        " Tensor? targets=None) -> (Tensor, Tensor, Tensor, Tensor)",
         fake=_restricted_fwd,
         twin=twins.restricted_fwd,
         triton=True,
     ),
     "restricted_bwd_dh": Operator(
-        schema="(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale) -> ()",
+        schema="(Tensor(a!) mixture, Tensor weight, Tensor columns, Tensor gold, Tensor scale,"
+        " Tensor? target_mixture=None) -> ()",
         fake=_changes_in_place,
         twin=twins.restricted_bwd_dh,
         triton=True,
@@ -101,13 +112,14 @@ OPERATORS = {
         triton=True,
     ),
     "restricted_logits_fwd": Operator(
-        schema="(Tensor logits, Tensor offsets, Tensor columns, Tensor gold) -> (Tensor, Tensor)",
+        schema="(Tensor logits, Tensor offsets, Tensor columns, Tensor gold, Tensor? targets=None) -> (Tensor, Tensor)",
         fake=_restricted_logits_fwd,
         twin=twins.restricted_logits_fwd,
         triton=True,
     ),
     "restricted_logits_bwd": Operator(
-        schema="(Tensor z, Tensor offsets, Tensor columns, Tensor gold, Tensor scalars, Tensor(a!) grad_logits) -> ()",
+        schema="(Tensor z, Tensor offsets, Tensor columns, Tensor gold, Tensor scalars, Tensor(a!) grad_logits,"
+        " Tensor? targets=None) -> ()",
         fake=_changes_in_place,
         twin=twins.restricted_logits_bwd,
         triton=True,

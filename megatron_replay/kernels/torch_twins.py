@@ -29,32 +29,53 @@ _LSE_ROWS = 2  # float64 copies of two rows of 50k to 150k columns stay in a cor
 
 
 def restricted_fwd(
-    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the candidates here, statistics of each position, and the mixture of the candidates' weight rows.
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    mix: bool,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of the candidates here, statistics of each position, and mixtures of the candidates' weight rows.
 
     - hidden [N, H], weight [V, H], gold [N] int64: index into columns or -1.
-    - logits z [m]. stats [3, N]: (max, sum exp(z - max), gold logit) per position.
+    - targets y [m] in z's dtype; None: 1 at the gold id, 0 elsewhere. With targets, nothing depends on `gold`.
+    - logits z [m]. stats [3, N]: (max, sum exp(z - max), sum y z) per position.
     - A position without candidates here has (-3e38, 0, 0).
     - mixture [N, H] in z's dtype: sum over the candidates j of t of exp(z_tj - max_t) W[j]. It is [0, H] without `mix`.
+    - target mixture [N, H] in z's dtype: sum of y_tj W[j]. It is [0, H] without `mix` or targets.
 
-    `restricted_bwd_dh` makes the mixture the gradient of `hidden`. It is computed here, where a kernel has each row of
-    the weight at hand once.
+    `restricted_bwd_dh` makes the mixtures the gradient of `hidden`. They are computed here, where a kernel has each row
+    of the weight at hand once. They stay apart, because the softmax of the whole set is known later only.
     """
     z = sampled_product(hidden, weight, offsets, columns)
-    stats = set_stats(z, offsets, gold)
-    if not mix:
-        return z, stats, z.new_empty(0, hidden.shape[1])
-    mass = (z - stats[0][row_of(offsets, z.shape[0])]).exp_()
-    return z, stats, weighted_rows(weight, offsets, columns, mass)
+    stats = set_stats(z, offsets, gold, targets)
+    mixture, target_mixture = z.new_empty(0, hidden.shape[1]), z.new_empty(0, hidden.shape[1])
+    if mix:
+        mass = (z - stats[0][row_of(offsets, z.shape[0])]).exp_()
+        mixture = weighted_rows(weight, offsets, columns, mass)
+    if mix and targets is not None:
+        target_mixture = weighted_rows(weight, offsets, columns, targets)
+    return z, stats, mixture, target_mixture
 
 
-def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
-    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t], the latter where the gold id is here.
+def restricted_bwd_dh(
+    mixture: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    scale: Tensor,
+    target_mixture: Tensor | None = None,
+) -> None:
+    """mixture[t] <- scale[0, t] mixture[t] - scale[1, t] target_mixture[t], each [N, H].
 
-    scale is [2, N].
+    Without a target mixture it is W[gold of t] where the gold id is here, and 0 elsewhere. scale is [2, N].
     """
     mixture.mul_(scale[0][:, None])
+    if target_mixture is not None:
+        mixture.addcmul_(target_mixture, scale[1][:, None], value=-1)
+        return
     rows = (gold >= 0).nonzero()[:, 0]
     for part in _parts(rows.shape[0], 2 * weight.shape[1] * mixture.element_size()):
         some = rows[part]
@@ -82,17 +103,25 @@ def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens:
     )
 
 
-def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def restricted_logits_fwd(
+    logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """z [m] and stats [3, N] as `restricted_fwd` has them, from logits [N, V] that are there already."""
     z = logits[row_of(offsets, columns.shape[0]), columns.long()].to(accumulator(logits.dtype))
-    return z, set_stats(z, offsets, gold)
+    return z, set_stats(z, offsets, gold, targets)
 
 
 def restricted_logits_bwd(
-    z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
+    z: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    scalars: Tensor,
+    grad_logits: Tensor,
+    targets: Tensor | None = None,
 ) -> None:
     """grad_logits[t, j] <- `set_gradient` at the candidates j of t; the rest of grad_logits [N, V] is left as it is."""
-    values = set_gradient(z, offsets, gold, scalars)
+    values = set_gradient(z, offsets, gold, scalars, targets)
     grad_logits[row_of(offsets, z.shape[0]), columns.long()] = values.to(grad_logits.dtype)
 
 
@@ -137,8 +166,8 @@ def sampled_product(hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Te
     return out
 
 
-def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
-    """(max, sum exp(z - max), gold logit) of each position: [3, N]."""
+def set_stats(z: Tensor, offsets: Tensor, gold: Tensor, targets: Tensor | None = None) -> Tensor:
+    """(max, sum exp(z - max), sum y z) of each position: [3, N]; the last is the gold logit without targets."""
     if not z.shape[0]:
         return torch.stack([z.new_full(gold.shape, EMPTY), z.new_zeros(gold.shape), z.new_zeros(gold.shape)])
     rows = row_of(offsets, z.shape[0])
@@ -148,18 +177,23 @@ def set_stats(z: Tensor, offsets: Tensor, gold: Tensor) -> Tensor:
     else:  # an NPU has no segment_reduce either
         top = z.new_full(gold.shape, EMPTY).scatter_reduce(0, rows, z, "amax")
         total = z.new_zeros(gold.shape).index_add_(0, rows, (z - top[rows]).exp_())
+    if targets is not None:
+        return torch.stack([top, total, torch.zeros_like(total).index_add_(0, rows, z * targets)])
     return torch.stack([top, total, torch.where(gold >= 0, z[gold.clamp(min=0)], 0.0)])
 
 
-def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor) -> Tensor:
-    """factor_t exp(z_tj - peak_t) - [j is gold] grad_t for every candidate j of every position t: [m].
+def set_gradient(z: Tensor, offsets: Tensor, gold: Tensor, scalars: Tensor, targets: Tensor | None = None) -> Tensor:
+    """factor_t exp(z_tj - peak_t) - y_tj grad_t for every candidate j of every position t: [m].
 
     scalars [3, N] = (peak, factor, grad). peak is the maximum of the whole set, and grad the gradient of the position's
-    loss. With factor = grad / (the whole sum of exponentials) this is (p~ - y) grad.
+    loss. With factor = grad / (the whole sum of exponentials) this is (p~ - y) grad. y [m] are the targets; without
+    them it is 1 at the gold id and 0 elsewhere.
     """
     rows = row_of(offsets, z.shape[0])
     peak, factor, grad = scalars.unbind()
     out = (z - peak[rows]).exp_().mul_(factor[rows])
+    if targets is not None:
+        return out.addcmul_(targets, grad[rows], value=-1)
     # indexing by a mask would wait for an accelerator; a gold id that is elsewhere takes nothing from entry 0
     if z.shape[0]:
         out.scatter_add_(0, gold.clamp(min=0), torch.where(gold >= 0, -grad, 0.0))

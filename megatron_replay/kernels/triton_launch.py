@@ -30,8 +30,14 @@ _SUM = {torch.float32: triton.language.float32, torch.float64: triton.language.f
 
 
 def restricted_fwd(
-    hidden: Tensor, weight: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, mix: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    mix: bool,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch_twins.restricted_fwd`."""
     op = "restricted_fwd"
     _check_matrix(op, "hidden", hidden)
@@ -44,27 +50,43 @@ def restricted_fwd(
     )
     _check_table(op, hidden, offsets, columns, weight.shape[0], gold)
     (n, width), m, kind = hidden.shape, columns.shape[0], accumulator(hidden.dtype)
-    slots = _slots(m)
-    z, stats, mixture, scratch_stats, scratch = (
+    _check_targets(op, targets, columns, kind)
+    slots, mix_targets = _slots(m), mix and targets is not None
+    z, stats, mixture, target_mixture, scratch_stats, scratch, target_scratch = (
         hidden.new_empty(shape, dtype=kind)
-        for shape in ((m,), (3, n), (n if mix else 0, width), (3, slots), (slots if mix else 0, width))
+        for shape in (
+            *((m,), (3, n), (n if mix else 0, width), (n if mix_targets else 0, width)),
+            *((3, slots), (slots if mix else 0, width), (slots if mix_targets else 0, width)),
+        )
     )
     h, w = _with_rows(hidden), _with_rows(weight)
-    table = (h, h.stride(0), w, w.stride(0), offsets, columns, gold, z)
+    table, parts = (h, h.stride(0), w, w.stride(0), offsets, columns, gold, targets, z), (scratch_stats, scratch)
     tile = {"MIX": mix, "ACC": _SUM[kind], "SPLIT": SPLIT, **_tile(width, kind)}
     with _on(hidden):
         if slots:
-            programs.restricted_fwd_further[(slots,)](*table, scratch_stats, scratch, width, n, **tile)
-        programs.restricted_fwd[(n,)](*table, stats, mixture, scratch_stats, scratch, width, n, slots, **tile)
-    return z, stats, mixture
+            programs.restricted_fwd_further[(slots,)](*table, *parts, target_scratch, width, n, **tile)
+        programs.restricted_fwd[(n,)](
+            *table, stats, mixture, target_mixture, *parts, target_scratch, width, n, slots, **tile
+        )
+    return z, stats, mixture, target_mixture
 
 
-def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Tensor, scale: Tensor) -> None:
+def restricted_bwd_dh(
+    mixture: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    scale: Tensor,
+    target_mixture: Tensor | None = None,
+) -> None:
     """`torch_twins.restricted_bwd_dh`."""
     op, n, width = "restricted_bwd_dh", mixture.shape[0], weight.shape[-1]
     _check_matrix(op, "weight", weight)
     kind = accumulator(weight.dtype)
-    for name, tensor, shape in (("mixture", mixture, (n, width)), ("scale", scale, (2, n))):
+    wanted = [("mixture", mixture, (n, width)), ("scale", scale, (2, n))]
+    if target_mixture is not None:
+        wanted.append(("target_mixture", target_mixture, (n, width)))
+    for name, tensor, shape in wanted:
         _need(
             tensor.shape == shape
             and tensor.dtype == kind
@@ -77,7 +99,7 @@ def restricted_bwd_dh(mixture: Tensor, weight: Tensor, columns: Tensor, gold: Te
     w = _with_rows(weight)
     with _on(mixture):
         programs.restricted_bwd_dh[(n, triton.cdiv(width, BLOCK))](
-            mixture, w, w.stride(0), columns, gold, scale, width, n, ACC=_SUM[kind], WIDTH=BLOCK
+            mixture, w, w.stride(0), columns, gold, scale, target_mixture, width, n, ACC=_SUM[kind], WIDTH=BLOCK
         )
 
 
@@ -106,28 +128,38 @@ def restricted_bwd_rows(hidden: Tensor, touched: Tensor, begins: Tensor, tokens:
     return rows
 
 
-def restricted_logits_fwd(logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def restricted_logits_fwd(
+    logits: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`torch_twins.restricted_logits_fwd`."""
     op = "restricted_logits_fwd"
     _check_matrix(op, "logits", logits)
     _check_table(op, logits, offsets, columns, logits.shape[1], gold)
     n, kind = logits.shape[0], accumulator(logits.dtype)
+    _check_targets(op, targets, columns, kind)
     z, stats = (logits.new_empty(shape, dtype=kind) for shape in (columns.shape, (3, n)))
     with _on(logits):
         programs.restricted_logits_fwd[(n,)](
-            logits, *logits.stride(), offsets, columns, gold, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT
+            logits, *logits.stride(), offsets, columns, gold, targets, z, stats, n, ACC=_SUM[kind], SPLIT=SPLIT
         )
     return z, stats
 
 
 def restricted_logits_bwd(
-    z: Tensor, offsets: Tensor, columns: Tensor, gold: Tensor, scalars: Tensor, grad_logits: Tensor
+    z: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    gold: Tensor,
+    scalars: Tensor,
+    grad_logits: Tensor,
+    targets: Tensor | None = None,
 ) -> None:
     """`torch_twins.restricted_logits_bwd`."""
     op = "restricted_logits_bwd"
     _check_matrix(op, "grad_logits", grad_logits)
     _check_table(op, grad_logits, offsets, columns, grad_logits.shape[1], gold)
     n, kind = grad_logits.shape[0], accumulator(grad_logits.dtype)
+    _check_targets(op, targets, columns, kind)
     for name, tensor, shape in (("z", z, columns.shape), ("scalars", scalars, (3, n))):
         _need(
             tensor.shape == shape
@@ -138,7 +170,7 @@ def restricted_logits_bwd(
         )
     with _on(grad_logits):
         programs.restricted_logits_bwd[(n,)](
-            z, offsets, columns, gold, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT
+            z, offsets, columns, gold, targets, scalars, grad_logits, *grad_logits.stride(), n, SPLIT=SPLIT
         )
 
 
@@ -236,6 +268,19 @@ def _check_gradient(
         f"{hidden.shape[0]} positions"
     )
     torch.ops.aten._assert_async.msg(~found.any(), what)
+
+
+def _check_targets(op: str, targets: Tensor | None, columns: Tensor, kind: torch.dtype) -> None:
+    _need(
+        targets is None
+        or (
+            targets.shape == columns.shape
+            and targets.dtype == kind
+            and targets.is_contiguous()
+            and targets.device == columns.device
+        ),
+        f"{op}: targets must be contiguous {list(columns.shape)} {kind} on {columns.device}",
+    )
 
 
 def _check_table(

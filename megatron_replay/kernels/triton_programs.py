@@ -19,7 +19,7 @@ known without asking the device how long the runs are.
 
 A program holds ROWS x WIDTH elements, whole rows of H <= WIDTH; sums are in ACC, float32 or float64. `width` is H,
 `num` N and `entries` m. `hidden_row` and its like are strides in elements; without a stride of the columns, rows are
-contiguous.
+contiguous. `targets` [m] may be None: y is then 1 at the gold id and 0 elsewhere.
 """
 
 import triton
@@ -62,34 +62,42 @@ def taken_in(top, total, logits):
 
 @triton.jit
 def softmax_piece(
-    hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, gold,
+    hidden, hidden_row, weight, weight_row, columns, targets, z, width, t, begin, end, gold,
     ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the logits of the entries begin..end of position t into z.
 
-    Returns their maximum, sum of exponentials, gold logit, and mixture [WIDTH].
+    Returns their maximum, sum of exponentials, sum of y z, mixture [WIDTH], and target mixture [WIDTH], which is 0
+    without targets.
     """
     across = tl.arange(0, WIDTH)
     h = tl.load(hidden + t * hidden_row + across, mask=across < width, other=0).to(ACC)
     top = tl.full((), EMPTY, ACC)
     total = tl.full((), 0, ACC)
-    target = tl.full((), 0, ACC)
+    aimed = tl.full((), 0, ACC)
     mixture = tl.zeros((WIDTH,), ACC)
+    target_mixture = tl.zeros((WIDTH,), ACC)
     for at in range(begin, end, ROWS):
         entries = at + tl.arange(0, ROWS)
         here = entries < end
         rows = gathered(weight, weight_row, tl.load(columns + entries, mask=here, other=0), across, here, width, ACC)
         logits = tl.sum(rows * h[None, :], 1)
         tl.store(z + entries, logits, mask=here)
-        target += tl.sum(tl.where(entries == gold, logits, 0), 0)
+        if targets is None:
+            aimed += tl.sum(tl.where(entries == gold, logits, 0), 0)
+        else:
+            y = tl.load(targets + entries, mask=here, other=0)
+            aimed += tl.sum(y * logits, 0)
+            target_mixture += tl.sum(rows * y[:, None], 0)
         top, total, mass, shrink = taken_in(top, total, tl.where(here, logits, -float("inf")))
         mixture = mixture * shrink + tl.sum(rows * mass[:, None], 0)
-    return top, total, target, mixture
+    return top, total, aimed, mixture, target_mixture
 
 
 @triton.jit
 def restricted_fwd_further(
-    hidden, hidden_row, weight, weight_row, offsets, columns, gold, z, scratch_stats, scratch, width, num,
+    hidden, hidden_row, weight, weight_row, offsets, columns, gold, targets, z,
+    scratch_stats, scratch, target_scratch, width, num,
     MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program p: the part, not the first of its set, that begins in p SPLIT .. (p + 1) SPLIT, if there is one."""
@@ -99,30 +107,32 @@ def restricted_fwd_further(
     begin = first + (slot * SPLIT - first + SPLIT - 1) // SPLIT * SPLIT
     if (begin > first) & (begin < last):
         end = tl.minimum(begin + SPLIT, last)
-        top, total, target, mixture = softmax_piece(
-            hidden, hidden_row, weight, weight_row, columns, z, width, t, begin, end, tl.load(gold + t),
+        top, total, aimed, mixture, target_mixture = softmax_piece(
+            hidden, hidden_row, weight, weight_row, columns, targets, z, width, t, begin, end, tl.load(gold + t),
             ACC, ROWS, WIDTH,
         )  # fmt: skip
         slots = tl.num_programs(0)
         tl.store(scratch_stats + slot, top)
         tl.store(scratch_stats + slots + slot, total)
-        tl.store(scratch_stats + 2 * slots + slot, target)
+        tl.store(scratch_stats + 2 * slots + slot, aimed)
         if MIX:
             across = tl.arange(0, WIDTH)
             tl.store(scratch + slot * width + across, mixture, mask=across < width)
+            if targets is not None:
+                tl.store(target_scratch + slot * width + across, target_mixture, mask=across < width)
 
 
 @triton.jit
 def restricted_fwd(
-    hidden, hidden_row, weight, weight_row, offsets, columns, gold, z, stats, mixtures,
-    scratch_stats, scratch, width, num, slots,
+    hidden, hidden_row, weight, weight_row, offsets, columns, gold, targets, z, stats, mixtures, target_mixtures,
+    scratch_stats, scratch, target_scratch, width, num, slots,
     MIX: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program t: the first SPLIT candidates of position t, then its further parts in order."""
     t = tl.program_id(0).to(tl.int64)
     begin, last = tl.load(offsets + t), tl.load(offsets + t + 1)
-    top, total, target, mixture = softmax_piece(
-        hidden, hidden_row, weight, weight_row, columns, z, width, t, begin,
+    top, total, aimed, mixture, target_mixture = softmax_piece(
+        hidden, hidden_row, weight, weight_row, columns, targets, z, width, t, begin,
         tl.minimum(begin + SPLIT, last), tl.load(gold + t), ACC, ROWS, WIDTH,
     )  # fmt: skip
     across = tl.arange(0, WIDTH)
@@ -132,32 +142,43 @@ def restricted_fwd(
         peak = tl.maximum(top, other)
         shrink, grow = tl.exp(top - peak), tl.exp(other - peak)
         total = total * shrink + tl.load(scratch_stats + slots + slot) * grow
-        target += tl.load(scratch_stats + 2 * slots + slot)
+        aimed += tl.load(scratch_stats + 2 * slots + slot)
         if MIX:
             more = tl.load(scratch + slot * width + across, mask=across < width, other=0)
             mixture = mixture * shrink + more * grow
+            if targets is not None:
+                target_mixture += tl.load(target_scratch + slot * width + across, mask=across < width, other=0)
         top = peak
     tl.store(stats + t, top)
     tl.store(stats + num + t, total)
-    tl.store(stats + 2 * num + t, target)
+    tl.store(stats + 2 * num + t, aimed)
     if MIX:
         tl.store(mixtures + t * width + across, mixture, mask=across < width)
+        if targets is not None:
+            tl.store(target_mixtures + t * width + across, target_mixture, mask=across < width)
 
 
 @triton.jit
 def restricted_bwd_dh(
-    mixture, weight, weight_row, columns, gold, scale, width, num, ACC: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Program (t, b): WIDTH elements of mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[gold of t]."""
+    mixture, weight, weight_row, columns, gold, scale, target_mixture, width, num,
+    ACC: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): WIDTH elements of mixture[t] <- scale[0, t] mixture[t] - scale[1, t] target_mixture[t].
+
+    target_mixture may be None; it is then W[gold of t] where that is here.
+    """
     t = tl.program_id(0).to(tl.int64)
     across = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = across < width
-    target = tl.load(gold + t)
     row = tl.load(mixture + t * width + across, mask=inside, other=0) * tl.load(scale + t)
-    if target >= 0:
-        column = tl.load(columns + target).to(tl.int64)
-        drop = tl.load(weight + column * weight_row + across, mask=inside, other=0).to(ACC)
-        row -= drop * tl.load(scale + num + t)
+    if target_mixture is not None:
+        row -= tl.load(target_mixture + t * width + across, mask=inside, other=0) * tl.load(scale + num + t)
+    else:
+        target = tl.load(gold + t)
+        if target >= 0:
+            column = tl.load(columns + target).to(tl.int64)
+            drop = tl.load(weight + column * weight_row + across, mask=inside, other=0).to(ACC)
+            row -= drop * tl.load(scale + num + t)
     tl.store(mixture + t * width + across, row, mask=inside)
 
 
@@ -252,30 +273,34 @@ def flaws_by_column(touched, begins, tokens, found, num, entries, positions, voc
 
 @triton.jit
 def restricted_logits_fwd(
-    logits, logits_row, logits_column, offsets, columns, gold, z, stats, num, ACC: tl.constexpr, SPLIT: tl.constexpr
-):
+    logits, logits_row, logits_column, offsets, columns, gold, targets, z, stats, num,
+    ACC: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Program t: the candidates of position t, SPLIT at a time."""
     t = tl.program_id(0).to(tl.int64)
     last, gold_at = tl.load(offsets + t + 1), tl.load(gold + t)
     top = tl.full((), EMPTY, ACC)
     total = tl.full((), 0, ACC)
-    target = tl.full((), 0, ACC)
+    aimed = tl.full((), 0, ACC)
     for at in range(tl.load(offsets + t), last, SPLIT):
         entries = at + tl.arange(0, SPLIT)
         here = entries < last
         column = tl.load(columns + entries, mask=here, other=0).to(tl.int64)
         some = tl.load(logits + t * logits_row + column * logits_column, mask=here, other=0).to(ACC)
         tl.store(z + entries, some, mask=here)
-        target += tl.sum(tl.where(entries == gold_at, some, 0), 0)
+        if targets is None:
+            aimed += tl.sum(tl.where(entries == gold_at, some, 0), 0)
+        else:
+            aimed += tl.sum(tl.load(targets + entries, mask=here, other=0) * some, 0)
         top, total, _, _ = taken_in(top, total, tl.where(here, some, -float("inf")))
     tl.store(stats + t, top)
     tl.store(stats + num + t, total)
-    tl.store(stats + 2 * num + t, target)
+    tl.store(stats + 2 * num + t, aimed)
 
 
 @triton.jit
 def restricted_logits_bwd(
-    z, offsets, columns, gold, scalars, grad_logits, grad_row, grad_column, num, SPLIT: tl.constexpr
+    z, offsets, columns, gold, targets, scalars, grad_logits, grad_row, grad_column, num, SPLIT: tl.constexpr
 ):
     """Program t: the gradient at the candidates of position t, SPLIT at a time."""
     t = tl.program_id(0).to(tl.int64)
@@ -286,7 +311,10 @@ def restricted_logits_bwd(
         here = entries < last
         column = tl.load(columns + entries, mask=here, other=0).to(tl.int64)
         mass = tl.exp(tl.load(z + entries, mask=here, other=0) - peak) * factor
-        value = tl.where(entries == gold_at, mass - grad, mass)
+        if targets is None:
+            value = tl.where(entries == gold_at, mass - grad, mass)
+        else:
+            value = mass - tl.load(targets + entries, mask=here, other=0) * grad
         tl.store(grad_logits + t * grad_row + column * grad_column, value, mask=here)
 
 

@@ -9,6 +9,7 @@ N positions, m candidate ids here, H hidden, V vocabulary rows here. Losses are 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_replay.errors import DataError
 from megatron_replay.kernels.library import Kernels, choose
-from megatron_replay.kernels.torch_twins import row_of, set_gradient, weighted_rows
+from megatron_replay.kernels.precision import accumulator
+from megatron_replay.kernels.torch_twins import set_gradient
 from megatron_replay.ops.local_sets import LocalSets
 from megatron_replay.ops.sets import CandidateSets
 from megatron_replay.ops.shard import VocabShard, shard_of
@@ -113,11 +115,12 @@ class _RestrictedLinear(torch.autograd.Function):
         sparse: bool,
         ops: Kernels,
     ) -> tuple[Tensor, Tensor]:
-        mix = ctx.needs_input_grad[0] and here.targets is None
-        z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix)
-        loss, lse, peak, total = _combine(_aimed(stats, z, here), shard)
+        z, stats, *mixtures = ops.restricted_fwd(
+            hidden, weight, here.offsets, here.columns, here.gold, ctx.needs_input_grad[0], here.targets
+        )
+        loss, lse, peak, total = _combine(stats, shard)
         ctx.save_for_backward(hidden, weight, z, stats[0], peak, total)
-        ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixture = here, ops, main_grad, sparse, mixture
+        ctx.here, ctx.ops, ctx.main_grad, ctx.sparse, ctx.mixtures = here, ops, main_grad, sparse, mixtures
         return loss, lse
 
     @staticmethod
@@ -127,18 +130,20 @@ class _RestrictedLinear(torch.autograd.Function):
         of_softmax = grad + grad_lse  # the factor of p~; that of y is grad alone
         here, ops = ctx.here, ctx.ops
         grad_hidden = grad_weight = None
-        if ctx.needs_input_grad[0] and here.targets is None:
-            mixture, ctx.mixture = ctx.mixture, None  # becomes the gradient in place
-            if mixture is None:  # backward came before, through a retained graph
-                mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)[2]
+        if ctx.needs_input_grad[0]:
+            mixtures, ctx.mixtures = ctx.mixtures, None  # the first becomes the gradient in place
+            if mixtures is None:  # backward came before, through a retained graph
+                table = (here.offsets, here.columns, here.gold)
+                mixtures = ops.restricted_fwd(hidden, weight, *table, True, here.targets)[2:]
+            mixture, target_mixture = mixtures
             scale = torch.stack([(top - peak).exp_().mul_(of_softmax).div_(total), grad])
-            ops.restricted_bwd_dh(mixture, weight, here.columns, here.gold, scale)
+            subtracted = None if here.targets is None else target_mixture
+            ops.restricted_bwd_dh(mixture, weight, here.columns, here.gold, scale, subtracted)
             grad_hidden = mixture.to(hidden.dtype)
-        elif ctx.needs_input_grad[0]:
-            coefficient = _coefficient(z, here, peak, of_softmax / total, grad)
-            grad_hidden = weighted_rows(weight, here.offsets, here.columns, coefficient).to(hidden.dtype)
         if ctx.main_grad is not None or ctx.needs_input_grad[1]:
-            entries = (hidden, *here.by_column.entries(_coefficient(z, here, peak, of_softmax / total, grad)))
+            scalars = torch.stack([peak, of_softmax / total, grad])
+            coefficient = set_gradient(z, here.offsets, here.gold, scalars, here.targets)
+            entries = (hidden, *here.by_column.entries(coefficient))
             if ctx.main_grad is not None:
                 ops.restricted_bwd_dw(*entries, ctx.main_grad)
             elif ctx.sparse:
@@ -155,8 +160,8 @@ class _RestrictedLinear(torch.autograd.Function):
 class _RestrictedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, here: LocalSets, shard: VocabShard, ops: Kernels) -> Tensor:
-        z, stats = ops.restricted_logits_fwd(logits, here.offsets, here.columns, here.gold)
-        loss, _, peak, total = _combine(_aimed(stats, z, here), shard)
+        z, stats = ops.restricted_logits_fwd(logits, here.offsets, here.columns, here.gold, here.targets)
+        loss, _, peak, total = _combine(stats, shard)
         ctx.save_for_backward(z, peak, total)
         ctx.here, ctx.ops, ctx.shape, ctx.dtype = here, ops, logits.shape, logits.dtype
         return loss
@@ -167,22 +172,9 @@ class _RestrictedLogits(torch.autograd.Function):
         z, peak, total = ctx.saved_tensors
         here = ctx.here
         grad_logits = _zeros(ctx.shape, ctx.dtype, grad.device)
-        if here.targets is None:
-            scalars = torch.stack([peak, grad / total, grad])
-            ctx.ops.restricted_logits_bwd(z, here.offsets, here.columns, here.gold, scalars, grad_logits)
-        else:
-            values = _coefficient(z, here, peak, grad / total, grad).to(grad_logits.dtype)
-            grad_logits[row_of(here.offsets, z.shape[0]), here.columns.long()] = values
+        scalars = torch.stack([peak, grad / total, grad])
+        ctx.ops.restricted_logits_bwd(z, here.offsets, here.columns, here.gold, scalars, grad_logits, here.targets)
         return grad_logits, None, None, None
-
-
-def _aimed(stats: Tensor, z: Tensor, here: LocalSets) -> Tensor:
-    """Local (max, sum exp, sum y z) [3, N] of (max, sum exp, gold logit); without targets they are the same."""
-    if here.targets is None:
-        return stats
-    rows = row_of(here.offsets, z.shape[0])
-    aimed = torch.zeros_like(stats[2]).index_add_(0, rows, z * here.targets.to(z.dtype))
-    return torch.stack([stats[0], stats[1], aimed])
 
 
 def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,15 +187,6 @@ def _combine(stats: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor, 
     total, aimed = shard.sum_(torch.stack([total * (top - peak).exp(), aimed]))
     log_total = total.log()
     return log_total + (peak - aimed), log_total + peak, peak, total
-
-
-def _coefficient(z: Tensor, here: LocalSets, peak: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the candidates' logits here, [m]: factor_t exp(z - peak_t) - y grad_t."""
-    scalars = torch.stack([peak, factor, grad])
-    if here.targets is None:
-        return set_gradient(z, here.offsets, here.gold, scalars)
-    probability = set_gradient(z, here.offsets, torch.full_like(here.gold, -1), scalars)  # p~ only
-    return probability.sub_(here.targets.to(z.dtype) * grad[row_of(here.offsets, z.shape[0])])
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -222,11 +205,15 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 def _local(sets: CandidateSets | LocalSets, shard: VocabShard, rows: Tensor, *, by_column: bool = False) -> LocalSets:
     """The sets of `rows` as this shard sees them.
 
-    They are cut where they are and moved then, so that no accelerator has to be waited for.
+    They are cut where they are and moved then, so that no accelerator has to be waited for. Targets get the dtype in
+    which the rows are summed.
     """
     if sets.num_positions != rows.shape[0]:
         raise DataError(
             f"{sets.num_positions} candidate sets for {rows.shape[0]} rows; pass the rows of the stored positions only"
         )
     here = sets if isinstance(sets, LocalSets) else sets.local(shard)
-    return (here.indexed() if by_column else here).to(rows.device)
+    here = (here.indexed() if by_column else here).to(rows.device)
+    return (
+        here if here.targets is None else replace(here, targets=here.targets.to(accumulator(rows.dtype)).contiguous())
+    )

@@ -20,13 +20,14 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 @dataclass
 class Sets:
-    """A restricted-loss problem: hidden [N, H], weight [V, H], offsets [N + 1], columns [m], gold [N]."""
+    """A restricted-loss problem: hidden [N, H], weight [V, H], offsets [N + 1], columns [m], gold [N], targets [m]."""
 
     hidden: Tensor
     weight: Tensor
     offsets: Tensor
     columns: Tensor
     gold: Tensor
+    targets: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -39,9 +40,16 @@ class Sets:
 
 
 def sets(
-    sizes: Sequence[int], vocab: int, width: int, dtype: torch.dtype, *, tied: bool = False, seed: int = 0
+    sizes: Sequence[int],
+    vocab: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    tied: bool = False,
+    soft: bool = False,
+    seed: int = 0,
 ) -> Sets:
-    """Random sets of these sizes.
+    """Random sets of these sizes, with random targets where `soft`.
 
     gold is the first, the last or a middle candidate, or on another rank (-1) at every fourth position.
     """
@@ -58,9 +66,9 @@ def sets(
         for t, (size, place) in enumerate(zip(sizes, places, strict=True))
     ]
     columns = torch.cat([torch.empty(0, dtype=torch.int64), *rows]).int()
-    return Sets(
-        hidden.to(dtype), weight.to(dtype).contiguous(), offsets, columns, torch.tensor(gold, dtype=torch.int64)
-    )
+    targets = torch.rand(len(columns), generator=gen) if soft else None
+    golds = torch.tensor(gold, dtype=torch.int64)
+    return Sets(hidden.to(dtype), weight.to(dtype).contiguous(), offsets, columns, golds, targets)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> bool:
@@ -81,12 +89,16 @@ def restricted_fwd(library: Library, x: Sets, mix: bool = True, **how: object) -
     n, width, candidates, _ = x.sizes
     z, stats = untouched(candidates), untouched(3, n)
     mixture = untouched(n, width) if mix else None
-    library.call("restricted_fwd", [x.hidden.dtype], x.hidden, x.weight, *x.tables, z, stats, mixture, *x.sizes, **how)  # type: ignore[arg-type]
-    return (z, stats, mixture) if mixture is not None else (z, stats)
+    target_mixture = untouched(n, width) if mix and x.targets is not None else None
+    given = (x.hidden, x.weight, *x.tables, x.targets)
+    results = (z, stats, mixture, target_mixture)
+    library.call("restricted_fwd", [x.hidden.dtype], *given, *results, *x.sizes, **how)  # type: ignore[arg-type]
+    return tuple(tensor for tensor in results if tensor is not None)
 
 
 def restricted_fwd_reference(x: Sets) -> tuple[Tensor, ...]:
-    return plain.restricted_fwd(x.hidden, x.weight, *x.tables, True)
+    results = plain.restricted_fwd(x.hidden, x.weight, *x.tables, True, x.targets)
+    return results[:3] if x.targets is None else results
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,12 @@ def outcome(library: Library, variant: str, scenarios: Sequence[Scenario]) -> st
     return "passes"
 
 
-def restricted_bwd_dh(library: Library, x: Sets, mixture: Tensor, scale: Tensor, **how: object) -> tuple[Tensor, ...]:
+def restricted_bwd_dh(
+    library: Library, x: Sets, mixture: Tensor, scale: Tensor, target_mixture: Tensor | None = None, **how: object
+) -> tuple[Tensor, ...]:
     out = mixture.clone()
-    library.call("restricted_bwd_dh", [x.weight.dtype], out, x.weight, x.columns, x.gold, scale, *x.sizes, **how)  # type: ignore[arg-type]
+    given = (out, x.weight, x.columns, x.gold, scale, target_mixture)
+    library.call("restricted_bwd_dh", [x.weight.dtype], *given, *x.sizes, **how)  # type: ignore[arg-type]
     return (out,)
 
 
@@ -142,7 +157,18 @@ def logits_fwd(library: Library, logits: Tensor, x: Sets, **how: object) -> tupl
     n, _, candidates, vocab = x.sizes
     z, stats = untouched(candidates), untouched(3, n)
     library.call(
-        "logits_fwd", [logits.dtype], logits, *x.tables, z, stats, n, vocab, logits.shape[1], candidates, **how
+        "logits_fwd",
+        [logits.dtype],
+        logits,
+        *x.tables,
+        x.targets,
+        z,
+        stats,
+        n,
+        vocab,
+        logits.shape[1],
+        candidates,
+        **how,
     )  # type: ignore[arg-type]
     return z, stats
 
@@ -153,7 +179,8 @@ def logits_bwd(
     """scalars [3, N]: peak, factor, grad."""
     n, _, candidates, vocab = x.sizes
     out = torch.zeros(n, vocab, dtype=dtype)
-    library.call("logits_bwd", [dtype], z, *x.tables, *scalars.unbind(), out, n, vocab, candidates, **how)  # type: ignore[arg-type]
+    given = (z, *x.tables, x.targets, *scalars.unbind())
+    library.call("logits_bwd", [dtype], *given, out, n, vocab, candidates, **how)  # type: ignore[arg-type]
     return (out,)
 
 

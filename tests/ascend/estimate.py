@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -85,6 +86,8 @@ def main() -> None:
         print(row(f"{model}: restricted_fwd", library, load))
         restricted_fwd(library, x, mix=False, blocks=1)
         print(row(f"{model}: restricted_fwd, no mixture", library, load))
+        restricted_fwd(library, replace(x, targets=coefficient), blocks=1)
+        print(row(f"{model}: restricted_fwd, targets", library, load))
         restricted_bwd_dh(library, x, torch.zeros(positions, width), stats[:2].contiguous(), blocks=1)
         print(row(f"{model}: restricted_bwd_dh", library, load))
         restricted_bwd_dw(library, x, coefficient, torch.zeros(200, width), blocks=1)

@@ -154,6 +154,58 @@ RESTRICTED_FWD = [
         "bfloat16 has no arithmetic",
     ),
     Mutation("the row's tail is not scaled", ROWS, "  if (rest) MulAddDst(", "  if (false) MulAddDst(", "wrong"),
+    Mutation("targets skip the queue", TILES, "    tiles_in_.EnQue(tensor);", "", "DeQue: the queue is empty"),
+    Mutation(
+        "targets are never freed",
+        FWD,
+        "    if (soft_) target_tiles_.Free(targets);\n",
+        "",
+        "all 2 buffers of the queue are in use",
+    ),
+    Mutation(
+        "targets of the candidate before",
+        TILES,
+        "targets_[tile.first]",
+        "targets_[tile.first - (tile.first > 0)]",
+        "wrong",
+    ),
+    Mutation(
+        "no barrier before the sum of y z",
+        STATE,
+        "Mul(products, z, targets, lanes);\n    PipeBarrier<PIPE_V>();",
+        "Mul(products, z, targets, lanes);",
+        NO_BARRIER,
+    ),
+    Mutation(
+        "the sum of y z has a lane more",
+        STATE,
+        "WholeReduceSum(sum, products, lanes,",
+        "WholeReduceSum(sum, products, lanes + 1,",
+        "wrong",
+    ),
+    Mutation(
+        "targets are taken in after the softmax, whose shares they write over",
+        FWD,
+        "      state_.Aim(z, targets, tile.count);\n    }\n    state_.Add(z, tile.count);",
+        "    }\n    state_.Add(z, tile.count);\n    if (soft_) state_.Aim(z, targets, tile.count);",
+        "wrong",
+    ),
+    Mutation("gold counts beside the targets", FWD, "soft_ ? -1 : gold_table_", "gold_table_", "wrong"),
+    Mutation(
+        "targets mix by the softmax's factors",
+        FWD,
+        "factors = target_factors_.Get<float>();\n    if",
+        "factors = factors_.Get<float>();\n    if",
+        "wrong",
+    ),
+    Mutation("every tile begins the targets' mixture anew", FWD, "if (i == 0 && opens)", "if (i == 0)", "wrong"),
+    Mutation(
+        "mixtures of no candidates are not cleared",
+        FWD,
+        "    if (!tile.count) Duplicate(row, 0.0f, static_cast<int32_t>(width_));\n",
+        "",
+        "that nothing has written",
+    ),
 ]
 DH = "restricted_bwd_dh.h"
 RESTRICTED_BWD_DH = [
@@ -204,7 +256,7 @@ RESTRICTED_BWD_DH = [
         "a row far outside", DH, "weight_[column * width_", "weight_[(column + (1u << 20)) * width_", "GlobalTensor["
     ),
     Mutation("a gold elsewhere counts as here", DH, "    if (step.gold < 0) return;\n", "", "GlobalTensor.GetValue("),
-    Mutation("the gold row is added", DH, "-step.drop", "step.drop", "wrong"),
+    Mutation("the gold row is added", DH, "Axpy(out, wide, -step.drop", "Axpy(out, wide, step.drop", "wrong"),
     Mutation(
         "the last slice is as long as the others",
         DH,
@@ -239,6 +291,34 @@ RESTRICTED_BWD_DH = [
         "    mixture_out_.EnQue(out);\n    out = mixture_out_.template DeQue<float>();\n",
         "",
         "MTE3 reads buffer byte",
+    ),
+    Mutation(
+        "the targets' mixture skips the queue", DH, "    target_in_.EnQue(target);", "", "DeQue: the queue is empty"
+    ),
+    Mutation(
+        "the targets' mixture is never freed",
+        DH,
+        "      target_in_.FreeTensor(target);\n",
+        "",
+        "with a tensor of a queue not freed",
+    ),
+    Mutation(
+        "no barrier before the targets' mixture",
+        DH,
+        "      PipeBarrier<PIPE_V>();\n      Axpy(out, target,",
+        "      Axpy(out, target,",
+        NO_BARRIER,
+    ),
+    Mutation(
+        "the targets' mixture is added", DH, "Axpy(out, target, -step.drop", "Axpy(out, target, step.drop", "wrong"
+    ),
+    Mutation("gold counts beside the targets", DH, "soft_ ? -1 : gold_table_", "gold_table_", "wrong"),
+    Mutation(
+        "every slice takes the first of the targets' mixture",
+        DH,
+        "target_mixture_[static_cast<uint64_t>(step.token) * width_ + step.start]",
+        "target_mixture_[static_cast<uint64_t>(step.token) * width_]",
+        "wrong",
     ),
 ]
 
@@ -421,6 +501,22 @@ LOGITS_FWD = [
         "opens_ = true;",
         "all 2 buffers of the queue are in use",
     ),
+    Mutation("targets skip the queue", TILES, "    tiles_in_.EnQue(tensor);", "", "DeQue: the queue is empty"),
+    Mutation(
+        "targets are never freed",
+        LF,
+        "      target_tiles_.Free(targets);\n",
+        "",
+        "all 2 buffers of the queue are in use",
+    ),
+    Mutation("gold counts beside the targets", LF, "soft_ ? -1 : gold_table_", "gold_table_", "wrong"),
+    Mutation(
+        "every tile begins a new sum of y z",
+        STATE,
+        "AscendC::Add(state_[2 * kBlock], state_[2 * kBlock], sum, 1);",
+        "Adds(state_[2 * kBlock], sum, 0.0f, 1);",
+        "wrong",
+    ),
 ]
 
 LB = "logits_bwd.h"
@@ -494,6 +590,23 @@ LOGITS_BWD = [
         "work * (block + 1) / blocks + 80)}",
         "race between blocks",
     ),
+    Mutation("targets skip the queue", TILES, "    tiles_in_.EnQue(tensor);", "", "DeQue: the queue is empty"),
+    Mutation(
+        "targets are never freed",
+        LB,
+        "      target_tiles_.Free(targets);\n",
+        "",
+        "all 2 buffers of the queue are in use",
+    ),
+    Mutation("targets are added", LB, "Axpy(share, targets, -grad", "Axpy(share, targets, grad", "wrong"),
+    Mutation(
+        "no barrier after the targets",
+        LB,
+        "count);\n      PipeBarrier<PIPE_V>();\n      target_tiles_",
+        "count);\n      target_tiles_",
+        NO_BARRIER,
+    ),
+    Mutation("gold counts beside the targets", LB, "soft_ ? -1 : gold_table_", "gold_table_", "wrong"),
 ]
 
 MS, CHUNKS = "moclip_stats.h", "chunks.h"

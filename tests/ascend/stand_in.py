@@ -20,7 +20,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "ascend"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 TILINGS = {  # number of arguments, call
-    "fwd": (2, "fwd_tiling(static_cast<Element>(a0), a1)"),
+    "fwd": (3, "fwd_tiling(static_cast<Element>(a0), a1, a2)"),
     "dw": (4, "dw_tiling(static_cast<Element>(a0), static_cast<Element>(a1), a2, a3)"),
     "parts": (1, "restricted_bwd_dw_parts(a0)"),
     "topk": (1, "topk_capacity(a0)"),
@@ -70,11 +70,11 @@ class Signature:
 
 
 SIGNATURES = {
-    "restricted_fwd": Signature(1, "ppppppppuuuu"),
-    "restricted_bwd_dh": Signature(1, "pppppuuuu"),
+    "restricted_fwd": Signature(1, "ppppppppppuuuu"),
+    "restricted_bwd_dh": Signature(1, "ppppppuuuu"),
     "restricted_bwd_dw": Signature(2, "pppppppuuuuuu"),
-    "logits_fwd": Signature(1, "ppppppuuuu"),
-    "logits_bwd": Signature(1, "ppppppppuuu"),
+    "logits_fwd": Signature(1, "pppppppuuuu"),
+    "logits_bwd": Signature(1, "pppppppppuuu"),
     "moclip_stats": Signature(1, "pppU"),
     "moclip_update": Signature(2, "ppppppUS"),
     "topk": Signature(1, "pppppuuuu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -45,13 +46,18 @@ def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
         ]
         problems[2].hidden *= 60
         problems.append(sets([3] * 300, 40, 16, LOW))
+        problems += [sets([1, 2, 0, 15, 16, 0, 40, 31], 300, 64, LOW, soft=True), sets([5, 3], 9, 8192, LOW, soft=True)]
         return [Scenario(partial(restricted_fwd, x=x), restricted_fwd_reference(x)) for x in problems]
     if kernel == "restricted_bwd_dh":
         found = []
         for width, sizes in ((64, [3, 9, 1, 40, 0, 7]), (8192, [5, 4]), (5120, [6])):
             x = sets(sizes, 60, width, LOW)
             mixture, scale = torch.randn(len(sizes), width, generator=gen), torch.rand(2, len(sizes), generator=gen)
-            found.append(correct(library, partial(restricted_bwd_dh, x=x, mixture=mixture, scale=scale)))
+            run = partial(restricted_bwd_dh, x=x, mixture=mixture, scale=scale)
+            found += [
+                correct(library, run),
+                correct(library, partial(run, target_mixture=mixture.flip(0).contiguous())),
+            ]
         return found
     if kernel == "restricted_bwd_dw":
         found = []
@@ -70,9 +76,10 @@ def scenarios_of(kernel: str, library: Library) -> list[Scenario]:
         logits = (torch.randn(8, 307, generator=gen) * 20).to(LOW)
         z, stats = logits_fwd(library, logits, x)
         scalars = torch.stack([stats[0], torch.rand(8, generator=gen), torch.rand(8, generator=gen)])
+        both = (x, replace(x, targets=torch.rand(len(x.columns), generator=gen)))
         if kernel == "logits_fwd":
-            return [correct(library, partial(logits_fwd, logits=logits, x=x))]
-        return [correct(library, partial(logits_bwd, z=z, x=x, scalars=scalars, dtype=LOW))]
+            return [correct(library, partial(logits_fwd, logits=logits, x=some)) for some in both]
+        return [correct(library, partial(logits_bwd, z=z, x=some, scalars=scalars, dtype=LOW)) for some in both]
     if kernel == "moclip_stats":
         lengths = (100, 3 * CHUNK + 5000)
         vectors = [(torch.randn(n, generator=gen).to(LOW), torch.randn(n, generator=gen)) for n in lengths]

@@ -33,11 +33,13 @@ def dh_case(case: str, dtype: torch.dtype) -> tuple[Sets, Tensor, Tensor]:
 
 
 @dtypes
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("case", CASES)
-def test_dh_is_the_reference(kernels: Library, case: str, dtype: torch.dtype) -> None:
+def test_dh_is_the_reference(kernels: Library, case: str, soft: bool, dtype: torch.dtype) -> None:
     x, mixture, scale = dh_case(case, dtype)
-    (found,) = restricted_bwd_dh(kernels, x, mixture, scale)
-    plain.restricted_bwd_dh(mixture, x.weight, x.columns, x.gold, scale)
+    targets = mixture.flip(0).contiguous() if soft else None
+    (found,) = restricted_bwd_dh(kernels, x, mixture, scale, targets)
+    plain.restricted_bwd_dh(mixture, x.weight, x.columns, x.gold, scale, targets)
     assert close(found, mixture)
 
 
@@ -73,6 +75,7 @@ def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dty
             how = {"blocks": blocks, "backwards": backwards}
             found = (
                 *restricted_bwd_dh(kernels, x, mixture, scale, **how),
+                *restricted_bwd_dh(kernels, x, mixture, scale, 2 * mixture, **how),
                 *restricted_bwd_dw(kernels, hot, coefficient, grad, **how),
             )
             first = first or found
@@ -103,6 +106,10 @@ def test_dh_reads_and_writes_each_row_once(kernels: Library) -> None:
     assert used["v"] <= 3 * 40 and used["repeats"] <= 40 * 40 + gold * 80
     assert used["mte2"] <= 40 + gold + 3 * 4 and used["mte3"] == 40
     assert used["scalar_waits"] <= 2 * 3 * 4
+    restricted_bwd_dh(kernels, x, mixture, scale, mixture + 1, blocks=4)
+    used, rows = kernels.counters(), 2 * 40 * 2560 * 4
+    assert rows <= used["mte2_bytes"] <= rows + 40 * 16 and used["mte3_bytes"] == 40 * 2560 * 4
+    assert used["v"] <= 2 * 40 and used["repeats"] <= 2 * 40 * 40 and used["mte2"] <= 2 * 40 + 3 * 4
 
 
 def test_dw_reads_each_entry_once_and_touched_rows_once(kernels: Library) -> None:

@@ -9,6 +9,7 @@ from cases import DTYPES, Sets, close, restricted_fwd, restricted_fwd_reference,
 from stand_in import Library, StandInError
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+softs = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 CASES = {
     "sizes": ([1, 2, 0, 15, 16, 0, 200, 31, 3], 300, 64),
     "odd multiple of 16": ([5, 40, 0, 7], 60, 16),
@@ -24,10 +25,17 @@ CASES = {
 }
 
 
+def problem(case: str, dtype: torch.dtype, soft: bool) -> Sets:
+    """With targets, float32 rows of 8,192 do not fit the buffer."""
+    sizes, vocab, width = CASES[case]
+    return sets(sizes, vocab, 7680 if soft and width == 8192 and dtype == torch.float32 else width, dtype, soft=soft)
+
+
 @dtypes
+@softs
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_the_reference(kernels: Library, case: str, dtype: torch.dtype) -> None:
-    x = sets(*CASES[case], dtype)
+def test_it_is_the_reference(kernels: Library, case: str, soft: bool, dtype: torch.dtype) -> None:
+    x = problem(case, dtype, soft)
     found = restricted_fwd(kernels, x)
     assert all(close(*pair) for pair in zip(found, restricted_fwd_reference(x), strict=True))
     alone = restricted_fwd(kernels, x, mix=False)
@@ -35,8 +43,9 @@ def test_it_is_the_reference(kernels: Library, case: str, dtype: torch.dtype) ->
 
 
 @dtypes
-def test_blocks_and_their_order_change_no_bit(kernels: Library, dtype: torch.dtype) -> None:
-    x = sets(*CASES["sizes"], dtype)
+@softs
+def test_blocks_and_their_order_change_no_bit(kernels: Library, soft: bool, dtype: torch.dtype) -> None:
+    x = problem("sizes", dtype, soft)
     first = restricted_fwd(kernels, x, blocks=1)
     for blocks in (1, 2, 3, 8, 40):
         for backwards in (False, True):
@@ -73,6 +82,11 @@ def test_a_width_it_does_not_take(kernels: Library) -> None:
             restricted_fwd(kernels, sets([1], 3, width, torch.float32))
 
 
+def test_with_targets_float32_rows_of_7680_are_the_widest(kernels: Library) -> None:
+    with pytest.raises(StandInError, match="takes no float32 rows of 7696; use bfloat16 or kernels=reference"):
+        restricted_fwd(kernels, sets([1], 3, 7696, torch.float32, soft=True))
+
+
 def test_rows_that_begin_anywhere(kernels: Library) -> None:
     x = sets([1, 2], 5, 16, torch.float32)
     x.weight = torch.zeros(5 * 16 + 1)[1:].view(5, 16)
@@ -81,10 +95,12 @@ def test_rows_that_begin_anywhere(kernels: Library) -> None:
 
 
 @dtypes
+@softs
 @pytest.mark.parametrize("width", [16, 576, 1024, 2560, 4096, 5120, 8192])
-def test_the_tiling_is_what_the_kernel_allocates(kernels: Library, width: int, dtype: torch.dtype) -> None:
-    restricted_fwd(kernels, sets([1], 2, width, dtype))
-    rows, outs, size = kernels.tiling("fwd", dtype, width)
+def test_the_tiling_is_what_the_kernel_allocates(kernels: Library, width: int, soft: bool, dtype: torch.dtype) -> None:
+    width = 7680 if soft and width == 8192 and dtype == torch.float32 else width
+    restricted_fwd(kernels, sets([1], 2, width, dtype, soft=soft))
+    rows, outs, size = kernels.tiling("fwd", dtype, width, soft)
     assert 1 <= rows <= 15 and 1 <= outs <= 2
     assert kernels.counters()["buffer"] == size <= 196_608
 
@@ -94,25 +110,27 @@ def budget(x: Sets, blocks: int) -> dict[str, float]:
     n, width, m, _ = x.sizes
     size = x.hidden.element_size()
     rows_read = (m + int((x.offsets.diff() > 0).sum())) * width * size
-    tables = 8 * (n + 1) + 4 * m + 8 * n + blocks * 32 * 8
-    return {"mte2_bytes": rows_read + tables, "mte3_bytes": 4 * m + 12 * n + 4 * n * width}
+    soft = x.targets is not None
+    tables = 8 * (n + 1) + 4 * m + 8 * n + blocks * 32 * 8 + 4 * m * soft
+    return {"mte2_bytes": rows_read + tables, "mte3_bytes": 4 * m + 12 * n + 4 * n * width * (1 + soft)}
 
 
 @dtypes
-def test_traffic_and_instructions_stay_in_the_budget(kernels: Library, dtype: torch.dtype) -> None:
-    x, blocks = sets([58] * 24, 600, 2560, dtype), 4
+@softs
+def test_traffic_and_instructions_stay_in_the_budget(kernels: Library, soft: bool, dtype: torch.dtype) -> None:
+    x, blocks = sets([58] * 24, 600, 2560, dtype, soft=soft), 4
     restricted_fwd(kernels, x, blocks=blocks)
     used, allowed = kernels.counters(), budget(x, blocks)
     assert all(used[name] <= limit for name, limit in allowed.items())
     assert used["mte2_bytes"] >= 0.999 * (58 * 24 + 24) * 2560 * dtype.itemsize
     n, width, m, _ = x.sizes
-    rows = kernels.tiling("fwd", dtype, width)[0]
+    rows = kernels.tiling("fwd", dtype, width, soft)[0]
     tiles = n * -(-58 // rows)
     chunks = width / 64
-    per_row = chunks * (2 if dtype == torch.float32 else 3) + 17  # widen, multiply, mix; then the reduction
-    assert used["repeats"] <= m * per_row + tiles * (chunks + 16) + n * (chunks + 4) + blocks * 250
-    assert used["v"] <= m * 6 + tiles * 18 + n * 4 + blocks * 4
-    assert used["mte2"] <= m + n + blocks * 12 and used["mte3"] <= tiles + 2 * n
+    per_row = chunks * (2 + (dtype != torch.float32) + soft) + 17  # widen, multiply, mix; then the reduction
+    assert used["repeats"] <= m * per_row + tiles * (chunks + 16 + 5 * soft) + n * (chunks + 4) + blocks * 250
+    assert used["v"] <= m * (6 + soft) + tiles * (18 + 4 * soft) + n * 4 + blocks * 4
+    assert used["mte2"] <= m + n + blocks * 12 + tiles * soft and used["mte3"] <= tiles + (2 + soft) * n
     # the program waits for tables only, never for the vector pipe
     assert used["scalar_waits"] <= 3 * blocks + m / 256 + 2 * n / 256
     shares = [kernels.counters(block)["mte2_bytes"] for block in range(blocks)]

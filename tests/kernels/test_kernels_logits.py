@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.kernels.library import choose
+from megatron_replay.kernels.precision import accumulator
 from megatron_replay.ops import CandidateSets, VocabShard, restricted_cross_entropy
 from megatron_replay.ops.local_sets import LocalSets
 
@@ -56,15 +57,18 @@ def close(ours: Tensor, plain: Tensor, tolerance: float) -> None:
 def check(logits: Tensor, here: LocalSets) -> tuple[Tensor, Tensor, Tensor]:
     """Both operators equal the plain ones; z, statistics and gradient of ours."""
     table = (here.offsets, here.columns, here.gold)
-    (z, stats), (right, right_stats) = (ops.restricted_logits_fwd(logits, *table) for ops in (OURS, PLAIN))
+    (z, stats), (right, right_stats) = (
+        ops.restricted_logits_fwd(logits, *table, here.targets) for ops in (OURS, PLAIN)
+    )
     assert torch.equal(z, right) and z.dtype == right.dtype
     close(stats, right_stats, TOLERANCE[logits.dtype])
-    assert torch.equal(stats[0], right_stats[0]) and torch.equal(stats[2], right_stats[2])
+    assert torch.equal(stats[0], right_stats[0])
+    assert here.targets is not None or torch.equal(stats[2], right_stats[2])
     factors = torch.linspace(0.25, 1, 2 * len(here.gold), dtype=z.dtype).view(2, -1)
     scalars, before = torch.stack([right_stats[0] + 0.5, *factors]), torch.full(logits.shape, 0.375, dtype=logits.dtype)
     grad, right_grad = before.clone(), before.clone()
-    OURS.restricted_logits_bwd(z, *table, scalars, grad)
-    PLAIN.restricted_logits_bwd(z, *table, scalars, right_grad)
+    OURS.restricted_logits_bwd(z, *table, scalars, grad, here.targets)
+    PLAIN.restricted_logits_bwd(z, *table, scalars, right_grad, here.targets)
     close(grad, right_grad, STEP[logits.dtype])
     untouched = torch.ones(logits.shape, dtype=torch.bool)
     untouched[torch.arange(len(here.gold)).repeat_interleave(here.offsets.diff()), here.columns.long()] = False
@@ -72,11 +76,17 @@ def check(logits: Tensor, here: LocalSets) -> tuple[Tensor, Tensor, Tensor]:
     return z, stats, grad
 
 
-def loss_and_gradient(logits: Tensor, sets: CandidateSets, mode: str = "auto") -> tuple[Tensor, Tensor]:
+def loss_and_gradient(logits: Tensor, sets: CandidateSets | LocalSets, mode: str = "auto") -> tuple[Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
     loss = restricted_cross_entropy(leaf, sets, kernels=mode)
     (grad,) = torch.autograd.grad((loss * torch.linspace(0.5, 1, len(loss), dtype=loss.dtype)).sum(), leaf)
     return loss.detach(), grad
+
+
+def aimed(sets: CandidateSets, vocab: int, dtype: torch.dtype) -> LocalSets:
+    """The sets with random targets in the dtype of sums; some are 0."""
+    y = torch.rand(len(sets.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return sets.local(VocabShard(0, vocab), targets=y.sub_(0.1).clamp_(min=0).to(accumulator(dtype)))
 
 
 @dtypes
@@ -85,15 +95,17 @@ def loss_and_gradient(logits: Tensor, sets: CandidateSets, mode: str = "auto") -
 def test_every_operator_is_the_references(case: str, zipf: bool, dtype: torch.dtype) -> None:
     logits, sets = problem(case, dtype, zipf)
     check(logits, sets.local(VocabShard(0, logits.shape[1])))
+    check(logits, aimed(sets, logits.shape[1], dtype))
 
 
 @dtypes
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_and_its_gradient_are_the_references(case: str, dtype: torch.dtype) -> None:
     logits, sets = problem(case, dtype)
-    (loss, grad), (right, right_grad) = (loss_and_gradient(logits, sets, mode) for mode in ("auto", "reference"))
-    close(loss, right, 10 * TOLERANCE[dtype])
-    close(grad, right_grad, STEP[dtype])
+    for some in (sets, aimed(sets, logits.shape[1], dtype)):
+        (loss, grad), (right, right_grad) = (loss_and_gradient(logits, some, mode) for mode in ("auto", "reference"))
+        close(loss, right, 10 * TOLERANCE[dtype])
+        close(grad, right_grad, STEP[dtype])
 
 
 @dtypes
@@ -138,13 +150,14 @@ def test_sets_of_65535_ids() -> None:
 def test_threads_and_instruction_sets_give_the_same_bits(
     case: str, dtype: torch.dtype, with_isa: Callable[[str], bool], with_threads: Callable[[int], None]
 ) -> None:
-    problem_ = problem(case, dtype, zipf=True)
+    logits, sets = problem(case, dtype, zipf=True)
+    soft = aimed(sets, logits.shape[1], dtype)
     runs = []
     for isa in ("baseline", "avx2", "avx512"):
         for threads in (1, 2, 3, 5):
             with_threads(threads)
             if with_isa(isa):
-                runs.append(loss_and_gradient(*problem_))
+                runs.append([*loss_and_gradient(logits, sets), *loss_and_gradient(logits, soft)])
     assert runs and all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 

@@ -49,11 +49,11 @@ def ints(*values: int) -> torch.Tensor:
 
 def logits(**changed: object) -> list[Callable[[], object]]:
     """Both operators of the loss from logits."""
-    given = {"matrix": LOGITS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, **changed}
-    matrix, *table = given.values()
+    given = {"matrix": LOGITS, "offsets": OFFSETS, "columns": COLUMNS, "gold": GOLD, "targets": None, **changed}
+    matrix, *table, targets = given.values()
     return [
-        lambda: OPS.restricted_logits_fwd(matrix, *table),
-        lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix),
+        lambda: OPS.restricted_logits_fwd(matrix, *table, targets),
+        lambda: OPS.restricted_logits_bwd(FACTORS, *table, SCALARS_OF_SETS, matrix, targets),
     ]
 
 
@@ -72,6 +72,16 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         dh(mixture=torch.ones(N, H + 1)),
         dh(mixture=torch.ones(H, N).t()),
         dh(mixture=torch.ones(N, H, dtype=torch.float64)),
+    ],
+    "target_mixture must be contiguous": [
+        dh(target_mixture=torch.ones(N, H + 1)),
+        dh(target_mixture=torch.ones(H, N).t()),
+        dh(target_mixture=torch.ones(N, H, dtype=torch.float64)),
+    ],
+    "targets must be contiguous .4. Float": [
+        call
+        for wrong in (FACTORS[:3], FACTORS.double(), FACTORS[:, None], torch.ones(8)[::2], torch.ones(4).bfloat16())
+        for call in logits(targets=wrong)
     ],
     "scale must be contiguous": [
         dh(scale=torch.ones(2, N - 1)),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_replay.kernels.library import choose
-from megatron_replay.ops import CandidateSets, VocabShard, restricted_linear_cross_entropy
+from megatron_replay.kernels.precision import accumulator
+from megatron_replay.ops import CandidateSets, VocabShard, restricted_linear_cross_entropy, restricted_linear_terms
 from megatron_replay.ops.local_sets import ByColumn, LocalSets
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -56,33 +57,51 @@ def close(ours: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, plain, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(scale, 1e-30))
 
 
+def targets(sets: CandidateSets, dtype: torch.dtype) -> Tensor:
+    """Random targets [m] in the dtype of sums; some are 0."""
+    y = torch.rand(len(sets.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return y.sub_(0.1).clamp_(min=0).to(accumulator(dtype))
+
+
 def tables(sets: CandidateSets, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     here = sets.local(VocabShard(0, vocab))
     return here.offsets, here.columns, here.gold
 
 
 @dtypes
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("zipf", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_every_operator_is_the_references(case: str, zipf: bool, dtype: torch.dtype) -> None:
+def test_every_operator_is_the_references(case: str, zipf: bool, soft: bool, dtype: torch.dtype) -> None:
     hidden, weight, sets = inputs(case, dtype, zipf)
     offsets, columns, gold = tables(sets, weight.shape[0])
-    found = OURS.restricted_fwd(hidden, weight, offsets, columns, gold, True)
-    wanted = PLAIN.restricted_fwd(hidden, weight, offsets, columns, gold, True)
+    y = targets(sets, dtype) if soft else None
+    found = OURS.restricted_fwd(hidden, weight, offsets, columns, gold, True, y)
+    wanted = PLAIN.restricted_fwd(hidden, weight, offsets, columns, gold, True, y)
     for ours, plain in zip(found, wanted, strict=True):
         close(ours, plain, dtype)
-    alone = OURS.restricted_fwd(hidden, weight, offsets, columns, gold, False)
-    assert (
-        torch.equal(alone[0], found[0]) and torch.equal(alone[1], found[1]) and alone[2].shape == (0, hidden.shape[1])
-    )
+    alone = OURS.restricted_fwd(hidden, weight, offsets, columns, gold, False, y)
+    assert torch.equal(alone[0], found[0]) and torch.equal(alone[1], found[1])
+    assert alone[2].shape == alone[3].shape == (0, hidden.shape[1])
     scale = wanted[1][:2].contiguous()
     both = [t.clone() for t in (found[2], wanted[2])]
-    OURS.restricted_bwd_dh(both[0], weight, columns, gold, scale)
-    PLAIN.restricted_bwd_dh(both[1], weight, columns, gold, scale)
+    OURS.restricted_bwd_dh(both[0], weight, columns, gold, scale, found[3] if soft else None)
+    PLAIN.restricted_bwd_dh(both[1], weight, columns, gold, scale, wanted[3] if soft else None)
     close(both[0], both[1], dtype)
     coefficient = wanted[0]
     entries = ByColumn.of(offsets, columns).entries(coefficient)
     close(*(ops.restricted_bwd_rows(hidden, *entries) for ops in (OURS, PLAIN)), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_targets_at_gold_alone_give_the_bits_of_the_hard_statistics(case: str, dtype: torch.dtype) -> None:
+    hidden, weight, sets = inputs(case, dtype)
+    offsets, columns, gold = tables(sets, weight.shape[0])
+    y = torch.zeros_like(targets(sets, dtype)).index_fill_(0, gold, 1)
+    hard, soft = (OURS.restricted_fwd(hidden, weight, offsets, columns, gold, True, some) for some in (None, y))
+    assert all(map(torch.equal, hard[:3], soft[:3]))
+    assert torch.equal(soft[3], weight[columns[gold]].to(y.dtype))
 
 
 @dtypes
@@ -106,7 +125,7 @@ def test_the_weight_gradient_is_added_into_any_matrix(dtype: torch.dtype, kept: 
     assert torch.equal(ours[untouched], before[untouched])
 
 
-def results(hidden: Tensor, weight: Tensor, sets: CandidateSets, **options: object) -> tuple[Tensor, ...]:
+def results(hidden: Tensor, weight: Tensor, sets: CandidateSets | LocalSets, **options: object) -> tuple[Tensor, ...]:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = restricted_linear_cross_entropy(hidden, weight, sets, **options)  # type: ignore[arg-type]
     factors = torch.linspace(0.5, 1, len(loss), dtype=loss.dtype)
@@ -118,21 +137,24 @@ def results(hidden: Tensor, weight: Tensor, sets: CandidateSets, **options: obje
 def test_threads_and_instruction_sets_give_the_same_bits(
     case: str, dtype: torch.dtype, with_isa: Callable[[str], bool], with_threads: Callable[[int], None]
 ) -> None:
-    hidden, weight, sets = inputs(case, dtype, zipf=True)
+    hidden, weight, hard = inputs(case, dtype, zipf=True)
+    soft = hard.local(VocabShard(0, weight.shape[0]), targets=targets(hard, dtype))
     runs = []
     for isa in ISAS:
         for threads in (1, 2, 3, 5):
             with_threads(threads)
             if with_isa(isa):
-                runs.append(results(hidden, weight, sets))
+                runs.append([*results(hidden, weight, hard), *results(hidden, weight, soft)])
     assert runs and all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
 @dtypes
-def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_loss_and_its_gradients_are_the_references(soft: bool, dtype: torch.dtype) -> None:
     hidden, weight, sets = inputs("random", dtype)
+    here = sets.local(VocabShard(0, weight.shape[0]), targets=targets(sets, dtype) if soft else None)
     for ours, plain in zip(
-        results(hidden, weight, sets), results(hidden, weight, sets, kernels="reference"), strict=True
+        results(hidden, weight, here), results(hidden, weight, here, kernels="reference"), strict=True
     ):
         torch.testing.assert_close(
             ours, plain, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=20 * TOLERANCE[dtype]
@@ -142,7 +164,9 @@ def test_the_loss_and_its_gradients_are_the_references(dtype: torch.dtype) -> No
 def test_gradcheck() -> None:
     hidden, weight, sets = inputs("odd width", torch.float64)
     some = hidden[:, :5].clone().requires_grad_(), weight[:, :5].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: restricted_linear_cross_entropy(h, w, sets), some)
+    soft = sets.local(VocabShard(0, weight.shape[0]), targets=targets(sets, torch.float64))
+    for here in (sets, soft):
+        assert torch.autograd.gradcheck(lambda h, w, here=here: restricted_linear_terms(h, w, here), some)
 
 
 def test_float32_gradients_are_those_of_float64() -> None:
@@ -182,10 +206,10 @@ def test_a_shard_without_candidates_adds_nothing(dtype: torch.dtype) -> None:
     hidden, weight, _ = inputs("random", dtype)
     sets = CandidateSets.from_lists([[1, 2], [250, 260]], [2, 250])
     here: LocalSets = sets.local(VocabShard(0, 30, group=object()))  # type: ignore[arg-type]
-    z, stats, mixture = OURS.restricted_fwd(hidden[:2], weight[:30], here.offsets, here.columns, here.gold, True)
+    z, stats, mixture, _ = OURS.restricted_fwd(hidden[:2], weight[:30], here.offsets, here.columns, here.gold, True)
     assert len(z) == 2 and stats[:, 1].tolist() == pytest.approx([-3e38, 0.0, 0.0]) and not mixture[1].any()
     none = sets.local(VocabShard(40, 40, group=object()))  # type: ignore[arg-type]
-    z, stats, mixture = OURS.restricted_fwd(hidden[:2], weight[:0], none.offsets, none.columns, none.gold, True)
+    z, stats, mixture, _ = OURS.restricted_fwd(hidden[:2], weight[:0], none.offsets, none.columns, none.gold, True)
     assert len(z) == 0 and stats[1:].eq(0).all() and not mixture.any() and stats.isfinite().all()
     grad = torch.ones(0, weight.shape[1], dtype=dtype)
     OURS.restricted_bwd_dw(hidden[:2], *ByColumn.of(none.offsets, none.columns).entries(z), grad)
@@ -241,5 +265,8 @@ def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="sets for 9 hidden states"):
         fwd(hidden[:9], weight, offsets, columns, gold, True)
     z = fwd(hidden, weight, offsets, columns, gold, False)[0]
+    for wrong in (z[1:], z.double(), z[:, None], z.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match=rf"restricted_fwd: targets must be contiguous \[{len(z)}\] Float"):
+            fwd(hidden, weight, offsets, columns, gold, True, wrong)
     with pytest.raises(RuntimeError, match="coefficient must be"):
         OURS.restricted_bwd_dw(hidden, *ByColumn.of(offsets, columns).entries(z)[:3], z[:3], torch.zeros_like(weight))

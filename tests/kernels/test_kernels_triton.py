@@ -57,7 +57,7 @@ def test_the_kernels_are_the_references_under_the_interpreter() -> None:
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Triton's interpreter does not check types as its compiler does; that needs no GPU."""
     said = run(str(HERE.parent / "triton_compiled.py"), TRITON_CACHE_DIR=str(tmp_path))
-    assert said.count("machine code") == 18
+    assert said.count("machine code") == 28
 
 
 def test_importing_the_operators_leaves_triton_alone() -> None:

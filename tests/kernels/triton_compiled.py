@@ -30,8 +30,13 @@ POINTERS = {
     "i64": ("offsets", "gold"),
     "i32": ("columns", "touched", "begins", "tokens", "found"),
     "matrix": ("hidden", "weight", "out", "logits", "grad_logits"),
-    "sum": ("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient", "scalars"),
+    "sum": (
+        *("z", "stats", "mixtures", "mixture", "scratch_stats", "scratch", "scale", "coefficient", "scalars"),
+        *("targets", "target_mixtures", "target_scratch", "target_mixture"),
+    ),
 }
+ABSENT = ("targets", "target_mixture")
+"""Arguments that may be None; a kernel that has one is compiled with and without."""
 
 
 def signature(name: str, matrix: str, total: str) -> str:
@@ -50,10 +55,12 @@ for capability, (matrix, kind) in TARGETS.items():
     for name in KERNELS:
         kernel = getattr(triton_programs, name)
         total = {torch.float32: "fp32", torch.float64: "fp64"}[kind]
-        source = ASTSource(
-            kernel,
-            {arg: signature(arg, matrix, total) for arg in kernel.arg_names},
-            {(at,): values[arg] for at, arg in enumerate(kernel.arg_names) if arg.isupper()},
-        )
-        built = compile_for(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-        print(f"sm_{capability} {name}: {len(built.asm['cubin'])} bytes of machine code")
+        for absent in ((), ABSENT) if set(ABSENT) & set(kernel.arg_names) else ((),):
+            given = {**values, **dict.fromkeys(absent)}
+            source = ASTSource(
+                kernel,
+                {arg: "constexpr" if arg in absent else signature(arg, matrix, total) for arg in kernel.arg_names},
+                {(at,): given[arg] for at, arg in enumerate(kernel.arg_names) if arg in given},
+            )
+            built = compile_for(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            print(f"sm_{capability} {name}: {len(built.asm['cubin'])} bytes of machine code")

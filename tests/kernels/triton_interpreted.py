@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_replay.kernels import triton_launch
 from megatron_replay.kernels.library import Kernels, choose
+from megatron_replay.kernels.precision import accumulator
 from megatron_replay.ops import (
     CandidateSets,
     VocabShard,
@@ -85,7 +86,8 @@ def close(ours: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
 def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
     """Every operator equals the plain one; what ours gave."""
     dtype, table = hidden.dtype, (here.offsets, here.columns, here.gold)
-    wanted = PLAIN.restricted_fwd(hidden, weight, *table, True)
+    wanted = PLAIN.restricted_fwd(hidden, weight, *table, True, here.targets)
+    subtracted = None if here.targets is None else wanted[3]
     scale = wanted[1][:2].abs().clamp(1e-3, 2).contiguous()
     grown = torch.arange(weight.numel()).view(weight.shape).sin().to(dtype)
     logits = (hidden.double() @ weight.double().t() / weight.shape[1] ** 0.5).to(dtype)
@@ -93,15 +95,15 @@ def check_all(hidden: Tensor, weight: Tensor, here: LocalSets) -> list[Tensor]:
     scalars = torch.stack([peak, *scale])
 
     def results(ops: Kernels) -> list[Tensor]:
-        forward = ops.restricted_fwd(hidden, weight, *table, True)
+        forward = ops.restricted_fwd(hidden, weight, *table, True, here.targets)
         grad_hidden, grad_weight = wanted[2].clone(), grown.clone()
-        ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, scale)
+        ops.restricted_bwd_dh(grad_hidden, weight, here.columns, here.gold, scale, subtracted)
         entries = (hidden, *ByColumn.of(here.offsets, here.columns).entries(wanted[0]))
         ops.restricted_bwd_dw(*entries, grad_weight)
         grad_logits = torch.full(logits.shape, 0.25, dtype=dtype)
-        ops.restricted_logits_bwd(chosen, *table, scalars, grad_logits)
-        exact = [*forward, grad_hidden, ops.restricted_bwd_rows(*entries), *ops.restricted_logits_fwd(logits, *table)]
-        return [*exact, grad_logits, grad_weight]
+        ops.restricted_logits_bwd(chosen, *table, scalars, grad_logits, here.targets)
+        from_logits = ops.restricted_logits_fwd(logits, *table, here.targets)
+        return [*forward, grad_hidden, ops.restricted_bwd_rows(*entries), *from_logits, grad_logits, grad_weight]
 
     ours, plain = results(OURS), results(PLAIN)
     for found, right in zip(ours[:-2], plain[:-2], strict=True):
@@ -120,11 +122,37 @@ def test_every_operator_is_the_references(case: str, cut: None) -> None:
     check_all(*matrices(sets.num_positions, vocab, width, torch.float32), sets.local(VocabShard(0, vocab)))
 
 
+def aimed(sets: CandidateSets, vocab: int, dtype: torch.dtype = torch.float32) -> LocalSets:
+    """The sets with random targets, as the operators take them."""
+    gen = torch.Generator().manual_seed(2)
+    y = torch.rand(len(sets.ids), generator=gen, dtype=torch.float64)
+    return sets.local(VocabShard(0, vocab), targets=y.to(accumulator(dtype)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_with_targets_is_the_references(case: str, cut: None) -> None:
+    sets, vocab, width = CASES[case]
+    check_all(*matrices(sets.num_positions, vocab, width, torch.float32), aimed(sets, vocab))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("cut", [8], indirect=True)
-def test_other_dtypes(dtype: torch.dtype, cut: None) -> None:
+@pytest.mark.parametrize("soft", [False, True])
+def test_other_dtypes(dtype: torch.dtype, soft: bool, cut: None) -> None:
     sets, vocab, width = CASES["tied"]
-    check_all(*matrices(sets.num_positions, vocab, width, dtype), sets.local(VocabShard(0, vocab)))
+    here = aimed(sets, vocab, dtype) if soft else sets.local(VocabShard(0, vocab))
+    check_all(*matrices(sets.num_positions, vocab, width, dtype), here)
+
+
+def test_targets_at_gold_alone_are_the_hard_statistics(cut: None) -> None:
+    sets, vocab, width = CASES["zipf"]
+    hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
+    here = sets.local(VocabShard(0, vocab))
+    table, at_gold = (here.offsets, here.columns, here.gold), torch.zeros(len(here.columns))
+    at_gold[here.gold] = 1
+    hard = OURS.restricted_fwd(hidden, weight, *table, True)
+    soft = OURS.restricted_fwd(hidden, weight, *table, True, at_gold)
+    assert all(map(torch.equal, hard[:3], soft[:3])) and torch.equal(soft[3], weight[here.columns[here.gold]])
 
 
 def test_the_same_bits_again_and_for_a_position_alone(cut: None) -> None:
@@ -135,7 +163,7 @@ def test_the_same_bits_again_and_for_a_position_alone(cut: None) -> None:
     assert all(map(torch.equal, first, again))
     begin, end = here.offsets[4:6]
     alone = LocalSets(here.offsets[4:6] - begin, here.columns[begin:end], here.gold[4:5] - begin)
-    z, stats, mixture = OURS.restricted_fwd(hidden[4:5], weight, alone.offsets, alone.columns, alone.gold, True)
+    z, stats, mixture, _ = OURS.restricted_fwd(hidden[4:5], weight, alone.offsets, alone.columns, alone.gold, True)
     assert (
         torch.equal(z, first[0][begin:end])
         and torch.equal(stats, first[1][:, 4:5])
@@ -157,13 +185,13 @@ def test_sets_of_the_cap() -> None:
 def test_without_the_mixture(cut: None) -> None:
     sets, vocab, width = CASES["zipf"]
     hidden, weight = matrices(sets.num_positions, vocab, width, torch.float32)
-    here = sets.local(VocabShard(0, vocab))
-    with_it, without = (
-        OURS.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix) for mix in (True, False)
-    )
-    assert (
-        torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1]) and without[2].shape == (0, width)
-    )
+    for here in (sets.local(VocabShard(0, vocab)), aimed(sets, vocab)):
+        with_it, without = (
+            OURS.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, mix, here.targets)
+            for mix in (True, False)
+        )
+        assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1])
+        assert without[2].shape == without[3].shape == (0, width)
 
 
 @pytest.mark.parametrize("shard", [(0, 12), (12, 14), (40, 40), (2, 30)])
@@ -241,7 +269,7 @@ def test_a_set_of_65535_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     here = CandidateSets.from_lists([range(65_535), [7, 65_599]], [65_534, 7]).local(VocabShard(0, 65_600))
     table = (here.offsets, here.columns, here.gold)
     exact = PLAIN.restricted_fwd(hidden.double(), weight.double(), *table, True)
-    for ours, right in zip(OURS.restricted_fwd(hidden, weight, *table, True), exact, strict=True):
+    for ours, right in zip(OURS.restricted_fwd(hidden, weight, *table, True)[:3], exact[:3], strict=True):
         assert (ours.double() - right).norm() <= 1e-6 * right.norm()
     logits, scalars = (hidden @ weight.t()), torch.tensor([[1.0, 2.0], [0.5, 0.25], [1.0, 0.1]])
     results = []
@@ -351,6 +379,16 @@ def test_what_does_not_fit_is_an_error() -> None:
         "logits must be a matrix": lambda: of_logits(logits[0], offsets, columns, gold),
         "logits is torch.int32; .*kernels=reference takes others": lambda: of_logits(
             logits.int(), offsets, columns, gold
+        ),
+        "restricted_fwd: targets must be contiguous": lambda: fwd(
+            hidden, weight, offsets, columns, gold, True, factors[1:]
+        ),
+        "logits_fwd: targets must be contiguous": lambda: of_logits(logits, offsets, columns, gold, factors.double()),
+        "logits_bwd: targets must be contiguous": lambda: bwd(
+            factors, offsets, columns, gold, scalars, logits, factors[:1].expand(len(factors))
+        ),
+        "target_mixture must be contiguous": lambda: OURS.restricted_bwd_dh(
+            hidden.clone(), weight, columns, gold, torch.ones(2, 5), hidden[:4]
         ),
         "z must be contiguous": lambda: bwd(factors.double(), offsets, columns, gold, scalars, logits),
         "scalars must be contiguous": lambda: bwd(factors, offsets, columns, gold, scalars[:2], logits),

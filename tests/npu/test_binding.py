@@ -30,7 +30,7 @@ def test_every_operator_is_served(found: Any) -> None:
     }
 
 
-@pytest.mark.parametrize("how", ["loss", "into main_grad"])
+@pytest.mark.parametrize("how", ["loss", "soft", "into main_grad"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: str, tolerance: float) -> None:
     """Loss, gradient of the hidden states, gradient of the weight.
@@ -43,14 +43,15 @@ def test_the_restricted_loss_and_its_gradients(found: Any, how: str, precision: 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-2)])
 def test_the_loss_from_logits_and_its_gradient(found: Any, precision: str, tolerance: float) -> None:
-    """Logits side by side, a part of wider rows, and every other column."""
-    assert len(found["from logits"][precision]) == 3
+    """Logits side by side, a part of wider rows, and every other column; then targets."""
+    assert len(found["from logits"][precision]) == 4
     for loss, gradient in found["from logits"][precision]:
         assert loss <= 2e-6 and gradient <= tolerance
 
 
 def test_a_shard_without_candidates(found: Any) -> None:
     assert found["empty"] == {
+        "mixtures": [0.0, 0.0],
         "stats": [[-3e38, -3e38], [0.0, 0.0], [0.0, 0.0]],
         "grad": 0.0,
         "no positions": [0, [3, 0]],
@@ -92,6 +93,9 @@ def test_arguments_it_cannot_take_are_named(found: Any) -> None:
     assert said["gold on the cpu"] == "gold lies on cpu, expected an NPU"
     assert said["scalars of two"] == "scalars has shape [2, 2], expected [3, 2]"
     assert said["z bfloat16"] == "z is BFloat16, expected Float"
+    assert said["targets of another number"] == "targets has shape [1], expected [2]"
+    assert said["targets bfloat16"] == "targets is BFloat16, expected Float"
+    assert said["targets on the cpu"] == "targets lies on cpu, expected an NPU"
     assert said["strided gradient"] == "the gradient of the logits must be contiguous: it is changed in place"
 
 

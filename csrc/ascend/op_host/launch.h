@@ -11,19 +11,21 @@ namespace megatron_replay::ascend {
 
 enum class Element : uint32_t { kFloat32 = 0, kBFloat16 = 1 };
 
-// z [m] float32; stats [3, N] float32: (max, sum exp(z - max), gold logit), (-3e38, 0, 0) for a position without
-// candidates; mixture [N, H] float32, or null: sum over the candidates j of t of exp(z_tj - max_t) W[j].
+// z [m] float32; stats [3, N] float32: (max, sum exp(z - max), sum y z), (-3e38, 0, 0) for a position without
+// candidates; mixture [N, H] float32, or null: sum over the candidates j of t of exp(z_tj - max_t) W[j]; target_mixture
+// [N, H] float32, where there are both a mixture and targets: sum of y_tj W[j].
 // hidden [N, H], weight [V, H] of `element`; offsets [N + 1] int64; columns [m] int32; gold [N]
-// int64: index into columns or -1.
+// int64: index into columns or -1; targets y [m] float32, or null: 1 at gold, 0 elsewhere.
 void launch_restricted_fwd(void* stream, uint32_t blocks, Element element, const void* hidden, const void* weight,
-                           const void* offsets, const void* columns, const void* gold, void* z, void* stats,
-                           void* mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab);
+                           const void* offsets, const void* columns, const void* gold, const void* targets, void* z,
+                           void* stats, void* mixture, void* target_mixture, uint32_t positions, uint32_t width,
+                           uint32_t candidates, uint32_t vocab);
 
-// mixture[t] <- scale[0, t] mixture[t] - scale[1, t] W[columns[gold[t]]], the latter where gold[t] >= 0.
-// mixture [N, H], scale [2, N] float32.
+// mixture[t] <- scale[0, t] mixture[t] - scale[1, t] target_mixture[t]; where that is null, W[columns[gold[t]]] takes
+// its place where gold[t] >= 0. Both mixtures [N, H], scale [2, N] float32.
 void launch_restricted_bwd_dh(void* stream, uint32_t blocks, Element element, void* mixture, const void* weight,
-                              const void* columns, const void* gold, const void* scale, uint32_t positions,
-                              uint32_t width, uint32_t candidates, uint32_t vocab);
+                              const void* columns, const void* gold, const void* scale, const void* target_mixture,
+                              uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab);
 
 // The entries of the candidate lists sorted by column (stable): touched [U] int32 the columns that occur,
 // ascending; starts [U + 1] int32 where each begins; tokens [m] int32 the position and coefficient [m]
@@ -41,14 +43,16 @@ void launch_restricted_bwd_dw(void* stream, uint32_t blocks, Element element, El
 // The restricted loss from logits [N, V] of `element`, rows `stride` elements apart: z and
 // stats as restricted_fwd gives them.
 void launch_logits_fwd(void* stream, uint32_t blocks, Element element, const void* logits, const void* offsets,
-                       const void* columns, const void* gold, void* z, void* stats, uint32_t positions, uint32_t vocab,
-                       uint32_t stride, uint32_t candidates);
+                       const void* columns, const void* gold, const void* targets, void* z, void* stats,
+                       uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates);
 
-// grad_logits[t, j] = factor[t] exp(z_tj - peak[t]) - [j is gold] grad[t] for the candidates j of t; the rest of
-// grad_logits [N, V] is left as it is. peak, factor (grad / sum exp of the whole set), grad [N] float32.
+// grad_logits[t, j] = factor[t] exp(z_tj - peak[t]) - y_tj grad[t] for the candidates j of t; the rest of
+// grad_logits [N, V] is left as it is. Targets y as in restricted_fwd; peak, factor (grad / sum exp of the whole set),
+// grad [N] float32.
 void launch_logits_bwd(void* stream, uint32_t blocks, Element element, const void* z, const void* offsets,
-                       const void* columns, const void* gold, const void* peak, const void* factor, const void* grad,
-                       void* grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates);
+                       const void* columns, const void* gold, const void* targets, const void* peak,
+                       const void* factor, const void* grad, void* grad_logits, uint32_t positions, uint32_t vocab,
+                       uint32_t candidates);
 
 // partial [moclip_chunks(length), 8] float32: (sum m g, sum m^2, sum g^2, 0...) of each chunk; add
 // them up in float64 and in order.

@@ -16,16 +16,17 @@ constexpr uint32_t kPart = 64;          // entries that are summed as one: restr
 constexpr uint64_t kChunk = 65536;      // elements whose sums are written as one: chunks.h
 constexpr uint32_t kMaxK = 2048;
 constexpr uint32_t kStateBytes = 960;   // softmax_state.h: two states of 96 bytes and the scratch
-constexpr uint32_t kTileBytes = 512;    // two buffers for the logits of a tile
+constexpr uint32_t kTileBytes = 512;    // two buffers for the logits of a tile, or its targets
 
 constexpr uint32_t rounded_up(uint32_t x, uint32_t unit) { return (x + unit - 1) / unit * unit; }
 
-uint32_t fwd_bytes(Element element, uint32_t width, uint32_t rows, uint32_t outs) {
+uint32_t fwd_bytes(Element element, uint32_t width, bool soft, uint32_t rows, uint32_t outs) {
   const uint32_t raw = width * bytes_of(element), wide = width * 4, fold = std::min(1024u, rounded_up(width, 512));
   uint32_t bytes = raw + wide + 2 * rows * raw;
   if (element != Element::kFloat32) bytes += rows * wide;
   bytes += rows * fold * 4 + rounded_up(rows * fold / 64 * 4, 32);
   bytes += outs * wide + 512;
+  if (soft) bytes += outs * wide + 512 + kTileBytes;
   return bytes + kWindow * (8 + 4 + 8) + kStateBytes + kTileBytes;
 }
 
@@ -54,15 +55,16 @@ void check_start(const void* rows, const char* name) {
   }
 }
 
-FwdTiling fwd_tiling(Element element, uint32_t width) {
+FwdTiling fwd_tiling(Element element, uint32_t width, bool soft) {
   check_width(width);
   for (const uint32_t outs : {2u, 1u}) {
     for (uint32_t rows = kMaxRows; rows >= 1; --rows) {
-      const uint32_t bytes = fwd_bytes(element, width, rows, outs);
+      const uint32_t bytes = fwd_bytes(element, width, soft, rows, outs);
       if (bytes <= kBufferBytes) return {rows, outs, bytes};
     }
   }
-  throw std::logic_error("no row of " + std::to_string(width) + " fits the unified buffer");
+  throw std::invalid_argument("with targets the Ascend kernel takes no float32 rows of " + std::to_string(width) +
+                              "; use bfloat16 or kernels=reference");
 }
 
 DwTiling dw_tiling(Element element, Element grad_element, uint32_t width, bool add) {

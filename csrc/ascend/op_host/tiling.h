@@ -21,12 +21,12 @@ void check_width(uint32_t width);
 void check_start(const void* rows, const char* name);
 
 // rows: weight rows of a tile, at most 15 (so that no reduction takes more than 255 repeats); outs: buffers for
-// rows of the mixture, two where they fit; bytes: of the unified buffer. The same with and without a mixture, so
-// that both sum in the same order.
+// rows of each mixture, two where they fit; bytes: of the unified buffer. The same with and without a mixture, so
+// that both sum in the same order. With targets (`soft`), rows of float32 are at most 7,680 wide.
 struct FwdTiling {
   uint32_t rows, outs, bytes;
 };
-FwdTiling fwd_tiling(Element element, uint32_t width);
+FwdTiling fwd_tiling(Element element, uint32_t width, bool soft);
 
 // rows: hidden states of a tile, at most 16; outs: buffers for sums.
 struct DwTiling {

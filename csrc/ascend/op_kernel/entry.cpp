@@ -14,21 +14,25 @@ namespace ours = megatron_replay::ascend;
 #define ENTRY extern "C" __global__ __aicore__ void
 
 #define RESTRICTED_FWD(SUFFIX, T)                                                                                    \
-  ENTRY restricted_fwd_##SUFFIX(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold,      \
-                                GM_ADDR z, GM_ADDR stats, GM_ADDR mixture, uint32_t positions, uint32_t width,       \
-                                uint32_t candidates, uint32_t vocab, uint32_t mix, uint32_t rows, uint32_t outs) {   \
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                                  \
-    ours::restricted_fwd<T>(hidden, weight, offsets, columns, gold, z, stats, mixture, positions, width, candidates, \
-                            vocab, mix, rows, outs);                                                                 \
+  ENTRY restricted_fwd_##SUFFIX(GM_ADDR hidden, GM_ADDR weight, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, \
+                                GM_ADDR targets, GM_ADDR z, GM_ADDR stats, GM_ADDR mixture,                     \
+                                GM_ADDR target_mixture, uint32_t positions, uint32_t width,                     \
+                                uint32_t candidates, uint32_t vocab, uint32_t mix, uint32_t soft,               \
+                                uint32_t rows, uint32_t outs) {                                                 \
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                             \
+    ours::restricted_fwd<T>(hidden, weight, offsets, columns, gold, targets, z, stats, mixture, target_mixture, \
+                            positions, width, candidates, vocab, mix, soft, rows, outs);                        \
   }
 RESTRICTED_FWD(f32, float)
 RESTRICTED_FWD(bf16, bfloat16_t)
 
 #define RESTRICTED_BWD_DH(SUFFIX, T)                                                                              \
-  ENTRY restricted_bwd_dh_##SUFFIX(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale, \
-                                   uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {     \
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                               \
-    ours::restricted_bwd_dh<T>(mixture, weight, columns, gold, scale, positions, width, candidates, vocab);       \
+  ENTRY restricted_bwd_dh_##SUFFIX(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale,     \
+                                   GM_ADDR target_mixture, uint32_t positions, uint32_t width, uint32_t candidates,   \
+                                   uint32_t vocab, uint32_t soft) {                                                   \
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                                   \
+    ours::restricted_bwd_dh<T>(mixture, weight, columns, gold, scale, target_mixture, positions, width, candidates, \
+                               vocab, soft);                                                                          \
   }
 RESTRICTED_BWD_DH(f32, float)
 RESTRICTED_BWD_DH(bf16, bfloat16_t)
@@ -57,20 +61,23 @@ RESTRICTED_BWD_DW_MERGE(f32, float)
 RESTRICTED_BWD_DW_MERGE(bf16, bfloat16_t)
 
 #define LOGITS_FWD(SUFFIX, T)                                                                                         \
-  ENTRY logits_fwd_##SUFFIX(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats, \
-                            uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {               \
+  ENTRY logits_fwd_##SUFFIX(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR targets,          \
+                            GM_ADDR z, GM_ADDR stats, uint32_t positions, uint32_t vocab, uint32_t stride,            \
+                            uint32_t candidates, uint32_t soft) {                                                     \
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                                   \
-    ours::logits_fwd<T>(logits, offsets, columns, gold, z, stats, positions, vocab, stride, candidates);              \
+    ours::logits_fwd<T>(logits, offsets, columns, gold, targets, z, stats, positions, vocab, stride, candidates,      \
+                        soft);                                                                                        \
   }
 LOGITS_FWD(f32, float)
 LOGITS_FWD(bf16, bfloat16_t)
 
 #define LOGITS_BWD(SUFFIX, T)                                                                                        \
-  ENTRY logits_bwd_##SUFFIX(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor, \
-                            GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions, uint32_t vocab,                   \
-                            uint32_t candidates) {                                                                   \
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                                  \
-    ours::logits_bwd<T>(z, offsets, columns, gold, peak, factor, grad, grad_logits, positions, vocab, candidates);   \
+  ENTRY logits_bwd_##SUFFIX(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR targets,               \
+                            GM_ADDR peak, GM_ADDR factor, GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions,      \
+                            uint32_t vocab, uint32_t candidates, uint32_t soft) {                                     \
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);                                                                   \
+    ours::logits_bwd<T>(z, offsets, columns, gold, targets, peak, factor, grad, grad_logits, positions, vocab,        \
+                        candidates, soft);                                                                            \
   }
 LOGITS_BWD(f32, float)
 LOGITS_BWD(bf16, bfloat16_t)

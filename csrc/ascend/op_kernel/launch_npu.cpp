@@ -27,24 +27,27 @@ uint8_t* gm(const void* pointer) { return static_cast<uint8_t*>(const_cast<void*
   }
 
 void launch_restricted_fwd(void* stream, uint32_t blocks, Element element, const void* hidden, const void* weight,
-                           const void* offsets, const void* columns, const void* gold, void* z, void* stats,
-                           void* mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
-  const FwdTiling tiling = fwd_tiling(element, width);
+                           const void* offsets, const void* columns, const void* gold, const void* targets, void* z,
+                           void* stats, void* mixture, void* target_mixture, uint32_t positions, uint32_t width,
+                           uint32_t candidates, uint32_t vocab) {
+  const uint32_t mix = mixture != nullptr, soft = targets != nullptr || target_mixture != nullptr;  // of no candidates
+  const FwdTiling tiling = fwd_tiling(element, width, soft);
   check_start(hidden, "hidden");
   check_start(weight, "weight");
-  const uint32_t mix = mixture != nullptr;
-  LAUNCH_1(restricted_fwd, element, gm(hidden), gm(weight), gm(offsets), gm(columns), gm(gold), gm(z), gm(stats),
-           gm(mixture), positions, width, candidates, vocab, mix, tiling.rows, tiling.outs)
+  LAUNCH_1(restricted_fwd, element, gm(hidden), gm(weight), gm(offsets), gm(columns), gm(gold), gm(targets), gm(z),
+           gm(stats), gm(mixture), gm(target_mixture), positions, width, candidates, vocab, mix, soft, tiling.rows,
+           tiling.outs)
 }
 
 void launch_restricted_bwd_dh(void* stream, uint32_t blocks, Element element, void* mixture, const void* weight,
-                              const void* columns, const void* gold, const void* scale, uint32_t positions,
-                              uint32_t width, uint32_t candidates, uint32_t vocab) {
+                              const void* columns, const void* gold, const void* scale, const void* target_mixture,
+                              uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
   check_width(width);
   check_start(mixture, "mixture");
   check_start(weight, "weight");
-  LAUNCH_1(restricted_bwd_dh, element, gm(mixture), gm(weight), gm(columns), gm(gold), gm(scale), positions, width,
-           candidates, vocab)
+  const uint32_t soft = target_mixture != nullptr;
+  LAUNCH_1(restricted_bwd_dh, element, gm(mixture), gm(weight), gm(columns), gm(gold), gm(scale), gm(target_mixture),
+           positions, width, candidates, vocab, soft)
 }
 
 void launch_restricted_bwd_dw(void* stream, uint32_t blocks, Element element, Element grad_element, const void* hidden,
@@ -62,17 +65,20 @@ void launch_restricted_bwd_dw(void* stream, uint32_t blocks, Element element, El
 }
 
 void launch_logits_fwd(void* stream, uint32_t blocks, Element element, const void* logits, const void* offsets,
-                       const void* columns, const void* gold, void* z, void* stats, uint32_t positions, uint32_t vocab,
-                       uint32_t stride, uint32_t candidates) {
-  LAUNCH_1(logits_fwd, element, gm(logits), gm(offsets), gm(columns), gm(gold), gm(z), gm(stats), positions, vocab,
-           stride, candidates)
+                       const void* columns, const void* gold, const void* targets, void* z, void* stats,
+                       uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {
+  const uint32_t soft = targets != nullptr;
+  LAUNCH_1(logits_fwd, element, gm(logits), gm(offsets), gm(columns), gm(gold), gm(targets), gm(z), gm(stats),
+           positions, vocab, stride, candidates, soft)
 }
 
 void launch_logits_bwd(void* stream, uint32_t blocks, Element element, const void* z, const void* offsets,
-                       const void* columns, const void* gold, const void* peak, const void* factor, const void* grad,
-                       void* grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
-  LAUNCH_1(logits_bwd, element, gm(z), gm(offsets), gm(columns), gm(gold), gm(peak), gm(factor), gm(grad),
-           gm(grad_logits), positions, vocab, candidates)
+                       const void* columns, const void* gold, const void* targets, const void* peak,
+                       const void* factor, const void* grad, void* grad_logits, uint32_t positions, uint32_t vocab,
+                       uint32_t candidates) {
+  const uint32_t soft = targets != nullptr;
+  LAUNCH_1(logits_bwd, element, gm(z), gm(offsets), gm(columns), gm(gold), gm(targets), gm(peak), gm(factor), gm(grad),
+           gm(grad_logits), positions, vocab, candidates, soft)
 }
 
 void launch_moclip_stats(void* stream, uint32_t blocks, Element grad_element, const void* grad, const void* momentum,

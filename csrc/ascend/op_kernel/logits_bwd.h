@@ -10,10 +10,11 @@ namespace megatron_replay::ascend {
 template <typename T>
 class LogitsBwd {
  public:
-  __aicore__ inline void Init(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak, GM_ADDR factor,
-                              GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions, uint32_t vocab,
-                              uint32_t candidates) {
+  __aicore__ inline void Init(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR targets,
+                              GM_ADDR peak, GM_ADDR factor, GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions,
+                              uint32_t vocab, uint32_t candidates, uint32_t soft) {
     vocab_ = vocab;
+    soft_ = soft;
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
     grad_logits_.SetGlobalBuffer((__gm__ T*)grad_logits, static_cast<uint64_t>(positions) * vocab);
     tiles_.Init(pipe_, offsets, positions, candidates, kLanes);
@@ -28,6 +29,7 @@ class LogitsBwd {
     grad_table_.Clip(tiles_.Last());
     pipe_.InitBuffer(z_in_, 2, kLanes * sizeof(float));
     pipe_.InitBuffer(share_, kLanes * sizeof(float));
+    if (soft) target_tiles_.Init(pipe_, targets, candidates, kLanes);
     if constexpr (!kWide) pipe_.InitBuffer(rounded_, kLanes * sizeof(T));
     pipe_.InitBuffer(spread_out_, 2, kLanes * kSlot * sizeof(T));
     Duplicate(share_.Get<float>(), 0.0f, static_cast<int32_t>(kLanes));
@@ -46,6 +48,7 @@ class LogitsBwd {
     DataCopyPad(z, z_[tile.first], DataCopyExtParams{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0},
                 DataCopyPadExtParams<float>{false, 0, 0, 0.0f});
     z_in_.EnQue(z);
+    if (soft_) target_tiles_.Load(tile);
   }
 
   __aicore__ inline void Compute(const ListTile& tile) {
@@ -60,7 +63,13 @@ class LogitsBwd {
     PipeBarrier<PIPE_V>();
     Muls(share, share, factor_table_.At(tile.token), count);
     PipeBarrier<PIPE_V>();
-    const int64_t gold = gold_table_.At(tile.token);
+    if (soft_) {
+      LocalTensor<float> targets = target_tiles_.Take();
+      Axpy(share, targets, -grad_table_.At(tile.token), count);
+      PipeBarrier<PIPE_V>();
+      target_tiles_.Free(targets);
+    }
+    const int64_t gold = soft_ ? -1 : gold_table_.At(tile.token);
     if (gold >= static_cast<int64_t>(tile.first) && gold < static_cast<int64_t>(tile.first + tile.count)) {
       uint64_t lane[2] = {1ull << (gold - static_cast<int64_t>(tile.first)), 0};
       Adds(share, share, -grad_table_.At(tile.token), lane, 1, {1, 1, 8, 8});
@@ -93,6 +102,7 @@ class LogitsBwd {
 
   TPipe pipe_;
   ListTiles tiles_;
+  TargetTiles target_tiles_;
   Window<int64_t> gold_table_;
   Window<int32_t> column_table_;
   Window<float> peak_table_, factor_table_, grad_table_;
@@ -101,15 +111,15 @@ class LogitsBwd {
   TQue<TPosition::VECIN, 2> z_in_;
   TQue<TPosition::VECOUT, 1> spread_out_;
   TBuf<TPosition::VECCALC> share_, rounded_;
-  uint32_t vocab_;
+  uint32_t vocab_, soft_;
 };
 
 template <typename T>
-__aicore__ inline void logits_bwd(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR peak,
-                                  GM_ADDR factor, GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions, uint32_t vocab,
-                                  uint32_t candidates) {
+__aicore__ inline void logits_bwd(GM_ADDR z, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR targets,
+                                  GM_ADDR peak, GM_ADDR factor, GM_ADDR grad, GM_ADDR grad_logits, uint32_t positions,
+                                  uint32_t vocab, uint32_t candidates, uint32_t soft) {
   LogitsBwd<T> kernel;
-  kernel.Init(z, offsets, columns, gold, peak, factor, grad, grad_logits, positions, vocab, candidates);
+  kernel.Init(z, offsets, columns, gold, targets, peak, factor, grad, grad_logits, positions, vocab, candidates, soft);
   kernel.Process();
 }
 

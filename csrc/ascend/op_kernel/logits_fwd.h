@@ -10,9 +10,11 @@ namespace megatron_replay::ascend {
 template <typename T>
 class LogitsFwd {
  public:
-  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z, GM_ADDR stats,
-                              uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {
+  __aicore__ inline void Init(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR targets,
+                              GM_ADDR z, GM_ADDR stats, uint32_t positions, uint32_t vocab, uint32_t stride,
+                              uint32_t candidates, uint32_t soft) {
     stride_ = stride;
+    soft_ = soft;
     logits_.SetGlobalBuffer((__gm__ T*)logits, positions ? static_cast<uint64_t>(positions - 1) * stride + vocab : 0);
     z_.SetGlobalBuffer((__gm__ float*)z, candidates);
     tiles_.Init(pipe_, offsets, positions, candidates, kMaxTile);
@@ -24,6 +26,7 @@ class LogitsFwd {
     pipe_.InitBuffer(slots_, kMaxTile * sizeof(int32_t));
     pipe_.InitBuffer(z_out_, 2, kMaxTile * sizeof(float));
     state_.Init(pipe_, stats, positions);
+    if (soft) target_tiles_.Init(pipe_, targets, candidates, kMaxTile);
     // where in the buffer, in bytes, the tile's elements lie
     const LocalTensor<int32_t> slots = slots_.Get<int32_t>();
     CreateVecIndex(slots, 0, kMaxTile);
@@ -48,6 +51,7 @@ class LogitsFwd {
       DataCopyPad(picked[i * kSlot], row[static_cast<uint64_t>(column_table_.At(tile.first + i))], one, unpadded);
     }
     picked_in_.EnQue(picked);
+    if (soft_) target_tiles_.Load(tile);
   }
 
   __aicore__ inline void Compute(const ListTile& tile) {
@@ -68,8 +72,13 @@ class LogitsFwd {
     LocalTensor<float> z = z_out_.template AllocTensor<float>();
     Gather(z, wide, slots_.Get<uint32_t>(), 0, tile.count);
     PipeBarrier<PIPE_V>();
+    if (soft_) {
+      LocalTensor<float> targets = target_tiles_.Take();
+      state_.Aim(z, targets, tile.count);
+      target_tiles_.Free(targets);
+    }
     state_.Add(z, tile.count);
-    const int64_t gold = gold_table_.At(tile.token);
+    const int64_t gold = soft_ ? -1 : gold_table_.At(tile.token);
     if (gold >= static_cast<int64_t>(tile.first) && gold < static_cast<int64_t>(tile.first + tile.count)) {
       state_.Gold(z, static_cast<uint32_t>(gold - tile.first));
     }
@@ -81,6 +90,7 @@ class LogitsFwd {
 
   TPipe pipe_;
   ListTiles tiles_;
+  TargetTiles target_tiles_;
   Window<int64_t> gold_table_;
   Window<int32_t> column_table_;
   GlobalTensor<T> logits_;
@@ -89,15 +99,15 @@ class LogitsFwd {
   TQue<TPosition::VECOUT, 1> z_out_;
   TBuf<TPosition::VECCALC> wide_, slots_;
   SoftmaxState state_;
-  uint32_t stride_;
+  uint32_t stride_, soft_;
 };
 
 template <typename T>
-__aicore__ inline void logits_fwd(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold, GM_ADDR z,
-                                  GM_ADDR stats, uint32_t positions, uint32_t vocab, uint32_t stride,
-                                  uint32_t candidates) {
+__aicore__ inline void logits_fwd(GM_ADDR logits, GM_ADDR offsets, GM_ADDR columns, GM_ADDR gold,
+                                  GM_ADDR targets, GM_ADDR z, GM_ADDR stats, uint32_t positions, uint32_t vocab,
+                                  uint32_t stride, uint32_t candidates, uint32_t soft) {
   LogitsFwd<T> kernel;
-  kernel.Init(logits, offsets, columns, gold, z, stats, positions, vocab, stride, candidates);
+  kernel.Init(logits, offsets, columns, gold, targets, z, stats, positions, vocab, stride, candidates, soft);
   kernel.Process();
 }
 

@@ -1,4 +1,5 @@
-// The gradient of hidden from the mixture that restricted_fwd left: each row scaled, less the gold row of the weight.
+// The gradient of hidden from the mixtures that restricted_fwd left: each row scaled, less that of the targets. Without
+// targets that is the gold row of the weight.
 #pragma once
 
 #include "rows.h"
@@ -12,8 +13,10 @@ template <typename T>
 class RestrictedBwdDh {
  public:
   __aicore__ inline void Init(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale,
-                              uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
+                              GM_ADDR target_mixture, uint32_t positions, uint32_t width, uint32_t candidates,
+                              uint32_t vocab, uint32_t soft) {
     width_ = width;
+    soft_ = soft;
     slice_ = Least(width, kSlice);
     range_ = ShareOfBlock(positions);
     mixture_.SetGlobalBuffer((__gm__ float*)mixture, static_cast<uint64_t>(positions) * width);
@@ -29,6 +32,9 @@ class RestrictedBwdDh {
     pipe_.InitBuffer(row_in_, 2, slice_ * sizeof(T));
     pipe_.InitBuffer(row_wide_, slice_ * sizeof(float));
     pipe_.InitBuffer(mixture_out_, 2, slice_ * sizeof(float));
+    if (!soft) return;
+    target_mixture_.SetGlobalBuffer((__gm__ float*)target_mixture, static_cast<uint64_t>(positions) * width);
+    pipe_.InitBuffer(target_in_, 2, slice_ * sizeof(float));
   }
 
   __aicore__ inline void Process() {
@@ -53,7 +59,7 @@ class RestrictedBwdDh {
   };
 
   __aicore__ inline Step First(uint32_t token) {
-    return {token, 0, slice_, gold_table_.At(token), keep_table_.At(token), drop_table_.At(token)};
+    return {token, 0, slice_, soft_ ? -1 : gold_table_.At(token), keep_table_.At(token), drop_table_.At(token)};
   }
 
   __aicore__ inline bool Advance(Step& step) {
@@ -71,11 +77,18 @@ class RestrictedBwdDh {
     const LocalTensor<float> mixture = mixture_in_.template AllocTensor<float>();
     DataCopy(mixture, mixture_[static_cast<uint64_t>(step.token) * width_ + step.start], step.count);
     mixture_in_.EnQue(mixture);
+    if (soft_) LoadTarget(step);
     if (step.gold < 0) return;
     const LocalTensor<T> row = row_in_.template AllocTensor<T>();
     const uint64_t column = static_cast<uint64_t>(columns_.GetValue(static_cast<uint64_t>(step.gold)));
     DataCopy(row, weight_[column * width_ + step.start], step.count);
     row_in_.EnQue(row);
+  }
+
+  __aicore__ inline void LoadTarget(const Step& step) {
+    const LocalTensor<float> target = target_in_.template AllocTensor<float>();
+    DataCopy(target, target_mixture_[static_cast<uint64_t>(step.token) * width_ + step.start], step.count);
+    target_in_.EnQue(target);
   }
 
   __aicore__ inline void Compute(const Step& step) {
@@ -92,6 +105,13 @@ class RestrictedBwdDh {
       Axpy(out, wide, -step.drop, count);
       PipeBarrier<PIPE_V>();
     }
+    if (soft_) {
+      LocalTensor<float> target = target_in_.template DeQue<float>();
+      PipeBarrier<PIPE_V>();
+      Axpy(out, target, -step.drop, count);
+      PipeBarrier<PIPE_V>();
+      target_in_.FreeTensor(target);
+    }
     mixture_in_.FreeTensor(mixture);
     mixture_out_.EnQue(out);
     out = mixture_out_.template DeQue<float>();
@@ -102,21 +122,22 @@ class RestrictedBwdDh {
   TPipe pipe_;
   Window<int64_t> gold_table_;
   Window<float> keep_table_, drop_table_;
-  GlobalTensor<float> mixture_;
+  GlobalTensor<float> mixture_, target_mixture_;
   GlobalTensor<T> weight_;
   GlobalTensor<int32_t> columns_;
-  TQue<TPosition::VECIN, 2> mixture_in_, row_in_;
+  TQue<TPosition::VECIN, 2> mixture_in_, row_in_, target_in_;
   TQue<TPosition::VECOUT, 1> mixture_out_;
   TBuf<TPosition::VECCALC> row_wide_;
   Range range_;
-  uint32_t width_, slice_;
+  uint32_t width_, slice_, soft_;
 };
 
 template <typename T>
 __aicore__ inline void restricted_bwd_dh(GM_ADDR mixture, GM_ADDR weight, GM_ADDR columns, GM_ADDR gold, GM_ADDR scale,
-                                         uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
+                                         GM_ADDR target_mixture, uint32_t positions, uint32_t width,
+                                         uint32_t candidates, uint32_t vocab, uint32_t soft) {
   RestrictedBwdDh<T> kernel;
-  kernel.Init(mixture, weight, columns, gold, scale, positions, width, candidates, vocab);
+  kernel.Init(mixture, weight, columns, gold, scale, target_mixture, positions, width, candidates, vocab, soft);
   kernel.Process();
 }
 

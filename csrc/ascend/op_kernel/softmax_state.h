@@ -1,4 +1,4 @@
-// Maximum, sum of exponentials and gold logit of a position while its logits arrive in tiles. All of it
+// Maximum, sum of exponentials and sum y z (or gold logit) of a position while its logits arrive in tiles. All of it
 // stays on the vector pipe: every number fills a block of eight lanes, so that it can be an operand without
 // passing through the scalar pipe.
 #pragma once
@@ -51,6 +51,18 @@ class SoftmaxState {
     Mul(state_[kBlock], state_[kBlock], fade, block);
     PipeBarrier<PIPE_V>();
     AscendC::Add(state_[kBlock], state_[kBlock], sum, 1);
+    PipeBarrier<PIPE_V>();
+  }
+
+  // Adds y z of z [count] to their sum; before z is taken in, because Shares() is written over.
+  __aicore__ inline void Aim(const LocalTensor<float>& z, const LocalTensor<float>& targets, uint32_t count) {
+    const LocalTensor<float> products = Shares(), sum = scratch_[kSum];
+    const int32_t lanes = static_cast<int32_t>(count);
+    Mul(products, z, targets, lanes);
+    PipeBarrier<PIPE_V>();
+    WholeReduceSum(sum, products, lanes, 1, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(state_[2 * kBlock], state_[2 * kBlock], sum, 1);
     PipeBarrier<PIPE_V>();
   }
 

@@ -57,6 +57,29 @@ class ListTiles {
   bool opens_ = true;
 };
 
+// The targets of the candidates, a tile at a time. Lanes beyond the tile count for nothing.
+class TargetTiles {
+ public:
+  __aicore__ inline void Init(TPipe& pipe, GM_ADDR targets, uint32_t candidates, uint32_t size) {
+    targets_.SetGlobalBuffer((__gm__ float*)targets, candidates);
+    pipe.InitBuffer(tiles_in_, 2, size * sizeof(float));
+  }
+
+  __aicore__ inline void Load(const ListTile& tile) {
+    const LocalTensor<float> tensor = tiles_in_.AllocTensor<float>();
+    const DataCopyExtParams stretch{1, static_cast<uint32_t>(tile.count * sizeof(float)), 0, 0, 0};
+    DataCopyPad(tensor, targets_[tile.first], stretch, DataCopyPadExtParams<float>{false, 0, 0, 0.0f});
+    tiles_in_.EnQue(tensor);
+  }
+
+  __aicore__ inline LocalTensor<float> Take() { return tiles_in_.DeQue<float>(); }
+  __aicore__ inline void Free(LocalTensor<float>& tensor) { tiles_in_.FreeTensor(tensor); }
+
+ private:
+  GlobalTensor<float> targets_;
+  TQue<TPosition::VECIN, 2> tiles_in_;
+};
+
 // Compute(tile) of every tile, while the next one's data are on their way: Load runs one tile ahead.
 template <typename Tile, typename Tiles, typename Kernel>
 __aicore__ inline void OneAhead(Tiles& tiles, Kernel& kernel) {

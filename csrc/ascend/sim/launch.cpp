@@ -10,17 +10,18 @@ namespace megatron_replay::ascend {
 using namespace ascend_sim;
 
 void launch_restricted_fwd(void*, uint32_t blocks, Element element, const void* hidden, const void* weight,
-                           const void* offsets, const void* columns, const void* gold, void* z, void* stats,
-                           void* mixture, uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
-  run_restricted_fwd(PICK_1(restricted_fwd, element), blocks, element, hidden, weight, offsets, columns, gold, z, stats,
-                     mixture, positions, width, candidates, vocab);
+                           const void* offsets, const void* columns, const void* gold, const void* targets, void* z,
+                           void* stats, void* mixture, void* target_mixture, uint32_t positions, uint32_t width,
+                           uint32_t candidates, uint32_t vocab) {
+  run_restricted_fwd(PICK_1(restricted_fwd, element), blocks, element, hidden, weight, offsets, columns, gold, targets,
+                     z, stats, mixture, target_mixture, positions, width, candidates, vocab);
 }
 
 void launch_restricted_bwd_dh(void*, uint32_t blocks, Element element, void* mixture, const void* weight,
-                              const void* columns, const void* gold, const void* scale, uint32_t positions,
-                              uint32_t width, uint32_t candidates, uint32_t vocab) {
+                              const void* columns, const void* gold, const void* scale, const void* target_mixture,
+                              uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
   run_restricted_bwd_dh(PICK_1(restricted_bwd_dh, element), blocks, element, mixture, weight, columns, gold, scale,
-                        positions, width, candidates, vocab);
+                        target_mixture, positions, width, candidates, vocab);
 }
 
 void launch_restricted_bwd_dw(void*, uint32_t blocks, Element element, Element grad_element, const void* hidden,
@@ -34,16 +35,17 @@ void launch_restricted_bwd_dw(void*, uint32_t blocks, Element element, Element g
 }
 
 void launch_logits_fwd(void*, uint32_t blocks, Element element, const void* logits, const void* offsets,
-                       const void* columns, const void* gold, void* z, void* stats, uint32_t positions, uint32_t vocab,
-                       uint32_t stride, uint32_t candidates) {
-  run_logits_fwd(PICK_1(logits_fwd, element), blocks, element, logits, offsets, columns, gold, z, stats, positions,
-                 vocab, stride, candidates);
+                       const void* columns, const void* gold, const void* targets, void* z, void* stats,
+                       uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {
+  run_logits_fwd(PICK_1(logits_fwd, element), blocks, element, logits, offsets, columns, gold, targets, z, stats,
+                 positions, vocab, stride, candidates);
 }
 
-void launch_logits_bwd(void*, uint32_t blocks, Element element, const void* z, const void* offsets, const void* columns,
-                       const void* gold, const void* peak, const void* factor, const void* grad, void* grad_logits,
-                       uint32_t positions, uint32_t vocab, uint32_t candidates) {
-  run_logits_bwd(PICK_1(logits_bwd, element), blocks, element, z, offsets, columns, gold, peak, factor, grad,
+void launch_logits_bwd(void*, uint32_t blocks, Element element, const void* z, const void* offsets,
+                       const void* columns, const void* gold, const void* targets, const void* peak,
+                       const void* factor, const void* grad, void* grad_logits, uint32_t positions, uint32_t vocab,
+                       uint32_t candidates) {
+  run_logits_bwd(PICK_1(logits_bwd, element), blocks, element, z, offsets, columns, gold, targets, peak, factor, grad,
                  grad_logits, positions, vocab, candidates);
 }
 

@@ -15,26 +15,29 @@ inline uint8_t* gm(const void* pointer) { return static_cast<uint8_t*>(const_cas
 
 template <class Kernel>
 void run_restricted_fwd(Kernel kernel, uint32_t blocks, Element element, const void* hidden, const void* weight,
-                        const void* offsets, const void* columns, const void* gold, void* z, void* stats, void* mixture,
-                        uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
-  const auto tiling = megatron_replay::ascend::fwd_tiling(element, width);
+                        const void* offsets, const void* columns, const void* gold, const void* targets, void* z,
+                        void* stats, void* mixture, void* target_mixture, uint32_t positions, uint32_t width,
+                        uint32_t candidates, uint32_t vocab) {
+  const bool soft = targets != nullptr || target_mixture != nullptr;  // of no candidates
+  const auto tiling = megatron_replay::ascend::fwd_tiling(element, width, soft);
   check_start(hidden, "hidden");
   check_start(weight, "weight");
   const uint64_t n = positions, h = width, m = candidates, size = bytes_of(element);
   const std::vector<Argument> arguments = {{hidden, n * h * size, false}, {weight, vocab * h * size, false},
                                            {offsets, (n + 1) * 8, false}, {columns, m * 4, false},
-                                           {gold, n * 8, false},          {z, m * 4, true},
-                                           {stats, n * 12, true},         {mixture, n * h * 4, true}};
+                                           {gold, n * 8, false},          {targets, m * 4, false},
+                                           {z, m * 4, true},              {stats, n * 12, true},
+                                           {mixture, n * h * 4, true},    {target_mixture, n * h * 4, true}};
   run(blocks, arguments, [&] {
-    kernel(gm(hidden), gm(weight), gm(offsets), gm(columns), gm(gold), gm(z), gm(stats), gm(mixture), positions, width,
-           candidates, vocab, mixture != nullptr, tiling.rows, tiling.outs);
+    kernel(gm(hidden), gm(weight), gm(offsets), gm(columns), gm(gold), gm(targets), gm(z), gm(stats), gm(mixture),
+           gm(target_mixture), positions, width, candidates, vocab, mixture != nullptr, soft, tiling.rows, tiling.outs);
   });
 }
 
 template <class Kernel>
 void run_restricted_bwd_dh(Kernel kernel, uint32_t blocks, Element element, void* mixture, const void* weight,
-                           const void* columns, const void* gold, const void* scale, uint32_t positions, uint32_t width,
-                           uint32_t candidates, uint32_t vocab) {
+                           const void* columns, const void* gold, const void* scale, const void* target_mixture,
+                           uint32_t positions, uint32_t width, uint32_t candidates, uint32_t vocab) {
   megatron_replay::ascend::check_width(width);
   check_start(mixture, "mixture");
   check_start(weight, "weight");
@@ -43,9 +46,12 @@ void run_restricted_bwd_dh(Kernel kernel, uint32_t blocks, Element element, void
                                            {weight, vocab * h * bytes_of(element), false},
                                            {columns, candidates * 4ull, false},
                                            {gold, n * 8, false},
-                                           {scale, n * 8, false}};
-  run(blocks, arguments,
-      [&] { kernel(gm(mixture), gm(weight), gm(columns), gm(gold), gm(scale), positions, width, candidates, vocab); });
+                                           {scale, n * 8, false},
+                                           {target_mixture, n * h * 4, false}};
+  run(blocks, arguments, [&] {
+    kernel(gm(mixture), gm(weight), gm(columns), gm(gold), gm(scale), gm(target_mixture), positions, width, candidates,
+           vocab, target_mixture != nullptr);
+  });
 }
 
 template <class Kernel>
@@ -87,31 +93,35 @@ void run_restricted_bwd_dw_merge(Kernel kernel, uint32_t blocks, Element grad_el
 
 template <class Kernel>
 void run_logits_fwd(Kernel kernel, uint32_t blocks, Element element, const void* logits, const void* offsets,
-                    const void* columns, const void* gold, void* z, void* stats, uint32_t positions, uint32_t vocab,
-                    uint32_t stride, uint32_t candidates) {
+                    const void* columns, const void* gold, const void* targets, void* z, void* stats,
+                    uint32_t positions, uint32_t vocab, uint32_t stride, uint32_t candidates) {
   const uint64_t n = positions, m = candidates, elements = n ? (n - 1) * stride + vocab : 0;
   const std::vector<Argument> arguments = {{logits, elements * bytes_of(element), false},
                                            {offsets, (n + 1) * 8, false},
                                            {columns, m * 4, false},
                                            {gold, n * 8, false},
+                                           {targets, m * 4, false},
                                            {z, m * 4, true},
                                            {stats, n * 12, true}};
   run(blocks, arguments, [&] {
-    kernel(gm(logits), gm(offsets), gm(columns), gm(gold), gm(z), gm(stats), positions, vocab, stride, candidates);
+    kernel(gm(logits), gm(offsets), gm(columns), gm(gold), gm(targets), gm(z), gm(stats), positions, vocab, stride,
+           candidates, targets != nullptr);
   });
 }
 
 template <class Kernel>
 void run_logits_bwd(Kernel kernel, uint32_t blocks, Element element, const void* z, const void* offsets,
-                    const void* columns, const void* gold, const void* peak, const void* factor, const void* grad,
-                    void* grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
+                    const void* columns, const void* gold, const void* targets, const void* peak, const void* factor,
+                    const void* grad, void* grad_logits, uint32_t positions, uint32_t vocab, uint32_t candidates) {
   const uint64_t n = positions, m = candidates;
-  const std::vector<Argument> arguments = {{z, m * 4, false},    {offsets, (n + 1) * 8, false}, {columns, m * 4, false},
-                                           {gold, n * 8, false}, {peak, n * 4, false},          {factor, n * 4, false},
-                                           {grad, n * 4, false}, {grad_logits, n * vocab * bytes_of(element), true}};
+  const std::vector<Argument> arguments = {{z, m * 4, false},       {offsets, (n + 1) * 8, false},
+                                           {columns, m * 4, false}, {gold, n * 8, false},
+                                           {targets, m * 4, false}, {peak, n * 4, false},
+                                           {factor, n * 4, false},  {grad, n * 4, false},
+                                           {grad_logits, n * vocab * bytes_of(element), true}};
   run(blocks, arguments, [&] {
-    kernel(gm(z), gm(offsets), gm(columns), gm(gold), gm(peak), gm(factor), gm(grad), gm(grad_logits), positions, vocab,
-           candidates);
+    kernel(gm(z), gm(offsets), gm(columns), gm(gold), gm(targets), gm(peak), gm(factor), gm(grad), gm(grad_logits),
+           positions, vocab, candidates, targets != nullptr);
   });
 }
 

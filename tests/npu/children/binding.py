@@ -23,6 +23,7 @@ from megatron_replay.kernels import library
 from megatron_replay.kernels.library import choose
 from megatron_replay.ops import (
     CandidateSets,
+    LocalSets,
     VocabShard,
     restricted_cross_entropy,
     restricted_linear_cross_entropy,
@@ -47,9 +48,15 @@ def far(ours: Any, theirs: Any) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)) if theirs.numel() else 0.0
 
 
-def loss_and_gradients(dtype: torch.dtype, *, into: bool = False) -> list[float]:
+def aimed() -> LocalSets:
+    """The sets with targets."""
+    chosen, gen = sets(), torch.Generator().manual_seed(5)
+    return chosen.local(VocabShard(0, VOCAB), targets=torch.rand(len(chosen.ids), generator=gen))
+
+
+def loss_and_gradients(dtype: torch.dtype, *, into: bool = False, soft: bool = False) -> list[float]:
     torch.manual_seed(0)
-    hidden, weight, chosen = torch.randn(N, HIDDEN), torch.randn(VOCAB, HIDDEN), sets()
+    hidden, weight, chosen = torch.randn(N, HIDDEN), torch.randn(VOCAB, HIDDEN), aimed() if soft else sets()
     results = []
     for device in ("cpu", NPU):
         h, w = (x.to(dtype).to(device).clone().requires_grad_() for x in (hidden, weight))
@@ -67,14 +74,14 @@ def loss_and_gradients(dtype: torch.dtype, *, into: bool = False) -> list[float]
 def from_logits(dtype: torch.dtype) -> list[list[float]]:
     """The loss from logits and its gradient, for logits that lie in memory in three ways."""
     torch.manual_seed(4)
-    wide, chosen, scale = torch.randn(N, 2 * VOCAB).to(dtype), sets(), torch.linspace(0.5, 1, N)
+    wide, scale = torch.randn(N, 2 * VOCAB).to(dtype), torch.linspace(0.5, 1, N)
     cuts: list[Callable[[Any], Any]] = [
         lambda x: x[:, :VOCAB].contiguous(),
         lambda x: x[:, :VOCAB],
         lambda x: x[:, ::2],
     ]
     found = []
-    for cut in cuts:
+    for chosen, cut in [*((sets(), cut) for cut in cuts), (aimed(), cuts[0])]:
         results = []
         for device, mode in (("cpu", "reference"), (NPU, "auto")):
             leaf = cut(wide.to(device)).detach().requires_grad_()
@@ -93,7 +100,10 @@ def empty() -> dict[str, Any]:
     grad = torch.zeros_like(logits)
     ops.restricted_logits_bwd(z, offsets, none, gold, torch.ones(3, 2).to(NPU), grad)
     nothing = ops.restricted_logits_fwd(logits[:0], offsets[:1], none, gold[:0])
+    hidden, weight = torch.ones(2, HIDDEN).to(NPU), torch.ones(VOCAB, HIDDEN).to(NPU)
+    mixtures = ops.restricted_fwd(hidden, weight, offsets, none, gold, True, torch.ones(0).to(NPU))[2:]
     return {
+        "mixtures": [float(mixture.cpu().abs().sum()) for mixture in mixtures],
         "stats": [[float(f"{x:.6g}") for x in row] for row in stats.cpu().tolist()],
         "grad": float(grad.cpu().abs().sum()),
         "no positions": [nothing[0].numel(), list(nothing[1].shape)],
@@ -182,6 +192,9 @@ def refusals() -> dict[str, str]:
         "gold on the cpu": lambda: fwd(logits, *npu[2:4], gold),
         "scalars of two": lambda: bwd(z, *npu[2:], scalars[:2], logits),
         "z bfloat16": lambda: bwd(z.bfloat16(), *npu[2:], scalars, logits),
+        "targets of another number": lambda: call(*npu, True, z[:1]),
+        "targets bfloat16": lambda: fwd(logits, *npu[2:], z.bfloat16()),
+        "targets on the cpu": lambda: bwd(z, *npu[2:], scalars, logits, torch.zeros(2, device="cpu")),
         "strided gradient": lambda: bwd(z, *npu[2:], scalars, torch.zeros(VOCAB, 2).to(NPU).t()),
     }
     said = {}
@@ -199,6 +212,7 @@ with HostMath() as seen:
     found = {
         "live": library.live("npu"),
         "loss": {name: loss_and_gradients(dtype) for name, dtype in types.items()},
+        "soft": {name: loss_and_gradients(dtype, soft=True) for name, dtype in types.items()},
         "into main_grad": {name: loss_and_gradients(dtype, into=True) for name, dtype in types.items()},
         "from logits": {name: from_logits(dtype) for name, dtype in types.items()},
         "empty": empty(),

@@ -151,6 +151,28 @@ def test_targets_on_gold_alone_are_the_hard_loss(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+def test_targets_of_any_layout_and_dtype_are_taken() -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    targets, _ = soft(sets)
+    losses = [
+        restricted_linear_cross_entropy(hidden, weight, sets.local(VocabShard(0, 40), targets=some))
+        for some in (targets, targets.repeat_interleave(2)[::2], targets.float(), targets.half())
+    ]
+    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[2], losses[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(losses[3], losses[0], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("aimed", [False, True])
+def test_backward_may_run_again_over_a_retained_graph(aimed: bool) -> None:
+    hidden, weight, sets = problem(6, 40, 5)
+    here = sets.local(VocabShard(0, 40), targets=soft(sets)[0] if aimed else None)
+    loss, lse = restricted_linear_terms(hidden, weight, here)
+    total = (loss + 0.5 * lse).sum()
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(total, (hidden, weight))))
+
+
 def test_positions_of_weight_0_count_nothing_and_of_weight_1_all() -> None:
     hidden, weight, sets = problem(6, 40, 5)
     hard = restricted_linear_cross_entropy(hidden, weight, sets)
@@ -248,7 +270,7 @@ def test_a_set_of_one_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_a_rank_without_a_candidate_adds_nothing() -> None:
     hidden, weight, sets = problem(3, 12, 4)
     here = sets.local(VocabShard(12, 12, group=object()))  # type: ignore[arg-type]
-    z, stats, mixture = torch_twins.restricted_fwd(
+    z, stats, mixture, _ = torch_twins.restricted_fwd(
         hidden.detach(), weight.detach()[:0], here.offsets, here.columns, here.gold, True
     )
     assert z.shape == (0,)
@@ -256,7 +278,7 @@ def test_a_rank_without_a_candidate_adds_nothing() -> None:
     assert stats.tolist() == [[-3e38] * 3, [0.0] * 3, [0.0] * 3]
     shard = VocabShard(0, 4, group=object())  # type: ignore[arg-type]
     some = CandidateSets.from_lists([[1, 2], [8, 9]], [2, 8]).local(shard)
-    _, stats, _ = torch_twins.restricted_fwd(
+    _, stats, *_ = torch_twins.restricted_fwd(
         hidden.detach()[:2], weight.detach()[:4], some.offsets, some.columns, some.gold, False
     )
     assert stats[:, 1].tolist() == [-3e38, 0.0, 0.0]
@@ -313,13 +335,6 @@ def test_the_weight_gradient_can_be_its_touched_rows() -> None:
     assert rows.is_sparse and rows.is_coalesced()
     assert rows.indices()[0].tolist() == sorted(set(sets.ids.tolist()))
     assert torch.equal(rows.to_dense(), wanted)
-
-
-def test_backward_may_run_again_over_a_retained_graph() -> None:
-    hidden, weight, sets = problem(6, 40, 5)
-    loss = restricted_linear_cross_entropy(hidden, weight, sets).sum()
-    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight))))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -386,19 +401,22 @@ def test_the_operators_keep_to_their_schemas(dtype: torch.dtype) -> None:
     hidden, weight, sets = problem(5, 40, 6)
     hidden, weight, here = hidden.detach().to(dtype), weight.detach().to(dtype), sets.local(VocabShard(0, 40))
     ops = torch.ops.megatron_replay
-    z, stats, mixture = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)
+    z, stats, mixture, _ = ops.restricted_fwd(hidden, weight, here.offsets, here.columns, here.gold, True)
+    y, gradient = torch.rand_like(z), torch.zeros_like(hidden @ weight.t())
     entries = ByColumn.of(here.offsets, here.columns).entries(z)
     for op, args in (
         (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, True)),
         (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, False)),
+        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, True, y)),
+        (ops.restricted_fwd, (hidden, weight, here.offsets, here.columns, here.gold, False, y)),
         (ops.restricted_bwd_dh, (mixture, weight, here.columns, here.gold, stats[:2].contiguous())),
+        (ops.restricted_bwd_dh, (mixture, weight, here.columns, here.gold, stats[:2].contiguous(), mixture.clone())),
         (ops.restricted_bwd_dw, (hidden, *entries, torch.zeros_like(weight))),
         (ops.restricted_bwd_rows, (hidden, *entries)),
         (ops.restricted_logits_fwd, (hidden @ weight.t(), here.offsets, here.columns, here.gold)),
-        (
-            ops.restricted_logits_bwd,
-            (z, here.offsets, here.columns, here.gold, stats, torch.zeros_like(hidden @ weight.t())),
-        ),
+        (ops.restricted_logits_fwd, (hidden @ weight.t(), here.offsets, here.columns, here.gold, y)),
+        (ops.restricted_logits_bwd, (z, here.offsets, here.columns, here.gold, stats, gradient)),
+        (ops.restricted_logits_bwd, (z, here.offsets, here.columns, here.gold, stats, gradient, y)),
         (ops.topk_rows, (hidden @ weight.t(), 7)),
     ):
         torch.library.opcheck(op.default, args)

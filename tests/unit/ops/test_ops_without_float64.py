@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_replay.kernels import torch_twins
-from megatron_replay.ops import CandidateSets, dynamic_topk, restricted_linear_cross_entropy, topk
+from megatron_replay.ops import CandidateSets, VocabShard, dynamic_topk, restricted_linear_cross_entropy, topk
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def test_the_same_loss_and_gradients(request: pytest.FixtureRequest) -> None:
 
     def run() -> list[torch.Tensor]:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = restricted_linear_cross_entropy(h, w, some_sets(), kernels="reference")
+        sets = some_sets()
+        soft = sets.local(VocabShard(0, 30), targets=torch.linspace(0.1, 1, len(sets.ids)))
+        loss = torch.cat([restricted_linear_cross_entropy(h, w, some, kernels="reference") for some in (sets, soft)])
         loss.sum().backward()
         assert h.grad is not None and w.grad is not None
         return [loss.detach(), h.grad, w.grad]
