@@ -44,12 +44,12 @@ def test_pins_are_names_and_public_versions_only(pins: dict[str, str]) -> None:
     assert not {"torch-npu", "triton", "llama-cpp-python", "wandb"} & set(pins)
 
 
-@pytest.mark.parametrize("extra", ["hf", "demo", "npu"])
+@pytest.mark.parametrize("extra", ["hf", "demo", "eval", "npu"])
 def test_an_extra_holds_what_the_code_imports(lock: types.ModuleType, extra: str) -> None:
     extras = lock.tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    assert set(extras) == {"hf", "demo", "npu", "dev"}, "a new one belongs in the list above"
+    assert set(extras) == {"hf", "demo", "eval", "npu", "dev"}, "a new one belongs in the list above"
     folders = ("megatron_replay", "benchmarks", "tests")
     code = "\n".join(path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).rglob("*.py"))
     for need in map(Requirement, extras[extra]):
