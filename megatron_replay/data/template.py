@@ -23,6 +23,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,22 @@ class Template(ABC):
     @abstractmethod
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids to generate the next assistant turn from."""
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The control token that ends every reply, and so is the last one trained; None where replies have none."""
+        try:
+            ends = {int(self.encode([Message("user", "a"), Message("assistant", b)]).ids[-1]) for b in ("b", "c d")}
+        except DataError:  # a template that wants other turns; its replies are met in the data
+            return None
+        end = ends.pop()
+        return None if ends or self.tokenizer.decode([end]) else end
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a reply: the token it is trained to end with, and those that the model's folder names."""
+        trained = () if self.turn_end is None else (self.turn_end,)
+        return tuple(dict.fromkeys((*trained, *self.tokenizer.eos_ids)))
 
     @abstractmethod
     def _pieces(self, messages: Sequence[Message]) -> tuple[list[tuple[list[int], bool]], int]:

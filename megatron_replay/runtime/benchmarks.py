@@ -147,7 +147,7 @@ def _answers(session: Session, contexts: Sequence[str], stop: str, what: str) ->
             session.model,
             prompts,
             max_new_tokens=session.config.evaluate.max_new_tokens,
-            stop_ids=session.tokenizer.eos_ids,
+            stop_ids=session.stop_ids,
             vocab_size=session.vocab_size,
             batch=session.config.evaluate.batch,
             ended=holds(session, [stop]),

@@ -122,7 +122,7 @@ class Collection:
     def _always(self) -> tuple[int, ...]:
         if not self.session.config.collect.stop_token:
             return ()
-        ids = tuple(sorted(set(self.session.tokenizer.eos_ids)))
+        ids = tuple(sorted(self.session.stop_ids))
         if not ids:
             raise ConfigError(
                 "collect.stop_token=true, but the tokenizer names no eos; set eos_token_id in generation_config.json"

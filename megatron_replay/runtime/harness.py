@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
                 self.session.model,
                 [self.tok_encode(text)[-room:] for text in texts],
                 max_new_tokens=most,
-                stop_ids=self.session.tokenizer.eos_ids,
+                stop_ids=self.session.stop_ids,
                 vocab_size=self.session.vocab_size,
                 batch=self.session.config.evaluate.batch,
                 ended=holds(self.session, stops),

@@ -25,6 +25,8 @@ from megatron_replay.parallel.ranks import world as worlds
 from megatron_replay.parallel.ranks.world import World
 from megatron_replay.runtime.progress import Advance, progress
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Session:
@@ -39,6 +41,11 @@ class Session:
     def vocab_size(self) -> int:
         """Ids the tokenizer knows: the real vocabulary. Rows beyond it are padding and never take part."""
         return self.tokenizer.size
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer (`Template.stop_ids`)."""
+        return self.template.stop_ids
 
     def say(self, text: str) -> None:
         """Print once, not on every rank."""
@@ -69,6 +76,21 @@ def open_session(config: RunConfig, *, seq_length: int) -> Iterator[Session]:
     check_mode(config.kernels)  # an unknown mode is reported before the ranks start
     torch.manual_seed(config.seed)
     with worlds.running(layout, device, seed=config.seed) as world:
+        if world.is_main:
+            _compare_ends(template, tokenizer)
         model = build(source.spec, layout, world, weights_dtype, seq_length=seq_length)
         source.fill(model)
         yield Session(config, source, tokenizer, template, world, model)
+
+
+def _compare_ends(template: Template, tokenizer: Tokenizer) -> None:
+    """Warn where replies end with a token that the model's files do not name: other programs would run on."""
+    end = template.turn_end
+    if end is not None and end not in tokenizer.eos_ids:
+        names = [f"{tokenizer.decode([i], special=True)} ({i})" for i in (end, *tokenizer.eos_ids)]
+        log.warning(
+            "replies end with %s, and the model's files name %s as eos; generation stops at either, and checkpoints "
+            "name both in generation_config.json",
+            names[0],
+            ", ".join(names[1:]) or "nothing",
+        )

@@ -167,7 +167,7 @@ def _answers(session: Session, questions: Sequence[SqlQuestion]) -> list[str]:
             session.model,
             prompts,
             max_new_tokens=asked.max_new_tokens,
-            stop_ids=session.tokenizer.eos_ids,
+            stop_ids=session.stop_ids,
             vocab_size=session.vocab_size,
             batch=asked.batch,
             progress=advance,

@@ -159,7 +159,7 @@ def _save(session: Session, trainer: Trainer, iteration: int) -> None:
             "dtype": str(session.model.dtype).removeprefix("torch."),
         }
         facts |= {"adapter": checkpoint.adapter_facts(session.model.table.adapter)}
-        checkpoint.write_side_files(root, session.source.hf, facts)
+        checkpoint.write_side_files(root, session.source.hf, facts, session.stop_ids)
     began = time.perf_counter()
     checkpoint.save(root, iteration, trainer, {"iteration": iteration, "seed": session.config.seed})
     session.say(f"  saved checkpoint at iteration {iteration:7d} to {root} in {time.perf_counter() - began:.1f} s")

@@ -110,7 +110,7 @@ class _Author:
                 "rehearsal.source=free"
             )
         start, between = tokenizer.encode(before), tokenizer.encode(after, continues=True)
-        stops = set(tokenizer.eos_ids)
+        stops = set(self.session.stop_ids)
         requests = self._continued([start] * len(numbers), numbers, stage=0)
         ended = [bool(request) and request[-1] in stops for request in requests]
         bodies = [request[:-1] if end else request for request, end in zip(requests, ended, strict=True)]
@@ -163,7 +163,7 @@ class _Author:
             session.model,
             prompts,
             max_new_tokens=asked.max_new_tokens,
-            stop_ids=session.tokenizer.eos_ids,
+            stop_ids=session.stop_ids,
             vocab_size=session.vocab_size,
             batch=asked.batch,
             sampling=Sampling(asked.temperature, seed, tuple(numbers)),

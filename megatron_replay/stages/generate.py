@@ -31,7 +31,7 @@ def text(session: Session) -> str:
         session.model,
         [prompt],
         max_new_tokens=asked.max_new_tokens,
-        stop_ids=tokenizer.eos_ids,
+        stop_ids=session.stop_ids,
         vocab_size=session.vocab_size,
         batch=1,
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from served import Done, Served
-from tinymodel import SETTINGS, Tiny, write_lines
+from tinymodel import SETTINGS, Tiny, write_lines, write_tokenizer
 
 from megatron_replay import config
 from megatron_replay.data.samples import load_samples
@@ -450,3 +450,18 @@ def test_evaluate_with_shared_prefixes(run: Run, alike: list[str], questions: li
                     part,
                     key,
                 )
+
+
+def test_the_end_of_a_turn_goes_with_the_model(served: Served, tiny: Tiny, tmp_path: Path) -> None:
+    """A base model's files name another eos than its chat template ends replies with: told, used, and exported."""
+    model = Path(shutil.copytree(tiny.model, tmp_path / "model"))
+    write_tokenizer(model, "<|turn|>")  # 257, which the embedding has room for
+    template = "{% for m in messages %}{{ m['content'] + '<|turn|>' }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    settings = ["model=model", f"data.path={tiny.data}", *SETTINGS]
+    done = served("train", *settings, "train.loss=full", "train.iters=1", "train.save=saved", cwd=tmp_path)
+    assert done.code == 0 and "replies end with <|turn|> (257), and the model's files name <|end|> (256)" in done.err
+    assert served("convert", "saved", "export", cwd=tmp_path).code == 0
+    for folder in ("saved/hf", "export"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"] == [257, 256]
+    assert "replies end" not in served("generate", "hm", "model=export", *SETTINGS, cwd=tmp_path).err

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,11 @@ def _restripe(model: Model, reader: Reader) -> None:
             parameter.copy_(shard(reader.read(weight), weight.axis, model.world.tensor_rank, model.world.tensor_size))
 
 
-def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
+def write_side_files(root: Path, hf: Path, facts: dict[str, Any], stop_ids: Sequence[int] = ()) -> None:
     """Make ROOT/hf: the configuration and tokenizer files of the model's folder, and `facts` (source.json).
 
-    Without the facts the checkpoint cannot be exported.
+    Without the facts the checkpoint cannot be exported. generation_config.json names `stop_ids` as eos, if there are
+    some that it does not name.
     """
     side = root / "hf"
     if side.resolve() == hf.resolve():
@@ -140,6 +142,14 @@ def write_side_files(root: Path, hf: Path, facts: dict[str, Any]) -> None:
         if file.is_file() and file.suffix in SIDE_FILES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, side / file.name)
     _replace(side / "source.json", json.dumps(facts))
+    _name_stop_ids(side / "generation_config.json", stop_ids)
+
+
+def _name_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    named = known.get("eos_token_id")
+    if set(stop_ids) - set(named if isinstance(named, list) else [named]):
+        _replace(path, json.dumps({**known, "eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
 def _state(trainer: Trainer, progress: dict[str, Any], *, loading: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,27 @@ def test_targets_are_replies_with_their_end_token(chatml: Template) -> None:
     assert (encoded.ids.dtype, encoded.mask.dtype, encoded.num_skipped) == (np.int32, np.bool_, 0)
     assert encoded.ids[-1] == chatml.tokenizer.eos_ids[0]
     assert encoded.mask[-1]
+
+
+def test_a_reply_ends_with_the_templates_token_whatever_the_folder_names(
+    make: SimpleNamespace, tmp_path: Path, chatml_folder: Path
+) -> None:
+    """A base model names <|endoftext|>; a reply is trained to end with <|im_end|>, and generation stops there."""
+    named = load_tokenizer(chatml_folder)
+    end = named.encode("<|im_end|>")[0]
+    other = dataclasses.replace(named, eos_ids=(0,))
+    for tokenizer in (named, other):
+        template = ChatTemplate(tokenizer.chat_template or "", tokenizer)
+        assert template.turn_end == end == template.encode(ONE).ids[-1]
+        assert template.stop_ids == (end, *(i for i in tokenizer.eos_ids if i != end))
+    assert PlainTemplate(other).stop_ids == (0,)
+
+
+@pytest.mark.parametrize("text", ["{{ messages[-1].content }}", "{{ messages[-1].content }} over", "{{ 1 / 0 }}"])
+def test_without_an_end_token_the_folders_are_all(tokenizer: Tokenizer, text: str) -> None:
+    """Neither the last letter of a reply nor a word of the template ends generation."""
+    template = ChatTemplate(text, tokenizer)
+    assert template.turn_end is None and template.stop_ids == tokenizer.eos_ids
 
 
 def test_untrained_replies_are_context(chatml: Template) -> None:
