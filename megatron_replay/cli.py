@@ -167,8 +167,8 @@ VERBS = {
     ),
     "collect": Verb(
         "collect:run",
-        "Stage 0: run the base model over the data once and store the candidate sets.",
-        ("data", "collect", "layout", "batch"),
+        "Stage 0: run the base model over the data once and store the candidate sets; write texts to rehearse.",
+        ("data", "collect", "rehearsal", "layout", "batch"),
         flags={"dry-run": DRY_RUN, **RANKS},
     ),
     "store": Verb(
@@ -181,8 +181,8 @@ VERBS = {
     ),
     "train": Verb(
         "train:run",
-        "Stage 1: train with the loss restricted to the stored sets.",
-        ("data", "train", "adapter", "optimizer", "schedule", "layout", "batch"),
+        "Stage 1: train with the loss restricted to the stored sets, or another, with rehearsal or without.",
+        ("data", "train", "rehearsal", "adapter", "optimizer", "schedule", "layout", "batch"),
         flags={"dry-run": DRY_RUN, **RANKS},
     ),
     "evaluate": Verb(

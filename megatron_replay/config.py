@@ -142,6 +142,7 @@ class Rehearsal:
     batch: int = 16
     """Texts written at a time by a replica."""
     tau: float = 0.99
+    """Like collect.tau, of the sets of texts and prompts; so are `k_max` and `logits`."""
     k_max: int = 64
     logits: Literal["fp16", "bf16"] = "fp16"
     weight: float = 1.0

@@ -83,9 +83,7 @@ class Logs:
         """Megatron's line, field for field, so that its log parsers work; ours follow at the end."""
         batch = self.session.config.batch.total
         nan = 0 if result.applied else 1
-        ours = "".join(
-            f" {name.split('/')[-1].replace('_', ' ')}: {value:.3f} |" for name, value in result.metrics.items()
-        )
+        ours = "".join(f" {_spoken(name)}: {value:.3f} |" for name, value in result.metrics.items())
         return (
             f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.steps:8d} |"
             f" consumed samples: {iteration * batch:12d} | elapsed time per iteration (ms): {seconds * 1000:.1f} |"
@@ -93,3 +91,9 @@ class Logs:
             f" {self.loss_name}: {result.loss:.6E} | loss scale: 1.0 | grad norm: {result.grad_norm:.3f} |"
             f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |{ours}"
         )
+
+
+def _spoken(name: str) -> str:
+    """A metric's name in the line: without the part that names its origin, but for terms of the loss."""
+    origin, _, rest = name.rpartition("/")
+    return (f"{origin} {rest}" if rest == "kl" else rest).replace("_", " ")

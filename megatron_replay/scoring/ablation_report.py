@@ -1,4 +1,4 @@
-"""The report of a comparison of recipes: a table of all runs, Pareto fronts, and forgetting at matched gain."""
+"""The report of a comparison of recipes: tables, the Pareto front and its picture, and forgetting at matched gain."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 from megatron_replay.ablation import BASE, Ablation
 from megatron_replay.errors import DataError
+from megatron_replay.scoring.front_picture import draw_fronts
 from megatron_replay.scoring.fronts import Point, front, matched
 
 Row = Mapping[str, Any]
-CSV, REPORT = "rows.csv", "report.md"
+CSV, REPORT, PICTURE = "rows.csv", "report.md", "front.png"
 
 
 def write_report(ablation: Ablation, rows: Sequence[Row], folder: Path) -> str:
-    """Write rows.csv and report.md into the folder; returns the report. Raises DataError for an unknown measure."""
+    """Write rows.csv, report.md and front.png into the folder; returns the report.
+
+    Raises DataError for an unknown measure.
+    """
     measures = sorted({name for row in rows for name in row["measures"]})
     for name in (ablation.gain, *ablation.forgetting):
         if any(name not in row["measures"] for row in rows):
@@ -24,7 +28,24 @@ def write_report(ablation: Ablation, rows: Sequence[Row], folder: Path) -> str:
     _write_csv(folder / CSV, rows, measures)
     text = "\n".join([*_table(ablation, rows), "", *_matched(ablation, rows)])
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    lines = {recipe: averages for recipe in ablation.recipes if (averages := averaged(ablation, rows, recipe))}
+    base = next(((row["measures"][ablation.gain], 0.0) for row in rows if row["recipe"] == BASE), None)
+    change = f"mean change of {len(ablation.forgetting)} measures"
+    draw_fronts(folder / PICTURE, lines, base, gain=ablation.gain, forgetting=change)
     return text
+
+
+def averaged(ablation: Ablation, rows: Sequence[Row], recipe: str) -> list[Point]:
+    """The points of a recipe in the order of its rates, each the mean over the seeds that are done."""
+    by_rate: dict[float, list[Point]] = {}
+    for row in rows:
+        if row["recipe"] == recipe:
+            point = (row["measures"][ablation.gain], forgotten(ablation, rows, row))
+            by_rate.setdefault(float(row["rate"]), []).append(point)
+    return [
+        (sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some))
+        for _, some in sorted(by_rate.items())
+    ]
 
 
 def forgotten(ablation: Ablation, rows: Sequence[Row], row: Row) -> float:
@@ -46,7 +67,7 @@ def points(ablation: Ablation, rows: Sequence[Row], recipe: str) -> dict[int, li
 def targets(ablation: Ablation, rows: Sequence[Row]) -> list[float]:
     """Losses on the domain at which recipes are compared: those that the first recipe reaches in every seed.
 
-    They are its lowest, the mean over seeds of the lowest of each, and two thirds and one third of the way there.
+    They lie 80, 90, 95 and 100 % of the way from the base model's to the highest of the lowest of each seed.
     """
     first = next(iter(ablation.recipes))
     lowest = [min(loss for loss, _ in seed) for seed in points(ablation, rows, first).values()]

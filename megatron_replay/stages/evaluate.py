@@ -15,7 +15,8 @@ from typing import Any
 from megatron_replay import __version__
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.runtime import benchmarks, likelihood, measures, sql_measure
+from megatron_replay.runtime import benchmarks, likelihood, sql_measure
+from megatron_replay.runtime.distance import distance
 from megatron_replay.runtime.output_paths import check_file, replace_file
 from megatron_replay.runtime.questions import lines, questions_path, take_rows
 from megatron_replay.runtime.session import Session, open_session
@@ -36,7 +37,7 @@ PARTS = {
     "generation": benchmarks.generation,
     "lm_eval": _lm_eval,
     "nl2sql": sql_measure.nl2sql,
-    "base": measures.distance,
+    "base": distance,
 }
 """Key of the `evaluate` section -> the measure that runs when that key is set."""
 

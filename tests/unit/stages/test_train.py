@@ -11,7 +11,7 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.parallel.losses import LOSSES, Loss
 from megatron_replay.parallel.losses.full import Full
 from megatron_replay.parallel.losses.restricted import Restricted
-from megatron_replay.stages.train import _check, _check_logits
+from megatron_replay.runtime.training import _check_logits, check_run
 
 
 class Soft(Restricted):
@@ -31,7 +31,7 @@ def test_the_losses_register_themselves() -> None:
 def test_a_loss_over_sets_needs_a_store() -> None:
     says = r"train\.loss=restricted needs the candidate store of `collect`: train\.store=PATH \(or .*train\.loss=full\b"
     with pytest.raises(ConfigError, match=says):
-        _check(config(loss="restricted"), Restricted)
+        check_run(config(loss="restricted"))
 
 
 @pytest.mark.parametrize(
