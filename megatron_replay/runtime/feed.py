@@ -49,7 +49,7 @@ class Feed:
         )
         if self.rehearsal is not None:
             row = min(data.seq_length, sum(lengths) / len(self.stream.rows(0)))  # shared tokens count once
-            self.rehearsal.plan(row * batch.total)
+            self.rehearsal.plan(row * batch.total, self.session.world.data_size)
 
     @property
     def task(self) -> Task:

@@ -55,10 +55,15 @@ class Rehearsal:
         """The factor of each term's mean."""
         return {TEXTS: self.config.weight, PROMPTS: self.config.prompts}
 
-    def plan(self, tokens: float) -> None:
-        """Fix the texts of a step, from the domain's tokens in one."""
+    def plan(self, tokens: float, replicas: int) -> None:
+        """Fix the texts of a step, from the domain's tokens in one. Raises LayoutError for fewer than replicas."""
         lengths = [len(sample) for sample in self.samples]
         count = max(1, round(self.config.share * tokens * len(lengths) / sum(lengths)))
+        if count < replicas:
+            raise LayoutError(
+                f"rehearsal.share={self.config.share:g} gives {count} texts a step, which cannot be dealt to "
+                f"{replicas} data-parallel replicas; raise it, and rehearsal.every with it"
+            )
         self.stream = Stream(lengths, self.seed, max(lengths), False, True, count)
 
     def texts(self, step: int) -> list[Sample]:
@@ -75,15 +80,9 @@ class Rehearsal:
     def mixed(self, step: int, draws: Sequence[Draw], world: World, *, capacity: int) -> list[Draw]:
         """This replica's micro-batches of a step: those of the domain, with their prompts, and those of the texts.
 
-        Texts are laid together up to `capacity` tokens. Raises LayoutError for a step with fewer texts than replicas.
+        Texts are laid together up to `capacity` tokens.
         """
-        texts = self.texts(step)
-        if 0 < len(texts) < world.data_size:
-            raise LayoutError(
-                f"{len(texts)} rehearsal texts a step cannot be dealt to {world.data_size} data-parallel replicas; "
-                "raise rehearsal.share, or rehearsal.every with it"
-            )
-        mine = texts[world.data_rank :: world.data_size]
+        mine = self.texts(step)[world.data_rank :: world.data_size]
         rows = fill(range(len(mine)), [len(text) for text in mine], capacity)
         return [self._with_prompts(draw) for draw in draws] + [self._draw([mine[i] for i in row]) for row in rows]
 

@@ -229,6 +229,11 @@ REFUSED: dict[str, tuple[Callable[[Bench], object], list[str], str]] = {
         ["collect", "collect.store=", "rehearsal.path=x", "rehearsal.source=[chat]"],
         "rehearsal.source=chat needs a chat template, and this model has none; use rehearsal.source=free",
     ),
+    "fewer texts than replicas": (
+        lambda b: None,
+        ["train", "train.loss=full", "train.store=", *REHEARSE, "rehearsal.share=0.01", *TWO],
+        "rehearsal.share=0.01 gives 1 texts a step, which cannot be dealt to 2 data-parallel replicas; raise it",
+    ),
     "a negative weight": (lambda b: None, ["train", "rehearsal.weight=-1"], "weight is a factor of a loss, at least 0"),
 }
 
