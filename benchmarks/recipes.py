@@ -1,12 +1,14 @@
 """The study of recipes: what each learns and forgets on a real model, at several rates and seeds.
 
-    python benchmarks/recipes.py prepare --model MODEL --data DATA --folder FOLDER
-    megatron-replay ablate FOLDER/screen.yaml --workers 1
-    python benchmarks/recipes.py rows --folder FOLDER --output benchmarks/results/recipes.csv
+    python benchmarks/recipes.py prepare STUDY --model MODEL --data DATA --folder FOLDER
+    megatron-replay collect FOLDER/own.yaml
+    megatron-replay ablate FOLDER/study.yaml --workers 1
+    python benchmarks/recipes.py rows --folder FOLDER --output benchmarks/results/recipes_STUDY.csv
 
-DATA is a folder with nl2sql/ (Spider's training questions, schemas and databases), general/ (GSM8K, MMLU) and text/
-(WikiText-2, TinyShakespeare). `prepare` writes the questions, split by database, and the files of the comparison. What
-is forgotten is measured on texts that no recipe rehearses; `own` are texts that the base model wrote with another seed.
+STUDY is `stories` (stories260K learns Spider's questions and queries as plain text; a run takes seconds) or `spider`
+(a 135M model learns text-to-SQL by databases). DATA is a folder with nl2sql/ (Spider's training questions, schemas and
+databases), general/ (GSM8K, MMLU, BBH) and text/ (WikiText-2, TinyShakespeare). What is forgotten is measured on texts
+that no recipe rehearses; `own` are texts that the base model wrote with another seed.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ def bbh(data: Path) -> list[Line]:
     return [{"prompt": row["input"], "completion": row["target"]} for row in mixed[:GENERAL]]
 
 
-def common(model: str, data: Path, folder: Path) -> Line:
-    """The keys that all runs share."""
+def spider_keys(model: str, data: Path, folder: Path) -> Line:
+    """The keys that all runs of the spider study share."""
     return {
         "model": model,
         "device": "cpu",
@@ -116,72 +118,125 @@ def common(model: str, data: Path, folder: Path) -> Line:
     }
 
 
-FORGETTING = [f"text.{name}.nll" for name in ("wikitext", "shakespeare")]
-FORGETTING += [f"targets.{name}.nll" for name in ("gsm8k", "mmlu", "bbh")]
-"""General text that no recipe rehearses; the model's own kind of text is measured apart."""
+def stories_keys(model: str, data: Path, folder: Path) -> Line:
+    """The keys that all runs of the stories study share: 100 steps of 4 windows of 64 tokens."""
+    return {
+        "model": model,
+        "device": "cpu",
+        "data": {"path": str(folder / "train.txt"), "seq_length": 64},
+        "collect": {"strategy": "all", "tau": 0.99, "k_max": 64},
+        "rehearsal": {"samples": 160, "max_new_tokens": 63, "batch": 32, "share": 0.25, "weight": 0.0},
+        "train": {"loss": "full", "iters": 100},
+        "optimizer": {"name": "adamw"},
+        "schedule": {"style": "constant", "warmup_iters": 10},
+        "batch": {"micro": 4, "total": 4},
+        "evaluate": {
+            "text": {
+                "domain": str(folder / "test.txt"),
+                "shakespeare": str(data / "text" / "tinyshakespeare.txt"),
+            },
+            "text_tokens": 16_384,
+            "window": 64,
+            "targets": {"own": str(folder / "own")},
+        },
+    }
+
 
 KL = {"rehearsal.weight": 1.0}
 RESTRICTED = {"train.loss": "restricted"}
 MOCLIP = {"optimizer.name": "moclip", "optimizer.max_angle": 45}
+TAM = {"optimizer.name": "tam"}
+NO_MOMENTUM = {"optimizer.betas": [0.0, 0.95]}
 RECIPES: dict[str, Line] = {
     "adamw": {},
     "rehearsal-1": KL,
-    "tam": {"optimizer.name": "tam"},
-    "rehearsal-1-tam": {**KL, "optimizer.name": "tam"},
+    "tam": TAM,
+    "rehearsal-1-tam": {**KL, **TAM},
     "moclip": MOCLIP,
     "rehearsal-1-moclip": {**KL, **MOCLIP},
     "rehearsal-0.25": {"rehearsal.weight": 0.25},
+    "rehearsal-0.25-tam": {"rehearsal.weight": 0.25, **TAM},
     "prompts-1": {"rehearsal.prompts": 1.0},
     "rehearsal-1-prompts-1": {**KL, "rehearsal.prompts": 1.0},
-    "paper": {**RESTRICTED, **MOCLIP, "collect.strategy": "bucket"},
+    "paper": {**RESTRICTED, **MOCLIP, "collect.strategy": "bucket", "collect.tau": 0.95, "collect.k_max": 200},
+    "restricted-adamw": RESTRICTED,
     "sampled": {"train.loss": "sampled", "collect.stop_token": True},
+    "rehearsal-1-sampled": {**KL, "train.loss": "sampled", "collect.stop_token": True},
     "rehearsal-4-every-4": {"rehearsal.weight": 4.0, "rehearsal.every": 4},
     "rehearsal-1-rest": {**KL, "rehearsal.rest": True},
+    "rehearsal-1-16-texts": {**KL, "rehearsal.samples": 16},
     "rehearsal-1-free": {**KL, "rehearsal.source": ["free"]},
-    "adamw-no-momentum": {"optimizer.betas": [0.0, 0.95]},
+    "adamw-no-momentum": NO_MOMENTUM,
+    "rehearsal-1-no-momentum": {**KL, **NO_MOMENTUM},
     "mofo": {"optimizer.name": "mofo"},
-    "lora": {"adapter.rank": 16, "rates": [5e-4, 1e-3, 2e-3]},
+    "eaft": {"train.loss": "eaft"},
+    "talr": {"train.loss": "talr"},
+    "lora": {"adapter.rank": 16},
     "half": {"train.freeze_share": 0.5},
 }
+NO_PROMPTS = ("prompts-1", "rehearsal-1-prompts-1", "rehearsal-1-free")
+"""What plain text has no use for: it has no prompts, and its model writes from nothing anyway."""
 
 
-def prepare(model: str, data: Path, folder: Path) -> None:
-    """Write the data files and the comparison."""
-    folder.mkdir(parents=True, exist_ok=True)
+def spider_study(model: str, data: Path, folder: Path) -> Line:
     train, test = spider(data)
     sets = {"train": train, "test": test, "gsm8k": gsm8k(data), "mmlu": mmlu(data), "bbh": bbh(data)}
     for name, lines in sets.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    study = {
-        "output": str(folder / "screen"),
+    recipes = {**RECIPES, "lora": {**RECIPES["lora"], "rates": [5e-4, 1e-3, 2e-3]}}
+    return {
         "rates": [1e-4, 2e-4, 4e-4],
-        "seeds": [1],
         "gain": "targets.sql.nll",
-        "forgetting": FORGETTING,
-        "run": common(model, data, folder),
-        "recipes": RECIPES,
+        "forgetting": [
+            *(f"text.{name}.nll" for name in ("wikitext", "shakespeare")),
+            *(f"targets.{name}.nll" for name in ("gsm8k", "mmlu", "bbh")),
+        ],
+        "run": spider_keys(model, data, folder),
+        "recipes": recipes,
     }
-    (folder / "screen.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
-    own = {
-        "model": model,
-        "device": "cpu",
-        "seed": 777,
-        "rehearsal": {"path": str(folder / "own"), "samples": 40, "max_new_tokens": 96, "batch": 20},
+
+
+def stories_study(model: str, data: Path, folder: Path) -> Line:
+    rows = _jsonl(data / "nl2sql" / "spider_train.jsonl")
+    random.Random(3).shuffle(rows)
+    texts = [f"{row['question']}\n{row['query']}\n" for row in rows]
+    cut = len(texts) * 9 // 10
+    for name, some in (("train", texts[:cut]), ("test", texts[cut:])):
+        (folder / f"{name}.txt").write_text("".join(some), encoding="utf-8")
+    rates = [4e-4, 7e-4, 1.2e-3, 2e-3, 3.5e-3]
+    return {
+        "rates": rates,
+        "gain": "text.domain.nll",
+        "forgetting": ["targets.own.nll"],
+        "run": stories_keys(model, data, folder),
+        "recipes": {name: keys for name, keys in RECIPES.items() if name not in NO_PROMPTS},
     }
+
+
+STUDIES = {"spider": spider_study, "stories": stories_study}
+
+
+def prepare(study: str, model: str, data: Path, folder: Path) -> None:
+    """Write the data files, the comparison, and the configuration of the texts that measure forgetting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"output": str(folder / "study"), "seeds": [1], **STUDIES[study](model, data, folder)}
+    (folder / "study.yaml").write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+    texts = {"samples": 40, "max_new_tokens": 96, "batch": 20}
+    if study == "stories":
+        texts = {"samples": 200, "max_new_tokens": 63, "batch": 50}
+    own = {"model": model, "device": "cpu", "seed": 777, "rehearsal": {"path": str(folder / "own"), **texts}}
     (folder / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
-    print(
-        f"first: megatron-replay collect {folder / 'own.yaml'}; then: megatron-replay ablate {folder / 'screen.yaml'}"
-    )
+    print(f"megatron-replay collect {folder / 'own.yaml'}; megatron-replay ablate {folder / 'study.yaml'}")
 
 
 def rows(folder: Path, output: Path | None) -> None:
     """Write the rows of all runs that are done; a table that is there is replaced."""
-    with (folder / "screen" / "rows.csv").open(encoding="utf-8", newline="") as file:
+    with (folder / "study" / "rows.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     if output is not None:
         output.unlink(missing_ok=True)
-    facts = about("megatron-replay ablate screen.yaml", machine())
+    facts = about("megatron-replay ablate study.yaml", machine())
     append([{**facts, **row} for row in found], output)
 
 
@@ -199,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     making = verbs.add_parser("prepare")
+    making.add_argument("study", choices=STUDIES)
     making.add_argument("--model", required=True, help="a Hugging Face folder")
     making.add_argument("--data", type=Path, required=True)
     making.add_argument("--folder", type=Path, required=True)

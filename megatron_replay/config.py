@@ -120,10 +120,8 @@ class Collect:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """Texts that the base model writes itself, whose stored distributions it is held to while it learns.
-
-    The loss of a step is the domain's mean plus `weight` times the mean of KL(base || model) over the texts' positions.
-    """
+    """Texts that the base model writes, and to whose stored distributions it is held while it learns: the loss is the
+    domain's mean plus `weight` times the mean of KL(base || model) over the texts."""
 
     path: str = ""
     """Folder of the texts and their sets: `collect` makes it and `train` mixes them in. Empty: no rehearsal."""

@@ -42,11 +42,23 @@ def study(tiny: Tiny, **changes: Any) -> dict[str, Any]:
     }
 
 
+def test_one_run_alone_and_what_is_left(served: Served, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(tiny)))
+    for name in ("base", "plain/lr0.001/seed1"):
+        done = served("ablate", "study.yaml", "--arm", name, cwd=tmp_path)
+        assert done.code == 0, done.err
+    done = served("ablate", "study.yaml", "--dry-run", cwd=tmp_path)
+    assert "5 runs, 2 done, 3 to do" in done.out and "plain/lr0.001" not in done.out
+    told = served("ablate", "study.yaml", "--report", cwd=tmp_path).out
+    assert "| base | 0 | 0 |" in told and "| plain | 0.001 | 1 |" in told
+
+
+@pytest.mark.slow
 def test_all_runs_once_and_a_report(served: Served, tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(tiny)))
     dry = served("ablate", "study.yaml", "--dry-run", cwd=tmp_path)
     assert dry.code == 0 and "5 runs, 0 done, 5 to do" in dry.out and "rehearsed/lr0.01/seed1" in dry.out
-    done = served("ablate", "study.yaml", "--workers", "2", cwd=tmp_path)
+    done = served("ablate", "study.yaml", "--workers", "2", cwd=tmp_path, within=600)
     assert done.code == 0, done.out + done.err
     assert len(list((tmp_path / "out" / "stores").iterdir())) == len(list((tmp_path / "out" / "texts").iterdir())) == 1
     with (tmp_path / "out" / "rows.csv").open(newline="") as file:
@@ -68,10 +80,11 @@ def test_all_runs_once_and_a_report(served: Served, tiny: Tiny, tmp_path: Path) 
     assert "5 runs, 0 done" in served("ablate", "study.yaml", "run.train.iters=4", "--dry-run", cwd=tmp_path).out
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(served: Served, tiny: Tiny, tmp_path: Path) -> None:
     recipes = {"plain": {"rates": [1e-3]}, "wild": {"rates": [1e30], "train.max_skipped": 1}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(tiny, recipes=recipes)))
-    done = served("ablate", "study.yaml", "--workers", "1", cwd=tmp_path)
+    done = served("ablate", "study.yaml", "--workers", "1", cwd=tmp_path, within=600)
     assert done.code == 1 and "wild/lr1e+30/seed1 failed with exit code 2; see out/runs/wild" in done.err
     row = json.loads((tmp_path / "out" / "runs" / "plain" / "lr0.001" / "seed1" / "row.json").read_text())
     assert row["recipe"] == "plain" and row["costs"]["steps"] == 3

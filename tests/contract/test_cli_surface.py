@@ -16,7 +16,10 @@ from megatron_replay import cli, cli_args
 from megatron_replay.config import RunConfig
 from megatron_replay.errors import DataError
 
-VERBS = ["doctor", "convert", "collect", "store", "train", "evaluate", "compare", "generate", "launch", "demo"]
+VERBS = [
+    *("doctor", "convert", "collect", "store", "train", "evaluate", "compare", "average", "ablate", "generate"),
+    *("launch", "demo"),
+]
 
 
 class Stage:

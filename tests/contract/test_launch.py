@@ -156,7 +156,10 @@ def test_the_environment_of_the_cluster_file_wins(say: Say, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "needs the command that the nodes run: [CLUSTER.yaml] {collect,train,evaluate,generate} [RUN.yaml]"),
+        (
+            [],
+            "needs the command that the nodes run: [CLUSTER.yaml] {collect,train,evaluate,average,generate} [RUN.yaml]",
+        ),
         (["convert", "a", "b"], "needs the command that the nodes run"),
         (["trian"], "needs the command that the nodes run"),
         (["a.yaml", "b.yaml", "train"], "one cluster file at most"),

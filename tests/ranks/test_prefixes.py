@@ -22,7 +22,7 @@ from megatron_replay.config import Optimizer
 from megatron_replay.data import prefixes
 from megatron_replay.data.prefixes import lay
 from megatron_replay.ops import CandidateSets
-from megatron_replay.parallel.batch import MicroBatch, micro_batches
+from megatron_replay.parallel.batch import DOMAIN, MicroBatch, micro_batches
 from megatron_replay.parallel.inference import token_nll
 from megatron_replay.parallel.mcore import attention
 from megatron_replay.parallel.mcore.model import Model, vocab_shard
@@ -81,10 +81,10 @@ def gradients(job: Job, share: bool) -> dict[str, Outcome]:
         trainer = make_trainer(model, Optimizer(name="adamw", lr=0.0))
         for loss in LOSSES:
             trainer.wrapped.zero_grad_buffer()
-            local = forward_backward(
+            sums = forward_backward(
                 model, trainer.wrapped, batches_of(model, job.micro, share=share), task(model, loss), trainer.timers
             )
-            total, count = model.world.total(*local)
+            total, count = model.world.total(*sums[DOMAIN])
             grads = {
                 name: (weight, parameter.main_grad.detach().double().numpy())
                 for name, weight, parameter in model.parameters()
