@@ -1,7 +1,7 @@
 """Rehearsal: a run holds itself to the base model's stored distributions, at texts that the base model wrote.
 
-L = mean over the domain's positions + weight * mean over the texts' positions of KL(base || model). docs/method.md,
-"Rehearsal", says why. A rehearsal folder holds `texts.jsonl` (`data.texts`), the store of the texts' sets in `store`,
+L = mean over the domain's positions + weight * mean over the texts' positions of KL(base || model); docs/rehearsal.md
+says why. A rehearsal folder holds `texts.jsonl` (`data.texts`), the store of their sets in `store`,
 and where asked for the store of the domain's prompts in `prompts`.
 """
 

@@ -196,16 +196,20 @@ class LayerCache:
         A pass holds a whole prompt each, or one token each.
         """
         past = cache.past[cache.rows]
-        for (start, length, _), row, seen in zip(segments.tolist(), cache.rows, past.tolist(), strict=True):
-            self.keys[row, seen : seen + length] = key[start : start + length]
-            self.values[row, seen : seen + length] = value[start : start + length]
         if not past.any():
+            for (start, length, _), row in zip(segments.tolist(), cache.rows, strict=True):
+                self.keys[row, :length] = key[start : start + length]
+                self.values[row, :length] = value[start : start + length]
             return attend(query, key, value, segments, scale)
         assert bool((segments[:, 1] == 1).all()), "after the prompt one token a sequence is generated at a time"
-        length = int(past.max()) + 1
+        n, length = len(cache.rows), int(past.max()) + 1
+        rows, at = torch.tensor(cache.rows, device=key.device), past.to(key.device)
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept[rows, at] = new[:n]
+        # while no sequence has ended the cache is taken as it lies, without a copy
+        every = slice(None) if n == cache.sequences else rows
         seen = torch.arange(length)[None] <= past[:, None]
-        k, v = (x[cache.rows, :length].transpose(1, 2) for x in (self.keys, self.values))
-        n = len(cache.rows)
+        k, v = (x[every, :length].transpose(1, 2) for x in (self.keys, self.values))
         # torch's own operator, on an NPU too, because the fused one is documented for training only
         out = _sdpa(query[:n, :, None], k, v, attn_mask=seen[:, None, None].to(query.device), scale=scale)[:, :, 0]
         return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - n))
