@@ -162,8 +162,10 @@ RECIPES: dict[str, Line] = {
     "restricted-adamw": RESTRICTED,
     "sampled": {"train.loss": "sampled", "collect.stop_token": True},
     "rehearsal-1-sampled": {**KL, "train.loss": "sampled", "collect.stop_token": True},
+    "appended": {"train.loss": "appended", "collect.stop_token": True},
     "rehearsal-4-every-4": {"rehearsal.weight": 4.0, "rehearsal.every": 4},
-    "rehearsal-1-rest": {**KL, "rehearsal.rest": True},
+    "rehearsal-1-rest": {**KL, "rehearsal.loss": "kl_rest"},
+    "rehearsal-1-nll": {**KL, "rehearsal.loss": "full"},
     "rehearsal-1-16-texts": {**KL, "rehearsal.samples": 16},
     "rehearsal-1-free": {**KL, "rehearsal.source": ["free"]},
     "adamw-no-momentum": NO_MOMENTUM,
@@ -172,6 +174,8 @@ RECIPES: dict[str, Line] = {
     "eaft": {"train.loss": "eaft"},
     "talr": {"train.loss": "talr"},
     "lora": {"adapter.rank": 16},
+    "way-back-0.85": {"average.sweep": [0.85]},
+    "rehearsal-1-way-back-0.85": {**KL, "average.sweep": [0.85]},
     "half": {"train.freeze_share": 0.5},
 }
 NO_PROMPTS = ("prompts-1", "rehearsal-1-prompts-1", "rehearsal-1-free")

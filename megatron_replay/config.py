@@ -149,11 +149,11 @@ class Rehearsal:
     """Tokens of rehearsal in a step, as a share of the domain's."""
     every: int = 1
     """Rehearse in every n-th step only."""
-    rest: bool = False
-    """Compare the probability outside each set too, as one more outcome. The full logits of the texts' positions are
-    then computed, some positions at a time."""
+    loss: str = field(default="kl", metadata={"registered": "parallel/losses"})
+    """The loss at the texts and prompts. kl: KL(base || model) over each set; kl_rest: the probability outside it too,
+    by the full logits of some positions at a time; full: cross-entropy on the texts, which needs no sets."""
     prompts: float = 0.0
-    """Factor of the same loss at the positions of the domain's own prompts; 0: none. They share the domain's forward
+    """Factor of the loss at the positions of the domain's own prompts; 0: none. They share the domain's forward
     pass."""
     fraction: float = 0.25
     """Share of the prompts' positions that get a set."""

@@ -11,19 +11,30 @@ from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.ablation import Arm
+from megatron_replay.errors import ConfigError
 from megatron_replay.runtime.output_paths import replace_file
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.training import prepare, train
+from megatron_replay.runtime.way_back import WayBack
 from megatron_replay.scoring.table import flat
 
 ROW = "row.json"
 
 
 def trained(session: Session) -> dict[str, float]:
-    """Train as the configuration says; returns the numbers of the run's last step and its costs."""
-    feed = prepare(session)
+    """Train as the configuration says; returns the numbers of the run's last step and its costs.
+
+    With one alpha in `average.sweep` the model then goes that far back to the base. Raises ConfigError for more.
+    """
+    feed, alphas = prepare(session), session.config.average.sweep
+    if len(alphas) > 1:
+        raise ConfigError(f"average.sweep={list(alphas)}: a run is measured at one alpha; make a recipe of each")
+    way = WayBack(session.model) if alphas else None
     began = time.perf_counter()
     train(session, feed)
+    if way is not None:
+        way.add()
+        way.move(alphas[0])
     log = Path(session.config.output) / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()][-feed.steps :]
     last = lines[-1]
@@ -32,7 +43,7 @@ def trained(session: Session) -> dict[str, float]:
         "steps": feed.steps,
         "tokens": sum(line["replay/tokens"] - line["replay/shared_tokens"] for line in lines),
         "loss": last[feed.loss.log_name],
-        **{name: last[name] for name in ("rehearsal/kl", "prompts/kl") if name in last},
+        **{name: value for name, value in last.items() if name.startswith(("rehearsal/", "prompts/"))},
     }
 
 

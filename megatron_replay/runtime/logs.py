@@ -96,4 +96,4 @@ class Logs:
 def _spoken(name: str) -> str:
     """A metric's name in the line: without the part that names its origin, but for terms of the loss."""
     origin, _, rest = name.rpartition("/")
-    return (f"{origin} {rest}" if rest == "kl" else rest).replace("_", " ")
+    return (f"{origin} {rest}" if rest in ("kl", "nll") else rest).replace("_", " ")

@@ -22,6 +22,7 @@ from megatron_replay.errors import ConfigError, DataError, LayoutError
 from megatron_replay.parallel.activations import LargestMicroBatch
 from megatron_replay.parallel.inference import fill
 from megatron_replay.parallel.losses import LOSSES, Loss
+from megatron_replay.parallel.losses.kl import KL
 from megatron_replay.parallel.ranks.world import World
 from megatron_replay.runtime.draws import Draw, Part
 from megatron_replay.runtime.identity import check_store
@@ -31,8 +32,8 @@ from megatron_replay.store import CandidateStore
 SETS, PROMPT_SETS = "store", "prompts"
 """The stores of a rehearsal folder."""
 
-TEXTS, PROMPTS = "rehearsal/kl", "prompts/kl"
-"""The names of the terms, and of their means in the log."""
+TEXTS, PROMPTS = "rehearsal", "prompts"
+"""The terms of the loss; `rehearsal/kl` is the mean of one in the log."""
 
 
 @dataclass
@@ -50,10 +51,14 @@ class Rehearsal:
     """The texts of all steps, one a row."""
     _known: dict[bytes, bytes] = field(default_factory=dict)
 
+    def name(self, term: str) -> str:
+        """The name of a term, which the log shows: kl for divergences from the base model, nll for other losses."""
+        return f"{term}/{'kl' if isinstance(self.loss, KL) else 'nll'}"
+
     @property
     def weights(self) -> dict[str, float]:
         """The factor of each term's mean."""
-        return {TEXTS: self.config.weight, PROMPTS: self.config.prompts}
+        return {self.name(TEXTS): self.config.weight, self.name(PROMPTS): self.config.prompts}
 
     def plan(self, tokens: float, replicas: int) -> None:
         """Fix the texts of a step, from the domain's tokens in one. Raises LayoutError for fewer than replicas."""
@@ -75,7 +80,8 @@ class Rehearsal:
     def counts(self, step: int, drawn: Sequence[Sample]) -> dict[str, int]:
         """The positions of each term in a step whose domain samples are `drawn`."""
         prompts = 0 if self.prompts is None else sum(map(self._num_prompt_positions, drawn))
-        return {TEXTS: sum(len(sample.positions) for sample in self.texts(step)), PROMPTS: prompts}
+        texts = sum(len(sample.positions) for sample in self.texts(step))
+        return {self.name(TEXTS): texts, self.name(PROMPTS): prompts}
 
     def mixed(self, step: int, draws: Sequence[Draw], world: World, *, capacity: int) -> list[Draw]:
         """This replica's micro-batches of a step: those of the domain, with their prompts, and those of the texts.
@@ -88,13 +94,13 @@ class Rehearsal:
 
     def _draw(self, texts: list[Sample]) -> Draw:
         stored = [self.store[text.uid] for text in texts]
-        return Draw(texts, (Part(TEXTS, self.loss, [sets.positions for sets in stored], stored),))
+        return Draw(texts, (Part(self.name(TEXTS), self.loss, [sets.positions for sets in stored], stored),))
 
     def _with_prompts(self, draw: Draw) -> Draw:
         if self.prompts is None:
             return draw
         stored = [self.prompts[self._prompt_uid(sample)] for sample in draw.samples]
-        part = Part(PROMPTS, self.loss, [sets.positions for sets in stored], stored)
+        part = Part(self.name(PROMPTS), self.loss, [sets.positions for sets in stored], stored)
         return replace(draw, parts=(*draw.parts, part))
 
     def _num_prompt_positions(self, sample: Sample) -> int:
@@ -135,7 +141,7 @@ def prompt_sample(sample: Sample) -> Sample:
     return make_sample(sample.ids, mask, FINGERPRINT, sample.source)
 
 
-def open_rehearsal(session: Session, loss: type[Loss], samples: Sequence[Sample]) -> Rehearsal | None:
+def open_rehearsal(session: Session, samples: Sequence[Sample]) -> Rehearsal | None:
     """The rehearsal that the configuration asks for; None where it asks for none.
 
     Raises ConfigError, DataError or StoreError for a folder that is unfinished, or another model's or tokenizer's.
@@ -143,12 +149,12 @@ def open_rehearsal(session: Session, loss: type[Loss], samples: Sequence[Sample]
     asked = session.config.rehearsal
     if not asked.path or not (asked.weight or asked.prompts):
         return None
-    folder = Path(asked.path)
+    folder, kind = Path(asked.path), LOSSES.get(asked.loss)
     texts = [text for text in load_texts(folder) if len(text.positions)]
     if not texts:
         raise DataError(f"{folder}: no text has a token that the model wrote; remove the folder and collect again")
     store = check_store(session, str(folder / SETS), texts)
-    if store.manifest.logits == "none":
+    if kind.needs_logits and store.manifest.logits == "none":
         raise ConfigError(f"{store.path}: rehearsal needs the base model's logits; collect again with rehearsal.logits")
     prompts = None
     if asked.prompts:
@@ -158,10 +164,5 @@ def open_rehearsal(session: Session, loss: type[Loss], samples: Sequence[Sample]
                 "first"
             )
         prompts = check_store(session, str(folder / PROMPT_SETS), [prompt_sample(sample) for sample in samples])
-    made = loss(session.model, session.vocab_size, session.config.kernels)
-    return Rehearsal(asked, session.config.seed, made, texts, store, prompts)
-
-
-def loss_of(asked: configs.Rehearsal) -> type[Loss]:
-    """The loss at rehearsed positions."""
-    return LOSSES.get("kl_rest" if asked.rest else "kl")
+    loss = kind(session.model, session.vocab_size, session.config.kernels)
+    return Rehearsal(asked, session.config.seed, loss, texts, store, prompts)

@@ -24,7 +24,7 @@ from megatron_replay.runtime.feed import Feed
 from megatron_replay.runtime.identity import check_store
 from megatron_replay.runtime.logs import Logs
 from megatron_replay.runtime.output_paths import check_folder
-from megatron_replay.runtime.rehearsal import loss_of, open_rehearsal
+from megatron_replay.runtime.rehearsal import open_rehearsal
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.signals import StopRequest
 from megatron_replay.runtime.trace import Trace
@@ -60,7 +60,7 @@ def prepare(session: Session) -> Feed:
     if store is not None:
         _check_logits(config, kind, store.manifest.logits)
     loss = kind(session.model, session.vocab_size, config.kernels)
-    feed = Feed(session, samples, store, loss, open_rehearsal(session, loss_of(config.rehearsal), samples))
+    feed = Feed(session, samples, store, loss, open_rehearsal(session, samples))
     feed.rate(0)  # a schedule that cannot be is refused before anything is built
     return feed
 

@@ -97,7 +97,7 @@ def _placed(ablation: Ablation, arm: Arm) -> Arm:
     rehearses = trains and bool(rehearsal.weight or rehearsal.prompts) and rehearsal.samples > 0
     if not rehearsal.path and rehearsal != configs.Rehearsal():
         # what training alone reads makes no other texts
-        asked = changed(replace(rehearsal, weight=1.0, prompts=0.0, share=1.0, every=1, rest=False))
+        asked = changed(replace(rehearsal, weight=1.0, prompts=0.0, share=1.0, every=1, loss="kl"))
         rehearsal = replace(rehearsal, path=str(root / "texts" / digest([shared, asked])) if rehearses else "")
     store = collecting.store if trains and LOSSES.get(config.train.loss).needs_sets else ""
     train = replace(config.train, store=config.train.store or store)

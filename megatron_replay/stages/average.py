@@ -24,7 +24,8 @@ from megatron_replay.models.weights import Weight, split
 from megatron_replay.parallel.checkpoints.source import Source
 from megatron_replay.runtime.output_paths import check_folder, replace_file
 from megatron_replay.runtime.progress import progress
-from megatron_replay.runtime.session import Session, open_session
+from megatron_replay.runtime.session import open_session
+from megatron_replay.runtime.way_back import WayBack
 from megatron_replay.scoring.table import flat, show_rows, shown
 from megatron_replay.stages.evaluate import check, evaluate, plain
 
@@ -59,10 +60,13 @@ def sweep(config: RunConfig, sources: Sequence[Source]) -> None:
     config = replace(config, model=str(sources[0].path))
     quiet = replace(config, evaluate=replace(config.evaluate, output=""))
     with open_session(quiet, seq_length=config.data.seq_length) as session:
-        ends = _ends(session, sources)
+        way = WayBack(session.model)
+        for source in sources[1:]:
+            source.fill(session.model)
+            way.add()
         results = []
         for alpha in config.average.sweep:
-            _set(session, ends, alpha)
+            way.move(alpha)
             session.say(f"alpha {alpha:g}")
             results.append({"alpha": alpha, **evaluate(session)})
         if session.world.is_main:
@@ -70,30 +74,6 @@ def sweep(config: RunConfig, sources: Sequence[Source]) -> None:
             if config.evaluate.output:
                 text = json.dumps([plain(result) for result in results], indent=1) + "\n"
                 replace_file(Path(config.evaluate.output), text)
-
-
-def _ends(session: Session, sources: Sequence[Source]) -> list[tuple[Tensor, Tensor]]:
-    """(base, mean of the trained - base) of every parameter of this rank, in fp32 or wider."""
-    parameters = [parameter for _, _, parameter in session.model.parameters()]
-    base = [_wide(parameter) for parameter in parameters]
-    total = [torch.zeros_like(tensor) for tensor in base]
-    for source in sources[1:]:
-        source.fill(session.model)
-        for sum_, parameter in zip(total, parameters, strict=True):
-            sum_ += _wide(parameter)
-    count = len(sources) - 1
-    return [(start, sum_.div_(count).sub_(start)) for start, sum_ in zip(base, total, strict=True)]
-
-
-def _set(session: Session, ends: Sequence[tuple[Tensor, Tensor]], alpha: float) -> None:
-    with torch.no_grad():
-        for (_, _, parameter), (base, way) in zip(session.model.parameters(), ends, strict=True):
-            parameter.copy_(base + alpha * way)
-
-
-def _wide(parameter: Tensor) -> Tensor:
-    kind = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(kind, copy=True)
 
 
 def _show(results: Sequence[Mapping[str, Any]]) -> None:

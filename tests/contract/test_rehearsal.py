@@ -134,7 +134,7 @@ def test_rehearsal_keeps_the_models_own_texts(run: Run, texts: Path, folder: Pat
         ["train.loss=restricted"],
         ["train.loss=sampled", "optimizer.name=moclip"],
         ["adapter.rank=2"],
-        ["rehearsal.rest=true"],
+        ["rehearsal.loss=kl_rest"],
         ["rehearsal.every=2"],
         ["data.share_prefixes=true", "data.group_prefixes=true"],
     ],
@@ -147,6 +147,11 @@ def test_it_goes_with_other_settings(run: Run, tiny: Tiny, texts: Path, folder: 
     told = [row.get("rehearsal/kl") for row in rows]
     assert [value is None for value in told] == [keys[0] == "rehearsal.every=2" and i % 2 == 1 for i in range(6)]
     assert abs(told[0]) < 1e-4 and all(value > 0 for value in told[1:] if value is not None)
+
+
+def test_cross_entropy_on_the_texts_is_another_name_in_the_log(run: Run, texts: Path, folder: Path) -> None:
+    rows = train(run, folder, "nll", "rehearsal.loss=full")
+    assert "rehearsal/kl" not in rows[0] and rows[-1]["rehearsal/nll"] > 1
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def stored(batch: MicroBatch) -> list[SampleSets]:
                 logits=logits.astype(np.float32),
                 lse=np.zeros(len(at), dtype=np.float32),
                 outside_mass=rho.astype(np.float32),
+                gold_appended=ids[at + 1] % 3 == 0,
             )
         )
     return found
@@ -100,6 +101,11 @@ def kl_rest(p: Position) -> Tensor:
     return (inside * (inside.log() - now.log())).sum() + p.rho * (p.rho.log() - (1 - now.sum()).log())
 
 
+def appended(p: Position) -> Tensor:
+    """Every third gold id counts as appended, see `stored`."""
+    return p.cross_entropy if p.gold % 3 == 0 else p.z[p.ids].logsumexp(0) - p.z[p.gold]
+
+
 def eaft(p: Position) -> Tensor:
     return p.cross_entropy * unsure(p.z.detach().topk(20).values)
 
@@ -116,6 +122,7 @@ BY_HAND: dict[str, Callable[[Position], Tensor]] = {
     "mixed": mixed,
     "kl": kl,
     "kl_rest": kl_rest,
+    "appended": appended,
     "eaft": eaft,
     "eaft_base": eaft_base,
 }

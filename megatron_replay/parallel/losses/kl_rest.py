@@ -10,24 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_replay.models.spec import ModelSpec
 from megatron_replay.ops import linear_terms, restricted_linear_terms
-from megatron_replay.parallel.activations import LargestMicroBatch
 from megatron_replay.parallel.batch import MicroBatch
-from megatron_replay.parallel.losses.full import Full
+from megatron_replay.parallel.losses.beside_full import BesideFull
 from megatron_replay.parallel.losses.interface import LOSSES
 from megatron_replay.parallel.losses.kl import KL, BaseSets
-from megatron_replay.parallel.losses.restricted import Restricted, main_grad
+from megatron_replay.parallel.losses.restricted import main_grad
 
 LEAST = 1e-6
 """The least difference of two log-sum-exps that float32 tells from none."""
 
 
 @LOSSES.register("kl_rest")
-class KLRest(KL):
+class KLRest(BesideFull, KL):
     """KL(base || model) over the stored sets and the rest of the vocabulary as one outcome."""
-
-    dense_gradient = True
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(batch.sets, BaseSets) and batch.sets.entropy is not None and batch.sets.outside is not None
@@ -42,12 +38,3 @@ class KLRest(KL):
         rest = torch.special.xlogy(rho, rho) - rho * torch.log1p(-torch.exp(-beyond))
         total: Tensor = within + rest
         return total
-
-    @classmethod
-    def head_bytes(
-        cls, spec: ModelSpec, largest: LargestMicroBatch, itemsize: int, *, rows: int, trained: bool, cpu: bool
-    ) -> int:
-        """The sparse part, and the full logits of a chunk."""
-        return sum(
-            loss.head_bytes(spec, largest, itemsize, rows=rows, trained=trained, cpu=cpu) for loss in (Restricted, Full)
-        )
