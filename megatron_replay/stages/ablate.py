@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from megatron_replay import config as configs
@@ -65,8 +66,7 @@ def run(
         return 0
     failed: list[str] = []
     if not report:
-        _collect(missing)
-        failed = _start(missing, file, overrides, _workers(workers, ablation))
+        failed = _start(missing, _Collections(arms), file, overrides, _workers(workers, ablation))
     rows = [row for arm in arms if (row := read_row(_folder(arm), _identity(arm))) is not None]
     if rows:
         print(write_report(ablation, rows, Path(ablation.output)))
@@ -114,21 +114,30 @@ def _identity(arm: Arm) -> str:
     return digest(changed(config))  # a key that a later version adds changes nothing
 
 
-def _collect(arms: Sequence[Arm]) -> None:
-    """Make the stores and texts that runs need, each once, one after the other."""
-    wanted: dict[tuple[str, str], RunConfig] = {}
-    for arm in arms:
-        config = arm.config
-        if config.train.store:
-            alone = replace(config, rehearsal=configs.Rehearsal(), seed=_seed(arms))
-            wanted.setdefault(("store", config.collect.store), alone)
-        if config.rehearsal.path and arm.recipe != BASE:
-            key = ("texts", config.rehearsal.path)
-            prompts = max(config.rehearsal.prompts, wanted[key].rehearsal.prompts if key in wanted else 0.0)
-            texts = replace(config.rehearsal, prompts=prompts)
-            wanted[key] = replace(config, collect=configs.Collect(), rehearsal=texts, seed=_seed(arms))
-    for config in wanted.values():
-        _child(["-c", _COLLECT, dump(config)], None)
+class _Collections:
+    """The stores and texts of a comparison: each is made once, before the first run that needs it."""
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        """arms: all runs, done or not, since two that share texts ask for the same prompts."""
+        self._lock, self._made = Lock(), set[str]()
+        self._prompts: dict[str, float] = {}
+        self._seed = arms[0].config.seed  # the untrained model's: runs of all seeds share what is collected
+        for arm in arms:
+            asked = arm.config.rehearsal
+            self._prompts[asked.path] = max(asked.prompts, self._prompts.get(asked.path, 0.0))
+
+    def ensure(self, arm: Arm) -> None:
+        """Make what a run needs. Raises ReplayError where a collection fails."""
+        config = replace(arm.config, seed=self._seed)
+        store, texts = config.train.store, config.rehearsal.path if arm.recipe != BASE else ""
+        rehearsal = replace(config.rehearsal, prompts=self._prompts[config.rehearsal.path])
+        with self._lock:
+            if store and store not in self._made:
+                _child(["-c", _COLLECT, dump(replace(config, rehearsal=configs.Rehearsal()))], None)
+                self._made.add(store)
+            if texts and texts not in self._made:
+                _child(["-c", _COLLECT, dump(replace(config, collect=configs.Collect(), rehearsal=rehearsal))], None)
+                self._made.add(texts)
 
 
 _COLLECT = (
@@ -137,25 +146,31 @@ _COLLECT = (
 )
 
 
-def _seed(arms: Sequence[Arm]) -> int:
-    """The seed of all collections: that of the untrained model's configuration."""
-    return arms[0].config.seed
+def _start(
+    arms: Sequence[Arm], collections: _Collections, file: str, overrides: Sequence[str], workers: int
+) -> list[str]:
+    """Start the runs, some at a time; returns a line for each that failed.
 
-
-def _start(arms: Sequence[Arm], file: str, overrides: Sequence[str], workers: int) -> list[str]:
-    """Start the runs, some at a time; returns a line for each that failed."""
+    A collection that fails ends the comparison, a run that fails does not.
+    """
     failed = []
     with ThreadPoolExecutor(workers) as pool:
-        started = {pool.submit(_process, arm, file, overrides): arm for arm in arms}
+        started = {pool.submit(_process, arm, collections, file, overrides): arm for arm in arms}
         for done, future in enumerate(as_completed(started), 1):
-            arm, code = started[future], future.result()
+            arm = started[future]
+            try:
+                code = future.result()
+            except ReplayError:
+                pool.shutdown(cancel_futures=True)
+                raise
             print(f"{done} of {len(arms)}: {arm.name}{f': failed ({code})' if code else ''}", flush=True)
             if code:
                 failed.append(f"{arm.name} failed with exit code {code}; see {_folder(arm) / LOG}")
     return failed
 
 
-def _process(arm: Arm, file: str, overrides: Sequence[str]) -> int:
+def _process(arm: Arm, collections: _Collections, file: str, overrides: Sequence[str]) -> int:
+    collections.ensure(arm)
     folder = _folder(arm)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that was stopped
@@ -164,7 +179,7 @@ def _process(arm: Arm, file: str, overrides: Sequence[str]) -> int:
 
 
 def _child(words: Sequence[str], log: Any) -> int:
-    """Run this interpreter; a collection that fails ends the comparison, a run that fails does not."""
+    """Run this interpreter; returns its exit code. log: where its output goes; None for what must succeed."""
     done = subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT if log else None, check=False)
     if log is None and done.returncode:
         raise ReplayError(
