@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_replay.ops import VocabShard
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,3 +37,28 @@ class Sampling:
             uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
             rows.append((-np.log(-np.log(uniform))).astype(np.float32))
         return torch.from_numpy(np.stack(rows))
+
+
+def argmax(
+    hidden: Tensor,
+    weight: Tensor,
+    shard: VocabShard,
+    vocab_size: int,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Id of the largest logit of each row, the lowest id among equals; [N] int64, the same on every tensor rank.
+
+    With Gumbel noise [N, vocab_size] it is a draw from the softmax of logits / temperature.
+    """
+    logits = (hidden @ weight.t()).float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    real, ids = shard.by_id(logits, vocab_size)
+    if noise is not None:
+        real = real / temperature + noise[:, ids]
+    if len(ids):
+        value, column = real.max(1)  # of equal ones the first, which is the lowest id
+        id = ids[column]
+    else:
+        value, id = logits.new_full(logits.shape[:1], -torch.inf), ids.new_full(logits.shape[:1], vocab_size)
+    values, found = shard.gather(value, id)
+    return torch.where(values == values.amax(0), found, vocab_size).amin(0)

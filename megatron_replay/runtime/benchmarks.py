@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_replay.config import Evaluate
 from megatron_replay.data.records import Message
-from megatron_replay.parallel.inference import generate
+from megatron_replay.parallel.generation import generate
 from megatron_replay.runtime.likelihood import sequence_nll
 from megatron_replay.runtime.questions import question_id
 from megatron_replay.runtime.session import Session

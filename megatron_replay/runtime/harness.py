@@ -19,7 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_replay.data.records import Message
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.parallel.inference import generate, token_is_greedy
+from megatron_replay.parallel.generation import generate
+from megatron_replay.parallel.inference import token_is_greedy
 from megatron_replay.runtime.benchmarks import holds
 from megatron_replay.runtime.likelihood import sequence_nll
 from megatron_replay.runtime.session import Session

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from megatron_replay.config import Evaluate
 from megatron_replay.errors import DataError, ReplayError
-from megatron_replay.parallel.inference import generate, in_groups
+from megatron_replay.parallel.generation import generate
+from megatron_replay.parallel.inference import in_groups
 from megatron_replay.runtime.progress import Advance
 from megatron_replay.runtime.session import Session
 from megatron_replay.runtime.sql_questions import SqlQuestion, read_sql_questions

@@ -15,7 +15,7 @@ from megatron_replay.data.samples import Sample, load_samples
 from megatron_replay.data.template import ChatTemplate
 from megatron_replay.data.texts import Text, TextFile, joined, load_texts
 from megatron_replay.errors import ConfigError
-from megatron_replay.parallel.inference import generate
+from megatron_replay.parallel.generation import generate
 from megatron_replay.parallel.sampling import Sampling
 from megatron_replay.runtime.identity import model_fingerprint
 from megatron_replay.runtime.session import Session

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_replay.config import RunConfig
 from megatron_replay.data.records import Message
 from megatron_replay.errors import ConfigError
-from megatron_replay.parallel.inference import generate
+from megatron_replay.parallel.generation import generate
 from megatron_replay.runtime.session import Session, open_session
 
 

@@ -14,7 +14,8 @@ from models import QWEN3, tokens, with_transformers
 from pool import fresh
 
 from megatron_replay.config import Layout
-from megatron_replay.parallel.inference import generate, token_nll
+from megatron_replay.parallel.generation import generate
+from megatron_replay.parallel.inference import token_nll
 
 VOCAB = QWEN3["vocab_size"]
 PROMPTS = [prompt.tolist() for prompt in tokens((5, 17, 1, 9, 12, 5, 3), VOCAB, "prompts")]

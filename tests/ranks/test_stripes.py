@@ -34,11 +34,12 @@ from megatron_replay.ops import (
 )
 from megatron_replay.parallel.batch import flatten, row_length
 from megatron_replay.parallel.checkpoints import training as checkpoint
-from megatron_replay.parallel.inference import _argmax, generate
+from megatron_replay.parallel.generation import generate
 from megatron_replay.parallel.losses.restricted import imbalance
 from megatron_replay.parallel.mcore.model import Model, squared_distance, vocab_shard
 from megatron_replay.parallel.mcore.optimizer import restripe_state
 from megatron_replay.parallel.pipeline import forward
+from megatron_replay.parallel.sampling import argmax
 from megatron_replay.parallel.selection import Selection
 from megatron_replay.parallel.trainer import make_trainer
 
@@ -133,8 +134,8 @@ def likeliest(striped: bool) -> list[list[int]]:
     part = cut(weight, shard) if striped else weight[shard.start : shard.stop]
     broken = torch.tensor([[torch.nan]])
     return [
-        _argmax(torch.tensor([[1.0], [-1.0]]), part, shard, REAL).tolist(),
-        _argmax(broken, part, shard, REAL).tolist(),
+        argmax(torch.tensor([[1.0], [-1.0]]), part, shard, REAL).tolist(),
+        argmax(broken, part, shard, REAL).tolist(),
     ]
 
 
