@@ -93,6 +93,8 @@ class Arm:
     rate: float
     seed: int
     config: RunConfig
+    identity: str = ""
+    """A digest of the settings, once the run has its place: a run that is done with another is done again."""
 
     @property
     def name(self) -> str:

@@ -47,13 +47,13 @@ def trained(session: Session) -> dict[str, float]:
     }
 
 
-def write_row(folder: Path, arm: Arm, identity: str, costs: dict[str, float], result: dict[str, Any]) -> None:
+def write_row(folder: Path, arm: Arm, costs: dict[str, float], result: dict[str, Any]) -> None:
     """Write the numbers of a run into its folder."""
     row = {
         "recipe": arm.recipe,
         "rate": arm.rate,
         "seed": arm.seed,
-        "identity": identity,
+        "identity": arm.identity,
         "version": __version__,
         "costs": costs,
         "measures": dict(numbers(result)),

@@ -59,7 +59,7 @@ def run(
         check(arm.config)
         if arm.recipe != BASE:
             check_run(arm.config)
-    missing = [arm for arm in arms if read_row(_folder(arm), _identity(arm)) is None]
+    missing = [arm for arm in arms if read_row(_folder(arm), arm.identity) is None]
     print(f"{len(arms)} runs, {len(arms) - len(missing)} done, {len(missing)} to do")
     if dry_run:
         print("\n".join(arm.name for arm in missing))
@@ -67,7 +67,7 @@ def run(
     failed: list[str] = []
     if not report:
         failed = _start(missing, _Collections(arms), file, overrides, _workers(workers, ablation))
-    rows = [row for arm in arms if (row := read_row(_folder(arm), _identity(arm))) is not None]
+    rows = [row for arm in arms if (row := read_row(_folder(arm), arm.identity)) is not None]
     if rows:
         print(write_report(ablation, rows, Path(ablation.output)))
     for line in failed:
@@ -101,7 +101,8 @@ def _placed(ablation: Ablation, arm: Arm) -> Arm:
         rehearsal = replace(rehearsal, path=str(root / "texts" / digest([shared, asked])) if rehearses else "")
     store = collecting.store if trains and LOSSES.get(config.train.loss).needs_sets else ""
     train = replace(config.train, store=config.train.store or store)
-    return replace(arm, config=replace(config, collect=collecting, rehearsal=rehearsal, train=train))
+    placed = replace(config, collect=collecting, rehearsal=rehearsal, train=train)
+    return replace(arm, config=placed, identity=_identity(arm))
 
 
 def _folder(arm: Arm) -> Path:
@@ -109,9 +110,8 @@ def _folder(arm: Arm) -> Path:
 
 
 def _identity(arm: Arm) -> str:
-    """The settings of a run without the folder of its outputs: a run with another one must be done again."""
-    config = replace(arm.config, output="", evaluate=replace(arm.config.evaluate, output=""))
-    return digest(changed(config))  # a key that a later version adds changes nothing
+    """The settings of a run before it has folders: a run with others must be done again."""
+    return digest(changed(arm.config))  # a key that a later version adds changes nothing
 
 
 class _Collections:
@@ -194,4 +194,4 @@ def _do(arm: Arm) -> None:
         costs = {} if arm.recipe == BASE else trained(session)
         result = evaluate(session)
         if session.world.is_main:
-            write_row(_folder(arm), arm, _identity(arm), costs, result)
+            write_row(_folder(arm), arm, costs, result)
