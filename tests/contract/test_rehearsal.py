@@ -66,6 +66,7 @@ def test_the_texts_are_the_models_own(texts: Path) -> None:
     assert json.loads((texts / "store" / "manifest.json").read_text())["logits"] == "fp16"
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("ranks", LAYOUTS.values(), ids=LAYOUTS)
 def test_other_ranks_write_the_same_texts(run: Run, texts: Path, folder: Path, ranks: list[str]) -> None:
     name = f"texts-{'-'.join(ranks).strip('-')}"
@@ -103,6 +104,7 @@ def test_the_log_has_the_terms_apart(rehearsed: list[dict[str, Any]]) -> None:
     assert first["replay/positions"] >= 171  # the domain's alone
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("ranks", LAYOUTS.values(), ids=LAYOUTS)
 def test_ranks_change_nothing(run: Run, folder: Path, rehearsed: list[dict[str, Any]], ranks: list[str]) -> None:
     name = f"run-{'-'.join(ranks).strip('-')}"
@@ -128,6 +130,7 @@ def test_rehearsal_keeps_the_models_own_texts(run: Run, texts: Path, folder: Pat
     assert found["4"] < found["0"] - 0.02
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "keys",
     [
