@@ -33,3 +33,8 @@ class LayoutError(ReplayError, ValueError):
 
 class DeviceError(ReplayError, RuntimeError):
     """A device that was asked for and is not there."""
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: of a text, such as a fingerprint, the first twelve letters."""
+    return value[:12] if isinstance(value, str) else str(value)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_replay.data.samples import Sample, make_sample
-from megatron_replay.errors import DataError
+from megatron_replay.errors import DataError, brief
 
 NAME, PARTIAL = "texts.jsonl", "texts.partial.jsonl"
 FINGERPRINT = hashlib.sha256(b"rehearsal 1").hexdigest()
@@ -62,7 +62,7 @@ class TextFile:
         for key, value in self.about.items():
             if theirs.get(key) != value:
                 raise DataError(
-                    f"{self.path}: written with {key} {_short(theirs.get(key))}, but this run has {_short(value)}; "
+                    f"{self.path}: written with {key} {brief(theirs.get(key))}, but this run has {brief(value)}; "
                     "use the same, or another rehearsal.path"
                 )
         self._known = {text.ids for text in self.texts}
@@ -136,10 +136,6 @@ def _text(item: Mapping[str, Any]) -> Text:
     if not all(len(span) == 2 and 0 <= span[0] <= span[1] <= len(ids) for span in written):
         raise ValueError(f"text {item['number']} has {len(ids)} ids, and stretches {written}")
     return Text(int(item["number"]), tuple(ids), tuple(written), str(item["text"]))
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
 
 
 def joined(pieces: Sequence[tuple[Sequence[int], bool]]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:

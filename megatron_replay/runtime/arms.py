@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_replay import __version__
 from megatron_replay.ablation import Arm
+from megatron_replay.config import RunConfig
 from megatron_replay.errors import ConfigError
 from megatron_replay.runtime.output_paths import replace_file
 from megatron_replay.runtime.session import Session
@@ -79,9 +80,8 @@ def read_row(folder: Path, identity: str) -> dict[str, Any] | None:
     return dict(row) if row.get("identity") == identity else None
 
 
-def configured(arm: Arm, folder: Path) -> Arm:
-    """The run with its outputs in its own folder, and none that it does not need."""
-    config = arm.config
+def configured(config: RunConfig, folder: Path) -> RunConfig:
+    """A run's configuration with its outputs in its own folder, and none that it does not need."""
     evaluate = replace(config.evaluate, output=str(folder / "result.json"))
     train = replace(config.train, save="", load="", tensorboard=False)
-    return replace(arm, config=replace(config, output=str(folder), train=train, evaluate=evaluate))
+    return replace(config, output=str(folder), train=train, evaluate=evaluate)

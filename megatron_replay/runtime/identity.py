@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_replay.data.samples import Sample
-from megatron_replay.errors import StoreError
+from megatron_replay.errors import StoreError, brief
 from megatron_replay.runtime.session import Session
 from megatron_replay.store import CandidateStore, verify
 
@@ -38,7 +38,7 @@ def check_store(session: Session, path: str, samples: Sequence[Sample]) -> Candi
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise StoreError(
-                f"{path}: collected with {what} {_short(theirs)}, but this run has {_short(ours)}; use the same, or "
+                f"{path}: collected with {what} {brief(theirs)}, but this run has {brief(ours)}; use the same, or "
                 "collect again"
             )
     for sample in samples:
@@ -48,7 +48,3 @@ def check_store(session: Session, path: str, samples: Sequence[Sample]) -> Candi
                 "collect again with this data file"
             )
     return store
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

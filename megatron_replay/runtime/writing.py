@@ -45,7 +45,7 @@ def write_texts(session: Session) -> list[Sample]:
             number += step
             if file is not None:
                 before = len(file.texts)
-                file.add(texts[: asked.samples - len(file.texts)] if len(texts) else ())
+                file.add(texts[: asked.samples - len(file.texts)])
                 advance(len(file.texts) - before)
             # texts that repeat an earlier one are not counted, but they end somewhere
             ended = not texts or number >= 4 * asked.samples + step

@@ -40,8 +40,7 @@ def averaged(ablation: Ablation, rows: Sequence[Row], recipe: str) -> list[Point
     by_rate: dict[float, list[Point]] = {}
     for row in rows:
         if row["recipe"] == recipe:
-            point = (row["measures"][ablation.gain], forgotten(ablation, rows, row))
-            by_rate.setdefault(float(row["rate"]), []).append(point)
+            by_rate.setdefault(float(row["rate"]), []).append(point(ablation, rows, row))
     return [
         (sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some))
         for _, some in sorted(by_rate.items())
@@ -55,12 +54,16 @@ def forgotten(ablation: Ablation, rows: Sequence[Row], row: Row) -> float:
     return sum(changes) / len(changes)
 
 
+def point(ablation: Ablation, rows: Sequence[Row], row: Row) -> Point:
+    """(loss on the domain, forgetting) of a run."""
+    return row["measures"][ablation.gain], forgotten(ablation, rows, row)
+
+
 def points(ablation: Ablation, rows: Sequence[Row], recipe: str) -> dict[int, list[Point]]:
     """(loss on the domain, forgetting) of a recipe's runs by seed, in the order of their rates."""
     found: dict[int, list[Point]] = {}
     for row in sorted((row for row in rows if row["recipe"] == recipe), key=lambda row: float(row["rate"])):
-        point = (row["measures"][ablation.gain], forgotten(ablation, rows, row))
-        found.setdefault(row["seed"], []).append(point)
+        found.setdefault(row["seed"], []).append(point(ablation, rows, row))
     return found
 
 
@@ -95,7 +98,7 @@ def _short(value: Any) -> str:
 
 def _table(ablation: Ablation, rows: Sequence[Row]) -> list[str]:
     names = [ablation.gain, *ablation.forgetting]
-    marked = set(front([(row["measures"][ablation.gain], forgotten(ablation, rows, row)) for row in rows]))
+    marked = set(front([point(ablation, rows, row) for row in rows]))
     head = ["recipe", "rate", "seed", *names, "forgotten", "front"]
     lines = ["## All runs", "", _line(head), _line(["---"] * len(head))]
     for number, row in enumerate(rows):

@@ -51,10 +51,10 @@ def run(
     Raises ConfigError for a recipe that cannot run, before anything is started.
     """
     check_folder(ablation.output, "output")
-    arms = [_placed(ablation, arm) for arm in (ablation.arm(BASE), *ablation.arms())]
     if name is not None:
         _do(_placed(ablation, ablation.arm(name)))
         return 0
+    arms = [_placed(ablation, arm) for arm in (ablation.arm(BASE), *ablation.arms())]
     for arm in arms:
         check(arm.config)
         if arm.recipe != BASE:
@@ -87,7 +87,7 @@ def _workers(asked: str | None, ablation: Ablation) -> int:
 def _placed(ablation: Ablation, arm: Arm) -> Arm:
     """The run with its outputs, its store and its texts in the comparison's folder."""
     root = Path(ablation.output)
-    config = configured(arm, root / "runs" / arm.name).config
+    config = configured(arm.config, root / "runs" / arm.name)
     trains = arm.recipe != BASE
     collecting, rehearsal = config.collect, config.rehearsal
     shared = changed(RunConfig(model=config.model, tokenizer=config.tokenizer, data=config.data))

@@ -7,13 +7,13 @@ at these positions, a few per cent of them, the loss is over the whole vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.ops import CandidateSets, LocalSets, linear_cross_entropy, restricted_linear_cross_entropy
+from megatron_replay.ops import LocalSets, linear_cross_entropy, restricted_linear_cross_entropy
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.losses.beside_full import BesideFull
 from megatron_replay.parallel.losses.interface import LOSSES
@@ -34,12 +34,10 @@ class Appended(BesideFull):
     """The restricted loss, full where the gold token was appended."""
 
     def sets(self, stored: Sequence[SampleSets]) -> LocalSets:
-        whole = CandidateSets.cat([CandidateSets.of(replace(sets, logits=None)) for sets in stored])
         marks = [sets.gold_appended for sets in stored if sets.gold_appended is not None]
         appended = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.bool_), *marks]))
-        return MarkedSets(**vars(whole.local(self.shard).indexed()), appended=appended).to(
-            self.model.world.torch_device
-        )
+        here = super().sets(stored)
+        return MarkedSets(**vars(here), appended=appended.to(here.columns.device))
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(batch.sets, MarkedSets) and batch.sets.appended is not None

@@ -7,7 +7,6 @@ ones. Its gradient is that of the restricted loss with targets y. It is the loss
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,6 @@ from megatron_replay.ops import CandidateSets, LocalSets
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.losses.interface import LOSSES
 from megatron_replay.parallel.losses.restricted import Restricted
-from megatron_replay.store import SampleSets
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +35,10 @@ class KL(Restricted):
     needs_logits = True
     log_name = "kl loss"
 
-    def sets(self, stored: Sequence[SampleSets]) -> LocalSets:
-        whole = CandidateSets.cat([CandidateSets.of(sets) for sets in stored])
+    def local(self, whole: CandidateSets) -> LocalSets:
         base = base_probabilities(whole)
         here = whole.local(self.shard, targets=base).indexed()
-        made = BaseSets(**vars(here), entropy=entropy(whole, base), outside=whole.outside_mass)
-        return made.to(self.model.world.torch_device)
+        return BaseSets(**vars(here), entropy=entropy(whole, base), outside=whole.outside_mass)
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(batch.sets, BaseSets) and batch.sets.entropy is not None

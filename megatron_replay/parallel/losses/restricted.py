@@ -42,8 +42,12 @@ class Restricted(Loss):
         """
         kept = stored if self.needs_logits else [replace(sets, logits=None) for sets in stored]
         whole = CandidateSets.cat([CandidateSets.of(sets) for sets in kept])
+        return self.local(whole).to(self.model.world.torch_device)
+
+    def local(self, whole: CandidateSets) -> LocalSets:
+        """This rank's part of whole sets; a subclass may give it more columns."""
         here = whole.local(self.shard, targets=self.targets(whole), weights=self.weights(whole))
-        return here.indexed().to(self.model.world.torch_device)
+        return here.indexed()
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         assert batch.sets is not None

@@ -9,8 +9,7 @@ mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from megatron_replay.parallel.activations import FLOAT, LargestMicroBatch
 from megatron_replay.parallel.batch import MicroBatch
 from megatron_replay.parallel.losses.interface import LOSSES
 from megatron_replay.parallel.losses.restricted import Restricted, main_grad
-from megatron_replay.store import SampleSets
 
 DRAWN = 512
 """Tokens drawn for a micro-batch, beside those that are gold in it."""
@@ -44,16 +42,12 @@ class SampledSets(LocalSets):
 class Sampled(Restricted):
     """The restricted loss with shared negatives."""
 
-    def sets(self, stored: Sequence[SampleSets]) -> LocalSets:
-        whole = CandidateSets.cat([CandidateSets.of(replace(sets, logits=None)) for sets in stored])
+    def local(self, whole: CandidateSets) -> LocalSets:
         ids, log_weight = shared_ids(whole.gold().numpy(), self.vocab_size)
         bias = log_weight.expand(whole.num_positions, -1).masked_fill(held(whole, ids, self.vocab_size), -torch.inf)
         columns = self.shard.columns(ids)
         here = columns >= 0
-        made = SampledSets(
-            **vars(whole.local(self.shard).indexed()), shared=columns[here], bias=bias[:, here].contiguous()
-        )
-        return made.to(self.model.world.torch_device)
+        return SampledSets(**vars(super().local(whole)), shared=columns[here], bias=bias[:, here].contiguous())
 
     def __call__(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         sets = batch.sets
