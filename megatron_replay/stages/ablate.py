@@ -24,7 +24,7 @@ from megatron_replay.device import choose
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.parallel.losses import LOSSES
 from megatron_replay.runtime.arms import configured, read_row, trained, write_row
-from megatron_replay.runtime.output_paths import check_folder
+from megatron_replay.runtime.output_paths import check_folder, replace_file
 from megatron_replay.runtime.session import open_session
 from megatron_replay.runtime.training import check_run
 from megatron_replay.scoring.ablation_report import write_report
@@ -66,7 +66,9 @@ def run(
         return 0
     failed: list[str] = []
     if not report:
-        failed = _start(missing, _Collections(arms), file, overrides, _workers(workers, ablation))
+        failed = _start(
+            missing, _Collections(Path(ablation.output) / "collect", arms), file, overrides, _workers(workers, ablation)
+        )
     rows = [row for arm in arms if (row := read_row(_folder(arm), arm.identity)) is not None]
     if rows:
         print(write_report(ablation, rows, Path(ablation.output)))
@@ -117,9 +119,9 @@ def _identity(arm: Arm) -> str:
 class _Collections:
     """The stores and texts of a comparison: each is made once, before the first run that needs it."""
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
+    def __init__(self, folder: Path, arms: Sequence[Arm]) -> None:
         """arms: all runs, done or not, since two that share texts ask for the same prompts."""
-        self._lock, self._made = Lock(), set[str]()
+        self._folder, self._lock, self._made = folder, Lock(), set[str]()
         self._prompts: dict[str, float] = {}
         self._seed = arms[0].config.seed  # the untrained model's: runs of all seeds share what is collected
         for arm in arms:
@@ -132,18 +134,18 @@ class _Collections:
         store, texts = config.train.store, config.rehearsal.path if arm.recipe != BASE else ""
         rehearsal = replace(config.rehearsal, prompts=self._prompts[config.rehearsal.path])
         with self._lock:
-            if store and store not in self._made:
-                _child(["-c", _COLLECT, dump(replace(config, rehearsal=configs.Rehearsal()))], None)
-                self._made.add(store)
-            if texts and texts not in self._made:
-                _child(["-c", _COLLECT, dump(replace(config, collect=configs.Collect(), rehearsal=rehearsal))], None)
-                self._made.add(texts)
+            if store:
+                self._make(store, replace(config, rehearsal=configs.Rehearsal()))
+            if texts:
+                self._make(texts, replace(config, collect=configs.Collect(), rehearsal=rehearsal))
 
-
-_COLLECT = (
-    "import sys, yaml; from megatron_replay.config import RunConfig, build; "
-    "from megatron_replay.stages.collect import run; run(build(RunConfig, yaml.safe_load(sys.argv[1])))"
-)
+    def _make(self, path: str, config: RunConfig) -> None:
+        """Run `collect` once for what lies at a path; its configuration stays, so that it can be repeated by hand."""
+        if path not in self._made:
+            file = self._folder / f"{Path(path).name}.yaml"
+            replace_file(file, dump(config))
+            _child(["-m", "megatron_replay", "collect", str(file)], None)
+            self._made.add(path)
 
 
 def _start(
